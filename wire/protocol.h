@@ -1,0 +1,24 @@
+// Constants both ends of the private plane agree on.
+#ifndef LOCKSTEP_WIRE_PROTOCOL_H_
+#define LOCKSTEP_WIRE_PROTOCOL_H_
+
+#include <cstdint>
+
+namespace lockstep::wire {
+
+// Raised by any change that an older peer would misread.
+inline constexpr uint32_t kProtocolVersion = 1;
+
+inline constexpr int64_t kHeartbeatIntervalMs = 250;
+// Silence after which a peer counts as gone. Above a pause of 0.5 s by a wide
+// margin, and so that a worker stopped for ever is found within 3 s.
+inline constexpr int64_t kHeartbeatTimeoutMs = 2'000;
+// Time a worker has to give up an epoch before it ends itself.
+inline constexpr int64_t kReleaseTimeoutMs = 2'000;
+
+// Plans that may be in flight: one running, one queued behind it.
+inline constexpr int kMaxPlansInFlight = 2;
+
+}  // namespace lockstep::wire
+
+#endif  // LOCKSTEP_WIRE_PROTOCOL_H_
