@@ -19,6 +19,14 @@ inline constexpr int64_t kReleaseTimeoutMs = 2'000;
 // Plans that may be in flight: one running, one queued behind it.
 inline constexpr int kMaxPlansInFlight = 2;
 
+// What ranks may publish to each other through the coordinator in one epoch.
+inline constexpr int kMaxCommKeys = 4'096;
+inline constexpr int kMaxCommKeyBytes = 128;
+inline constexpr int kMaxCommValueBytes = 64 << 10;
+
+// One message of the private plane: a prompt of a million tokens fits.
+inline constexpr int kMaxMessageBytes = 64 << 20;
+
 }  // namespace lockstep::wire
 
 #endif  // LOCKSTEP_WIRE_PROTOCOL_H_
