@@ -1,0 +1,131 @@
+#include "common/log.h"
+
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+
+namespace lockstep {
+namespace {
+
+struct State {
+  std::mutex mutex;
+  bool json = false;  // guarded by mutex, as everything here
+  std::string source;
+  std::shared_ptr<spdlog::logger> logger;
+};
+
+// Never destroyed: threads may log while the process ends.
+State& TheState() {
+  static State* state = [] {
+    auto* s = new State;
+    s->logger =
+        std::make_shared<spdlog::logger>("", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+    s->logger->set_pattern("%Y-%m-%dT%H:%M:%S.%e %l %v");
+    s->logger->flush_on(spdlog::level::trace);
+    return s;
+  }();
+  return *state;
+}
+
+spdlog::level::level_enum ToSpdlog(LogLevel level) {
+  switch (level) {
+    case LogLevel::kDebug:
+      return spdlog::level::debug;
+    case LogLevel::kInfo:
+      return spdlog::level::info;
+    case LogLevel::kWarning:
+      return spdlog::level::warn;
+    case LogLevel::kError:
+      return spdlog::level::err;
+  }
+  return spdlog::level::info;
+}
+
+std::string JsonString(std::string_view text) {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string out = "\"";
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '"' || c == '\\') {
+      out += '\\';
+      out += c;
+    } else if (byte < 0x20 || byte == 0x7f) {
+      out += "\\u00";
+      out += kHex[byte >> 4];
+      out += kHex[byte & 15];
+    } else {
+      out += c;
+    }
+  }
+  return out + "\"";
+}
+
+}  // namespace
+
+std::string EscapeControl(std::string_view text) {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string out;
+  out.reserve(text.size());
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x20 || byte == 0x7f) {
+      out += "\\x";
+      out += kHex[byte >> 4];
+      out += kHex[byte & 15];
+    } else {
+      out += c;
+    }
+  }
+  return out;
+}
+
+absl::StatusOr<LogLevel> ParseLogLevel(std::string_view name) {
+  if (name == "debug") return LogLevel::kDebug;
+  if (name == "info") return LogLevel::kInfo;
+  if (name == "warning") return LogLevel::kWarning;
+  if (name == "error") return LogLevel::kError;
+  return absl::InvalidArgumentError(
+      absl::StrCat("log level '", std::string(name), "': expected debug, info, warning or error"));
+}
+
+void InitLog(const LogOptions& options) {
+  State& state = TheState();
+  const std::lock_guard lock(state.mutex);
+  state.json = options.json;
+  state.source = options.source;
+  state.logger->set_level(ToSpdlog(options.level));
+  state.logger->set_pattern(options.json ? R"({"time":"%Y-%m-%dT%H:%M:%S.%e%z","level":"%l",%v})"
+                                         : "%Y-%m-%dT%H:%M:%S.%e %l %v");
+}
+
+void SetLogSource(std::string_view source) {
+  State& state = TheState();
+  const std::lock_guard lock(state.mutex);
+  state.source = std::string(source);
+}
+
+void Log(LogLevel level, std::string_view message) {
+  State& state = TheState();
+  const std::lock_guard lock(state.mutex);
+  if (!state.logger->should_log(ToSpdlog(level))) return;
+  std::string line;
+  if (state.json) {
+    if (!state.source.empty()) {
+      line = absl::StrCat("\"source\":", JsonString(state.source), ",");
+    }
+    absl::StrAppend(&line, "\"message\":", JsonString(message));
+  } else {
+    if (!state.source.empty()) line = absl::StrCat("[", EscapeControl(state.source), "] ");
+    line += EscapeControl(message);
+  }
+  state.logger->log(ToSpdlog(level), "{}", line);
+}
+
+}  // namespace lockstep
