@@ -10,11 +10,11 @@ namespace lockstep {
 
 }  // namespace lockstep
 
-#define LOCKSTEP_CHECK(cond)                                    \
-  do {                                                          \
-    if (!(cond)) [[unlikely]] {                                 \
-      ::lockstep::CheckFailed(__FILE__, __LINE__, #cond);       \
-    }                                                           \
+#define LOCKSTEP_CHECK(cond)                              \
+  do {                                                    \
+    if (!(cond)) [[unlikely]] {                           \
+      ::lockstep::CheckFailed(__FILE__, __LINE__, #cond); \
+    }                                                     \
   } while (false)
 
 #endif  // LOCKSTEP_COMMON_CHECK_H_

@@ -1,0 +1,106 @@
+#include "cli/local_server.h"
+
+#include <signal.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "cli/child_process.h"
+#include "nlohmann/json.hpp"
+
+namespace lockstep {
+namespace {
+
+// Loading a large checkpoint from a cold disk takes minutes; a server that
+// makes no progress ends itself long before this.
+constexpr auto kStartTimeout = std::chrono::minutes(30);
+constexpr auto kStopTimeout = std::chrono::seconds(10);
+constexpr auto kPoll = std::chrono::milliseconds(20);
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(
+    const std::vector<std::string>& serve_args) {
+  std::unique_ptr<LocalServer> server(new LocalServer);
+  const char* base = std::getenv("TMPDIR");
+  std::string pattern = absl::StrCat(base != nullptr ? base : "/tmp", "/lockstep-XXXXXX");
+  if (mkdtemp(pattern.data()) == nullptr) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot make a directory like ", pattern, ": ", strerror(errno)));
+  }
+  server->directory_ = pattern;
+  server->log_path_ = pattern + "/serve.log";
+  server->port_file_ = pattern + "/ports.json";
+
+  std::vector<std::string> argv = {"/proc/self/exe", "serve"};
+  argv.insert(argv.end(), serve_args.begin(), serve_args.end());
+  for (const char* flag : {"--host", "127.0.0.1", "--http-port", "0", "--grpc-port", "0"}) {
+    argv.push_back(flag);
+  }
+  argv.push_back("--port-file");
+  argv.push_back(server->port_file_);
+  ChildOptions options;
+  options.log_path = server->log_path_;
+  absl::StatusOr<pid_t> pid = StartChild(argv, options);
+  if (!pid.ok()) return pid.status();
+  server->pid_ = *pid;
+  if (absl::Status ready = server->WaitReady(); !ready.ok()) return ready;
+  return server;
+}
+
+LocalServer::~LocalServer() {
+  if (pid_ != 0 && !Ended()) {
+    kill(pid_, SIGTERM);
+    const auto until = std::chrono::steady_clock::now() + kStopTimeout;
+    while (!Ended() && std::chrono::steady_clock::now() < until) std::this_thread::sleep_for(kPoll);
+    if (pid_ != 0) {
+      kill(pid_, SIGKILL);
+      waitpid(pid_, nullptr, 0);
+    }
+  }
+  std::error_code ignored;
+  std::filesystem::remove_all(directory_, ignored);
+}
+
+bool LocalServer::Ended() {
+  if (pid_ != 0 && waitpid(pid_, nullptr, WNOHANG) == pid_) pid_ = 0;
+  return pid_ == 0;
+}
+
+absl::Status LocalServer::WaitReady() {
+  const auto until = std::chrono::steady_clock::now() + kStartTimeout;
+  while (std::chrono::steady_clock::now() < until) {
+    // The file appears whole, by a rename, when the doors answer.
+    std::ifstream file(port_file_);
+    if (file) {
+      const nlohmann::json ports = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+      if (ports.is_object() && ports.contains("grpc_port")) {
+        address_ = absl::StrCat("127.0.0.1:", ports["grpc_port"].get<int>());
+        return absl::OkStatus();
+      }
+    }
+    if (Ended()) return absl::UnavailableError(LastLogLine());
+    std::this_thread::sleep_for(kPoll);
+  }
+  return absl::DeadlineExceededError(absl::StrCat("not ready yet; last line: ", LastLogLine()));
+}
+
+std::string LocalServer::LastLogLine() const {
+  std::ifstream log(log_path_);
+  std::string line, last = "the server ended without a word";
+  while (std::getline(log, line)) {
+    if (!line.empty() && line.rfind("serve: ", 0) != 0) last = line;
+  }
+  return last;
+}
+
+}  // namespace lockstep

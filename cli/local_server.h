@@ -1,0 +1,40 @@
+// A private `lockstep serve` for commands that were given a model instead of an
+// address: on loopback, ports chosen by the kernel, gone with this object (and,
+// whatever happens, with this process).
+#ifndef LOCKSTEP_CLI_LOCAL_SERVER_H_
+#define LOCKSTEP_CLI_LOCAL_SERVER_H_
+
+#include <sys/types.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace lockstep {
+
+class LocalServer {
+ public:
+  // serve_args: flags of `lockstep serve` after the command itself. Returns once
+  // requests are answered; a start that fails returns the server's own last line.
+  static absl::StatusOr<std::unique_ptr<LocalServer>> Start(
+      const std::vector<std::string>& serve_args);
+  ~LocalServer();
+
+  const std::string& address() const { return address_; }  // of the gRPC door
+  const std::string& log_path() const { return log_path_; }
+
+ private:
+  LocalServer() = default;
+  absl::Status WaitReady();
+  bool Ended();
+  std::string LastLogLine() const;
+
+  pid_t pid_ = 0;
+  std::string directory_, log_path_, port_file_, address_;
+};
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_CLI_LOCAL_SERVER_H_

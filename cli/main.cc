@@ -1,0 +1,80 @@
+// lockstep: serve a model, ask it, plan for it, look at the host.
+#include <cstdio>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "cli/commands.h"
+#include "cli/suggest.h"
+#include "common/version.h"
+
+namespace {
+
+// The subcommand the user got as far as; the app itself when none was named.
+CLI::App* Chosen(CLI::App* app) {
+  const std::vector<CLI::App*> commands = app->get_subcommands();
+  return commands.empty() ? app : commands.front();
+}
+
+std::vector<std::string> KnownWords(CLI::App* app, bool flags) {
+  std::vector<std::string> words;
+  if (!flags) {
+    for (const CLI::App* command : app->get_subcommands([](CLI::App*) { return true; })) {
+      words.push_back(command->get_name());
+    }
+    return words;
+  }
+  for (const CLI::Option* option : app->get_options()) {
+    for (const std::string& name : option->get_lnames()) words.push_back("--" + name);
+  }
+  return words;
+}
+
+// "lockstep serve: --modle: unknown flag; did you mean --model?"
+std::string ExplainUnknown(CLI::App* command, std::string word) {
+  const bool flag = word.rfind('-', 0) == 0;
+  if (flag) word = word.substr(0, word.find('='));
+  const std::string kind = flag ? "unknown flag" : "unknown word";
+  std::string text = word + ": " + kind;
+  if (const auto near = lockstep::NearestWord(word, KnownWords(command, flag))) {
+    return text + "; did you mean " + *near + "?";
+  }
+  return text + "; see --help";
+}
+
+std::string Where(CLI::App* app, CLI::App* command) {
+  return command == app ? "lockstep" : "lockstep " + command->get_name();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Serves large language models split over several workers.", "lockstep"};
+  app.set_version_flag("--version", std::string("lockstep ") + lockstep::kVersion);
+  app.require_subcommand(0, 1);
+  app.get_formatter()->column_width(34);
+  lockstep::Command chosen;
+  lockstep::AddServeCommand(&app, &chosen);
+  lockstep::AddGenerateCommand(&app, &chosen);
+  lockstep::AddChatCommand(&app, &chosen);
+  lockstep::AddBatchCommand(&app, &chosen);
+  lockstep::AddPlanCommand(&app, &chosen);
+  lockstep::AddDoctorCommand(&app, &chosen);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& wanted) {  // --help, --version
+    return app.exit(wanted);
+  } catch (const CLI::ParseError& error) {
+    CLI::App* command = Chosen(&app);
+    const std::vector<std::string> extras = app.remaining(/*recurse=*/true);
+    const std::string text = extras.empty() ? error.what() : ExplainUnknown(command, extras[0]);
+    std::fprintf(stderr, "%s: %s\n", Where(&app, command).c_str(), text.c_str());
+    return 2;
+  }
+  if (!chosen) {
+    std::fputs(app.help().c_str(), stdout);
+    return 0;
+  }
+  return chosen();
+}

@@ -1,0 +1,213 @@
+#include "cli/supervisor.h"
+
+#include <signal.h>
+#include <sys/wait.h>
+#include <time.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <optional>
+
+#include "absl/strings/str_cat.h"
+#include "cli/child_process.h"
+
+namespace lockstep {
+namespace {
+
+int64_t NowMs() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1'000'000;
+}
+
+void Say(const std::string& line) { std::fprintf(stderr, "serve: %s\n", line.c_str()); }
+
+struct Child {
+  std::string name;
+  std::vector<std::string> argv;
+  ChildOptions options;
+  pid_t pid = 0;  // 0: not running
+  int64_t started_ms = 0;
+  int quick_deaths = 0;                  // in a row
+  std::optional<int64_t> restart_at_ms;  // when a restart is due
+};
+
+class Supervisor {
+ public:
+  explicit Supervisor(const SupervisorOptions& options) : options_(options) {
+    coordinator_.name = "coordinator";
+    coordinator_.argv = options.coordinator;
+    for (size_t i = 0; i < options.workers.size(); ++i) {
+      Child worker;
+      worker.name = absl::StrCat("worker ", i);
+      worker.argv = options.workers[i];
+      worker.options.stdout_to_stderr = true;
+      workers_.push_back(std::move(worker));
+    }
+  }
+
+  int Run() {
+    sigset_t set;
+    sigemptyset(&set);
+    for (int number : {SIGCHLD, SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, number);
+    sigprocmask(SIG_BLOCK, &set, nullptr);
+    Start(coordinator_);
+    for (Child& worker : workers_) Start(worker);
+    while (!Finished()) {
+      siginfo_t info;
+      const timespec timeout = UntilNextEvent();
+      const int number = sigtimedwait(&set, &info, &timeout);
+      if (number == SIGTERM || number == SIGINT || number == SIGHUP) OnStopSignal();
+      Reap();
+      StartDue();
+      KillOverdue();
+    }
+    return exit_code_;
+  }
+
+ private:
+  bool Finished() const {
+    return ending_ && coordinator_.pid == 0 &&
+           std::all_of(workers_.begin(), workers_.end(), [](const Child& w) { return w.pid == 0; });
+  }
+
+  void Start(Child& child) {
+    child.restart_at_ms.reset();
+    child.started_ms = NowMs();
+    absl::StatusOr<pid_t> pid = StartChild(child.argv, child.options);
+    if (!pid.ok()) {
+      Say(std::string(pid.status().message()));
+      End(1);
+      return;
+    }
+    child.pid = *pid;
+  }
+
+  // The first signal drains through the coordinator; the second ends all.
+  void OnStopSignal() {
+    if (stop_signals_++ == 0 && coordinator_.pid != 0) {
+      draining_ = true;
+      kill(coordinator_.pid, SIGTERM);
+      return;
+    }
+    Say("ending at once");
+    if (coordinator_.pid != 0) kill(coordinator_.pid, SIGKILL);
+    for (Child& worker : workers_) {
+      if (worker.pid != 0) kill(worker.pid, SIGKILL);
+    }
+    End(1);
+  }
+
+  // From here on nothing is started again and every worker is told to go.
+  void End(int code) {
+    if (!ending_) exit_code_ = code;
+    ending_ = true;
+    kill_at_ms_ = NowMs() + options_.kill_after_ms;
+    coordinator_.restart_at_ms.reset();
+    for (Child& worker : workers_) {
+      worker.restart_at_ms.reset();
+      if (worker.pid != 0) kill(worker.pid, SIGTERM);
+    }
+    if (coordinator_.pid != 0) kill(coordinator_.pid, SIGTERM);
+  }
+
+  void Reap() {
+    int status = 0;
+    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
+      if (pid == coordinator_.pid) {
+        OnCoordinatorExit(status);
+        continue;
+      }
+      for (Child& worker : workers_) {
+        if (worker.pid == pid) OnWorkerExit(worker, status);
+      }
+    }
+  }
+
+  void OnCoordinatorExit(int status) {
+    coordinator_.pid = 0;
+    if (ending_) return;
+    if (WIFEXITED(status) || draining_) {
+      End(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
+      return;
+    }
+    // `ready` stands on stdout once, whatever happens later.
+    coordinator_.options.stdout_to_stderr = true;
+    ScheduleRestart(coordinator_, status);
+  }
+
+  void OnWorkerExit(Child& worker, int status) {
+    worker.pid = 0;
+    if (ending_) return;
+    const bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    // A clean exit answers the coordinator's own word; it is about to end too.
+    if (clean && draining_) return;
+    ScheduleRestart(worker, status);
+  }
+
+  void ScheduleRestart(Child& child, int status) {
+    const int64_t now = NowMs();
+    const bool quick = now - child.started_ms < options_.young_ms;
+    child.quick_deaths = quick ? child.quick_deaths + 1 : 0;
+    if (child.quick_deaths >= options_.crash_loop_deaths) {
+      Say(absl::StrCat(child.name, ": crash loop: ended ", child.quick_deaths,
+                       " times in a row within ", options_.young_ms,
+                       " ms of its start, the last time with ", DescribeExit(status)));
+      End(1);
+      return;
+    }
+    int64_t pause = 0;
+    if (child.quick_deaths > 0) {
+      pause = std::min<int64_t>(options_.max_pause_ms, int64_t{100} << child.quick_deaths);
+    }
+    child.restart_at_ms = now + pause;
+    Say(absl::StrCat(child.name, " ended with ", DescribeExit(status), "; starting it again",
+                     pause > 0 ? absl::StrCat(" in ", pause, " ms") : ""));
+  }
+
+  void StartDue() {
+    if (ending_) return;
+    const int64_t now = NowMs();
+    auto start_if_due = [&](Child& child) {
+      if (child.restart_at_ms && *child.restart_at_ms <= now) Start(child);
+    };
+    start_if_due(coordinator_);
+    for (Child& worker : workers_) start_if_due(worker);
+  }
+
+  void KillOverdue() {
+    if (!ending_ || NowMs() < kill_at_ms_) return;
+    if (coordinator_.pid != 0) kill(coordinator_.pid, SIGKILL);
+    for (Child& worker : workers_) {
+      if (worker.pid != 0) kill(worker.pid, SIGKILL);
+    }
+  }
+
+  timespec UntilNextEvent() const {
+    int64_t at = NowMs() + 60'000;
+    auto consider = [&](const Child& child) {
+      if (child.restart_at_ms) at = std::min(at, *child.restart_at_ms);
+    };
+    consider(coordinator_);
+    for (const Child& worker : workers_) consider(worker);
+    if (ending_) at = std::min(at, kill_at_ms_);
+    const int64_t wait = std::max<int64_t>(at - NowMs(), ending_ ? 20 : 0);
+    return timespec{wait / 1000, (wait % 1000) * 1'000'000};
+  }
+
+  const SupervisorOptions options_;
+  Child coordinator_;
+  std::vector<Child> workers_;
+  int stop_signals_ = 0;
+  bool draining_ = false;
+  bool ending_ = false;
+  int64_t kill_at_ms_ = 0;
+  int exit_code_ = 0;
+};
+
+}  // namespace
+
+int RunSupervisor(const SupervisorOptions& options) { return Supervisor(options).Run(); }
+
+}  // namespace lockstep

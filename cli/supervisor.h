@@ -1,0 +1,30 @@
+// Keeps one host's daemons alive for `lockstep serve`: a coordinator and its
+// workers as children. A worker that dies is started again, at once the first
+// time and with growing pauses when it keeps dying young; a crash loop ends the
+// whole and is named. A coordinator that is killed is started again too (its
+// workers fence and re-attach); one that exits by itself ends the whole.
+#ifndef LOCKSTEP_CLI_SUPERVISOR_H_
+#define LOCKSTEP_CLI_SUPERVISOR_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lockstep {
+
+struct SupervisorOptions {
+  std::vector<std::string> coordinator;           // argv
+  std::vector<std::vector<std::string>> workers;  // argv of each
+  int64_t young_ms = 2'000;                       // a life shorter than this is a quick death
+  int crash_loop_deaths = 6;                      // quick deaths in a row
+  int64_t max_pause_ms = 5'000;                   // between restarts
+  int64_t kill_after_ms = 2'000;                  // SIGTERM to SIGKILL for workers at the end
+};
+
+// Returns when every child is gone, with the exit code of the whole. SIGTERM
+// and SIGINT ask the coordinator to drain; a second one ends everything at once.
+int RunSupervisor(const SupervisorOptions& options);
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_CLI_SUPERVISOR_H_

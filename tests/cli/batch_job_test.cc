@@ -1,0 +1,128 @@
+#include "cli/batch_job.h"
+
+#include <filesystem>
+#include <fstream>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace lockstep {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::UnorderedElementsAre;
+
+std::string ErrorOf(const std::string& line) {
+  return std::string(ParseBatchLine(line, 7).error.message());
+}
+
+class BatchJobTest : public ::testing::Test {
+ protected:
+  std::string Write(const std::string& name, const std::string& text) {
+    const std::string path = ::testing::TempDir() + "/" + name;
+    std::ofstream(path, std::ios::trunc) << text;
+    return path;
+  }
+  static std::string Read(const std::string& path) {
+    std::ifstream file(path);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+};
+
+TEST_F(BatchJobTest, ReadsPromptsAsTextIdsAndMessages) {
+  EXPECT_EQ(ParseBatchLine(R"({"prompt":"hi"})", 1).request.text(), "hi");
+  EXPECT_THAT(ParseBatchLine(R"({"prompt":[3,1]})", 1).request.token_ids().ids(),
+              ElementsAre(3, 1));
+  const BatchItem chat =
+      ParseBatchLine(R"({"messages":[{"role":"user","content":"hi"}],"custom_id":"a"})", 1);
+  EXPECT_EQ(chat.custom_id, "a");
+  EXPECT_EQ(chat.request.chat().messages(0).content(), "hi");
+}
+
+TEST_F(BatchJobTest, CarriesEverySamplingField) {
+  const BatchItem item = ParseBatchLine(
+      R"({"prompt":"x","max_tokens":5,"min_tokens":1,"top_k":4,"n":2,"logprobs":3,"temperature":0.5,
+          "top_p":0.9,"min_p":0.1,"repetition_penalty":1.1,"presence_penalty":0.2,
+          "frequency_penalty":0.3,"ignore_eos":true,"stop":["a","b"],"stop_token_ids":[9],
+          "seed":-4,"logit_bias":{"7":-1.5},"include_stop_str_in_output":true,
+          "skip_special_tokens":false})",
+      1);
+  ASSERT_TRUE(item.error.ok()) << item.error;
+  const v1::SamplingParams& p = item.request.sampling();
+  EXPECT_EQ(p.max_tokens(), 5u);
+  EXPECT_EQ(p.min_tokens(), 1u);
+  EXPECT_EQ(p.top_k(), 4u);
+  EXPECT_EQ(p.n(), 2u);
+  EXPECT_EQ(p.logprobs(), 3u);
+  EXPECT_FLOAT_EQ(p.temperature(), 0.5f);
+  EXPECT_FLOAT_EQ(p.top_p(), 0.9f);
+  EXPECT_FLOAT_EQ(p.min_p(), 0.1f);
+  EXPECT_FLOAT_EQ(p.repetition_penalty(), 1.1f);
+  EXPECT_FLOAT_EQ(p.presence_penalty(), 0.2f);
+  EXPECT_FLOAT_EQ(p.frequency_penalty(), 0.3f);
+  EXPECT_TRUE(p.ignore_eos());
+  EXPECT_THAT(p.stop(), ElementsAre("a", "b"));
+  EXPECT_THAT(p.stop_token_ids(), ElementsAre(9));
+  EXPECT_EQ(p.seed(), -4);
+  EXPECT_FLOAT_EQ(p.logit_bias().at(7), -1.5f);
+  EXPECT_TRUE(p.include_stop_str_in_output());
+  EXPECT_FALSE(p.skip_special_tokens());
+}
+
+TEST_F(BatchJobTest, NamesWhatIsWrongWithALine) {
+  EXPECT_EQ(ErrorOf("{"), "line 7: not a JSON object");
+  EXPECT_EQ(ErrorOf("[]"), "line 7: not a JSON object");
+  EXPECT_THAT(ErrorOf("{}"), HasSubstr("prompt, messages: exactly one"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","messages":[]})"), HasSubstr("exactly one"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","max_token":1})"), HasSubstr("max_token: unknown field"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","max_tokens":-1})"), HasSubstr("max_tokens: expected"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","max_tokens":4294967296})"), HasSubstr("max_tokens"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","temperature":"hot"})"), HasSubstr("temperature"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","ignore_eos":1})"), HasSubstr("ignore_eos"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":["a"]})"), HasSubstr("prompt"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","logit_bias":{"x":1}})"), HasSubstr("logit_bias"));
+  EXPECT_THAT(ErrorOf(R"({"messages":[{"role":"user"}]})"), HasSubstr("messages"));
+}
+
+TEST_F(BatchJobTest, SkipsBlankLinesAndNamesLinesByNumber) {
+  const auto items = ReadBatch(Write("in1.jsonl", "{\"prompt\":\"a\"}\n\n{\"prompt\":\"b\"}"));
+  ASSERT_TRUE(items.ok());
+  ASSERT_EQ(items->size(), 2u);
+  EXPECT_EQ((*items)[0].custom_id, "line-1");
+  EXPECT_EQ((*items)[1].custom_id, "line-3");
+}
+
+TEST_F(BatchJobTest, RefusesACustomIdThatStandsTwice) {
+  const std::string line = R"({"custom_id":"x","prompt":"a"})";
+  const auto items = ReadBatch(Write("in2.jsonl", line + "\n" + line + "\n"));
+  EXPECT_THAT(std::string(items.status().message()),
+              HasSubstr("line 2: custom_id 'x' stands twice"));
+}
+
+TEST_F(BatchJobTest, ResumeKeepsAnswersAndDropsErrorsAndTheCutLine) {
+  const std::string path = Write("out1.jsonl",
+                                 "{\"custom_id\":\"a\",\"text\":\"1\"}\n"
+                                 "{\"custom_id\":\"b\",\"error\":{}}\n"
+                                 "{\"custom_id\":\"c\",\"te");
+  const auto answered = ResumeOutput(path);
+  ASSERT_TRUE(answered.ok()) << answered.status();
+  EXPECT_THAT(*answered, UnorderedElementsAre("a"));
+  EXPECT_EQ(Read(path), "{\"custom_id\":\"a\",\"text\":\"1\"}\n");
+}
+
+TEST_F(BatchJobTest, ResumeRefusesAFileThatIsNotAnAnswerFile) {
+  const std::string text = "precious notes\n";
+  const std::string path = Write("out2.jsonl", text);
+  EXPECT_FALSE(ResumeOutput(path).ok());
+  EXPECT_EQ(Read(path), text);
+}
+
+TEST_F(BatchJobTest, ResumeOfNothingIsEmpty) {
+  const auto answered = ResumeOutput(::testing::TempDir() + "/no-such-file.jsonl");
+  ASSERT_TRUE(answered.ok());
+  EXPECT_TRUE(answered->empty());
+}
+
+}  // namespace
+}  // namespace lockstep

@@ -1,0 +1,157 @@
+// The supervisor over small shell scripts in place of the daemons.
+#include "cli/supervisor.h"
+
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <string>
+#include <thread>
+
+#include "cli/child_process.h"
+#include "gtest/gtest.h"
+
+namespace lockstep {
+namespace {
+
+std::vector<std::string> Shell(const std::string& script) { return {"/bin/sh", "-c", script}; }
+
+bool Eventually(const std::function<bool()>& condition) {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (std::chrono::steady_clock::now() < until) {
+    if (condition()) return true;
+    std::this_thread::yield();
+  }
+  return condition();
+}
+
+// Runs the supervisor in a process of its own.
+class SupervisorTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = ::testing::TempDir() + "/supervisor-XXXXXX";
+    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
+    dir_ = pattern;
+  }
+  void TearDown() override {
+    if (pid_ > 0) kill(pid_, SIGKILL), waitpid(pid_, nullptr, 0);
+    std::filesystem::remove_all(dir_);
+  }
+  // A script that notes its process id in dir/name, one line a start.
+  std::string Note(const std::string& name) { return "echo $$ >> " + dir_ + "/" + name + "; "; }
+  std::vector<pid_t> Starts(const std::string& name) {
+    std::ifstream file(dir_ + "/" + name);
+    std::vector<pid_t> pids;
+    for (pid_t pid; file >> pid;) pids.push_back(pid);
+    return pids;
+  }
+  static bool Alive(pid_t pid) { return kill(pid, 0) == 0; }
+
+  void Launch(SupervisorOptions options) {
+    pid_ = fork();
+    ASSERT_GE(pid_, 0);
+    if (pid_ == 0) _exit(RunSupervisor(options));
+  }
+  int Wait() {
+    int status = 0;
+    waitpid(pid_, &status, 0);
+    pid_ = 0;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  }
+
+  std::string dir_;
+  pid_t pid_ = 0;
+};
+
+TEST_F(SupervisorTest, EndsWithTheCoordinatorsCodeAndTakesTheWorkersAlong) {
+  SupervisorOptions options;
+  options.coordinator = Shell("while [ ! -s " + dir_ + "/worker ]; do :; done; exit 7");
+  options.workers = {Shell(Note("worker") + "exec sleep 60")};
+  Launch(options);
+  EXPECT_EQ(Wait(), 7);
+  ASSERT_EQ(Starts("worker").size(), 1u);
+  EXPECT_FALSE(Alive(Starts("worker")[0]));
+}
+
+TEST_F(SupervisorTest, StartsAKilledWorkerAgain) {
+  SupervisorOptions options;
+  options.coordinator = Shell("exec sleep 60");
+  options.workers = {Shell(Note("w0") + "exec sleep 60"), Shell(Note("w1") + "exec sleep 60")};
+  Launch(options);
+  ASSERT_TRUE(Eventually([&] { return Starts("w0").size() == 1 && Starts("w1").size() == 1; }));
+  kill(Starts("w1")[0], SIGKILL);
+  EXPECT_TRUE(Eventually([&] { return Starts("w1").size() == 2 && Alive(Starts("w1")[1]); }));
+  EXPECT_EQ(Starts("w0").size(), 1u);
+}
+
+TEST_F(SupervisorTest, NamesACrashLoopAndEnds) {
+  SupervisorOptions options;
+  options.coordinator = Shell("exec sleep 60");
+  options.workers = {Shell(Note("w0") + "exit 3")};
+  options.crash_loop_deaths = 3;
+  Launch(options);
+  EXPECT_EQ(Wait(), 1);
+  EXPECT_EQ(Starts("w0").size(), 3u);
+}
+
+TEST_F(SupervisorTest, StartsAKilledCoordinatorAgain) {
+  SupervisorOptions options;
+  options.coordinator = Shell(Note("c") + "exec sleep 60");
+  options.workers = {Shell("exec sleep 60")};
+  Launch(options);
+  ASSERT_TRUE(Eventually([&] { return Starts("c").size() == 1; }));
+  kill(Starts("c")[0], SIGKILL);
+  EXPECT_TRUE(Eventually([&] { return Starts("c").size() == 2; }));
+}
+
+TEST_F(SupervisorTest, SigtermDrainsThroughTheCoordinator) {
+  SupervisorOptions options;
+  options.coordinator = Shell("trap 'echo drained > " + dir_ + "/drained; exit 0' TERM; " +
+                              Note("c") + "while :; do sleep 0.05; done");
+  options.workers = {Shell(Note("w") + "exec sleep 60")};
+  Launch(options);
+  ASSERT_TRUE(Eventually([&] { return !Starts("c").empty() && !Starts("w").empty(); }));
+  kill(pid_, SIGTERM);
+  EXPECT_EQ(Wait(), 0);
+  EXPECT_TRUE(std::filesystem::exists(dir_ + "/drained"));
+  EXPECT_FALSE(Alive(Starts("w")[0]));
+}
+
+TEST_F(SupervisorTest, AStubbornWorkerIsKilledAtTheEnd) {
+  SupervisorOptions options;
+  options.coordinator = Shell("while [ ! -s " + dir_ + "/w ]; do :; done; exit 0");
+  options.workers = {Shell("trap '' TERM; " + Note("w") + "while :; do sleep 0.05; done")};
+  options.kill_after_ms = 200;
+  Launch(options);
+  EXPECT_EQ(Wait(), 0);
+  EXPECT_FALSE(Alive(Starts("w")[0]));
+}
+
+TEST_F(SupervisorTest, NoChildOutlivesAKilledSupervisor) {
+  SupervisorOptions options;
+  options.coordinator = Shell(Note("c") + "exec sleep 60");
+  options.workers = {Shell(Note("w") + "exec sleep 60")};
+  Launch(options);
+  ASSERT_TRUE(Eventually([&] { return !Starts("c").empty() && !Starts("w").empty(); }));
+  kill(pid_, SIGKILL);
+  Wait();
+  // Orphans are reaped by init, which in a bare container may leave zombies: those hold nothing.
+  auto gone = [](pid_t pid) {
+    std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
+    std::string text((std::istreambuf_iterator<char>(file)), {});
+    return text.empty() || text.find(") Z ") != std::string::npos;
+  };
+  EXPECT_TRUE(Eventually([&] { return gone(Starts("c")[0]) && gone(Starts("w")[0]); }));
+}
+
+TEST(DescribeExitTest, NamesCodesAndSignals) {
+  EXPECT_EQ(DescribeExit(3 << 8), "exit code 3");
+  EXPECT_EQ(DescribeExit(9), "signal 9 (Killed)");
+}
+
+}  // namespace
+}  // namespace lockstep
