@@ -2,12 +2,13 @@
 // seam. One Decoder per configured worker: weights of one rank, a KV cache, a
 // communicator. It survives an epoch's end: Attach gives it the next
 // communicator and an empty KV cache without loading weights again.
+//
+// Not thread-safe: called by the session's executor thread.
 #ifndef LOCKSTEP_WORKER_DECODER_H_
 #define LOCKSTEP_WORKER_DECODER_H_
 
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -15,26 +16,12 @@
 #include "model/model_config.h"
 #include "model/shard_plan.h"
 #include "wire/step_plan.h"
+#include "worker/batch.h"
 #include "worker/comm/communicator.h"
 
 namespace lockstep {
 
 class Backend;  // worker/backend/backend.h
-
-// One span of a step, resolved against the slot's state by the executor.
-struct BatchSpan {
-  Slot slot;
-  uint32_t begin = 0;       // position of the first token
-  uint32_t count = 0;
-  bool samples = false;     // reaches the last known token
-};
-
-struct StepOutput {
-  std::vector<SampledToken> sampled;                 // rank 0
-  std::vector<SlotPromptLogprobs> prompt_logprobs;   // rank 0
-  CollectiveStats collectives;
-  uint64_t sampling_ns = 0;
-};
 
 class Decoder {
  public:
@@ -42,6 +29,7 @@ class Decoder {
   ~Decoder();
 
   // A new epoch: an empty KV cache and no slots. `comm` outlives the epoch.
+  // InvalidArgument when it is not of the shard plan's group.
   absl::Status Attach(Communicator* comm);
 
   // Slot deltas; the executor has checked every id.
@@ -50,8 +38,11 @@ class Decoder {
   void Release(Slot slot);
 
   // Computes the spans. Sampled tokens become known to the backend at once, so
-  // that the next step may consume them.
+  // that the next step may consume them. After an error the epoch is over:
+  // nothing but Attach may be called.
   absl::StatusOr<StepOutput> Step(absl::Span<const BatchSpan> spans);
+
+  const Backend& backend() const;
 
  private:
   struct Impl;
