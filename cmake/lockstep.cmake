@@ -6,7 +6,7 @@
 #   lockstep_cc_test(NAME n SRCS ... DEPS ... [LABELS ...] [DATA ...] [TIMEOUT s])
 #   lockstep_cc_benchmark(NAME n SRCS ... DEPS ...)
 #   lockstep_proto_library(NAME n PROTOS ...)         generated code, warnings off
-#   lockstep_rust_library(NAME n CRATE dir HDRS dir)  static library through cargo
+#   lockstep_rust_library(NAME n CRATE dir ARCHIVE a SRCS ...)  static library through cargo
 #
 # DEPS name our own libraries bare (model, wire) or any CMake target in full.
 
@@ -171,10 +171,11 @@ function(lockstep_rust_library)
   cmake_parse_arguments(A "" "NAME;CRATE;ARCHIVE" "SRCS" ${ARGN})
   set(target_dir ${CMAKE_SOURCE_DIR}/build/cargo)
   set(archive ${target_dir}/release/${A_ARCHIVE})
-  find_program(LOCKSTEP_CARGO NAMES cargo cargo-web HINTS $ENV{HOME}/.cargo/bin REQUIRED)
+  find_program(LOCKSTEP_CARGO NAMES cargo HINTS $ENV{HOME}/.cargo/bin REQUIRED)
   add_custom_command(
     OUTPUT ${archive}
     COMMAND ${CMAKE_COMMAND} -E env CARGO_TARGET_DIR=${target_dir} ${LOCKSTEP_CARGO} build --release --locked --quiet
+    COMMAND ${CMAKE_COMMAND} -E touch ${archive}
     WORKING_DIRECTORY ${A_CRATE}
     DEPENDS ${A_SRCS} VERBATIM)
   add_custom_target(lockstep_${A_NAME}_cargo DEPENDS ${archive})
