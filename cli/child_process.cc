@@ -62,6 +62,10 @@ std::string DescribeExit(int wait_status) {
 }
 
 absl::StatusOr<std::string> SiblingProgram(const std::string& name) {
+  // Tests name the folder of the programs they were built with.
+  if (const char* folder = std::getenv("LOCKSTEP_PROGRAMS"); folder != nullptr) {
+    return absl::StrCat(folder, "/", name);
+  }
   std::error_code error;
   const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
   if (error) return absl::InternalError("cannot read /proc/self/exe");

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <sstream>
 #include <thread>
 
@@ -23,7 +24,6 @@ namespace {
 // Loading a large checkpoint from a cold disk takes minutes; a server that
 // makes no progress ends itself long before this.
 constexpr auto kStartTimeout = std::chrono::minutes(30);
-constexpr auto kStopTimeout = std::chrono::seconds(10);
 constexpr auto kPoll = std::chrono::milliseconds(20);
 
 }  // namespace
@@ -41,7 +41,9 @@ absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(
   server->log_path_ = pattern + "/serve.log";
   server->port_file_ = pattern + "/ports.json";
 
-  std::vector<std::string> argv = {"/proc/self/exe", "serve"};
+  absl::StatusOr<std::string> program = SiblingProgram("lockstep");
+  if (!program.ok()) return program.status();
+  std::vector<std::string> argv = {*program, "serve"};
   argv.insert(argv.end(), serve_args.begin(), serve_args.end());
   for (const char* flag : {"--host", "127.0.0.1", "--http-port", "0", "--grpc-port", "0"}) {
     argv.push_back(flag);
@@ -58,21 +60,26 @@ absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(
 }
 
 LocalServer::~LocalServer() {
-  if (pid_ != 0 && !Ended()) {
-    kill(pid_, SIGTERM);
-    const auto until = std::chrono::steady_clock::now() + kStopTimeout;
-    while (!Ended() && std::chrono::steady_clock::now() < until) std::this_thread::sleep_for(kPoll);
-    if (pid_ != 0) {
-      kill(pid_, SIGKILL);
-      waitpid(pid_, nullptr, 0);
-    }
-  }
+  Stop();
   std::error_code ignored;
   std::filesystem::remove_all(directory_, ignored);
 }
 
+int LocalServer::Stop(int seconds) {
+  if (Ended()) return status_;
+  kill(pid_, SIGTERM);
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+  while (!Ended() && std::chrono::steady_clock::now() < until) std::this_thread::sleep_for(kPoll);
+  if (pid_ != 0) {
+    kill(pid_, SIGKILL);
+    waitpid(pid_, &status_, 0);
+    pid_ = 0;
+  }
+  return status_;
+}
+
 bool LocalServer::Ended() {
-  if (pid_ != 0 && waitpid(pid_, nullptr, WNOHANG) == pid_) pid_ = 0;
+  if (pid_ != 0 && waitpid(pid_, &status_, WNOHANG) == pid_) pid_ = 0;
   return pid_ == 0;
 }
 
@@ -85,6 +92,7 @@ absl::Status LocalServer::WaitReady() {
       const nlohmann::json ports = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
       if (ports.is_object() && ports.contains("grpc_port")) {
         address_ = absl::StrCat("127.0.0.1:", ports["grpc_port"].get<int>());
+        http_port_ = ports.value("http_port", 0);
         return absl::OkStatus();
       }
     }
@@ -94,8 +102,13 @@ absl::Status LocalServer::WaitReady() {
   return absl::DeadlineExceededError(absl::StrCat("not ready yet; last line: ", LastLogLine()));
 }
 
-std::string LocalServer::LastLogLine() const {
+std::string LocalServer::Log() const {
   std::ifstream log(log_path_);
+  return {std::istreambuf_iterator<char>(log), {}};
+}
+
+std::string LocalServer::LastLogLine() const {
+  std::istringstream log(Log());
   std::string line, last = "the server ended without a word";
   while (std::getline(log, line)) {
     if (!line.empty() && line.rfind("serve: ", 0) != 0) last = line;

@@ -23,7 +23,13 @@ class LocalServer {
   ~LocalServer();
 
   const std::string& address() const { return address_; }  // of the gRPC door
-  const std::string& log_path() const { return log_path_; }
+  int http_port() const { return http_port_; }
+  pid_t pid() const { return pid_; }  // of `lockstep serve`; 0 when it ended
+  std::string Log() const;            // all it has said so far
+
+  // Asks it to drain and end, waits (at most `seconds`, then kills it), and
+  // returns its wait status.
+  int Stop(int seconds = 10);
 
  private:
   LocalServer() = default;
@@ -32,6 +38,8 @@ class LocalServer {
   std::string LastLogLine() const;
 
   pid_t pid_ = 0;
+  int status_ = 0;  // once pid_ is 0
+  int http_port_ = 0;
   std::string directory_, log_path_, port_file_, address_;
 };
 

@@ -1,0 +1,224 @@
+// Workers and the coordinator killed, stopped and resumed under running streams.
+#include <signal.h>
+#include <sys/wait.h>
+
+#include <chrono>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/integration/served_model.h"
+
+namespace lockstep {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::string Prompt(int i) { return absl::StrCat("Count from ", i + 1, " to ", i + 60, "."); }
+
+class FaultTest : public ::testing::Test {
+ protected:
+  void Serve(int tp_size, std::vector<std::string> flags = {}) {
+    flags.insert(flags.end(), {"--dtype", "float32"});
+    served_ = ServedModel::Start(DemoModel(), tp_size, flags);
+    ASSERT_NE(served_, nullptr);
+  }
+
+  std::vector<uint32_t> FaultFree(const std::string& prompt, uint32_t max_tokens) {
+    StreamedAnswer answer(&served_->client(), LongGreedy(prompt, max_tokens));
+    EXPECT_TRUE(answer.Await().ok()) << answer.Await();
+    return answer.token_ids();
+  }
+
+  std::unique_ptr<StreamedAnswer> Stream(int i, uint32_t max_tokens) {
+    return std::make_unique<StreamedAnswer>(&served_->client(), LongGreedy(Prompt(i), max_tokens));
+  }
+
+  void ExpectAllBlocksBack() {
+    EXPECT_TRUE(Eventually([&] {
+      return served_->Metric("lockstep_kv_blocks{state=\"active\"}") == 0 &&
+             served_->Metric("lockstep_kv_blocks{state=\"pending\"}") == 0;
+    })) << HttpRequest(served_->server().http_port(), "GET", "/metrics");
+    EXPECT_EQ(served_->Metric("lockstep_kv_blocks{state=\"free\"}") +
+                  served_->Metric("lockstep_kv_blocks{state=\"cached\"}"),
+              served_->Info().num_kv_blocks());
+  }
+
+  std::unique_ptr<ServedModel> served_;
+};
+
+class KilledRankTest : public FaultTest, public ::testing::WithParamInterface<int> {};
+
+TEST_P(KilledRankTest, StreamsPauseAndGoOnWithTheSameTokens) {
+  constexpr uint32_t kTokens = 400;
+  Serve(2);
+  std::vector<std::vector<uint32_t>> expected;
+  for (int i = 0; i < 4; ++i) expected.push_back(FaultFree(Prompt(i), kTokens));
+  const uint64_t epoch = served_->Info().epoch();
+
+  std::vector<std::unique_ptr<StreamedAnswer>> streams;
+  for (int i = 0; i < 4; ++i) streams.push_back(Stream(i, kTokens));
+  for (auto& stream : streams) stream->AwaitTokens(20);
+  const size_t before = streams[0]->size();
+  ASSERT_LT(before, kTokens) << "the stream ended before the fault";
+  const auto killed = std::chrono::steady_clock::now();
+  kill(served_->WorkerPid(GetParam()), SIGKILL);
+  // Two tokens may still have been on their way.
+  streams[0]->AwaitTokens(std::min<size_t>(kTokens, before + 8));
+  const auto pause = std::chrono::steady_clock::now() - killed;
+  EXPECT_LE(pause, std::chrono::seconds(5));
+
+  for (int i = 0; i < 4; ++i) {
+    ASSERT_TRUE(streams[static_cast<size_t>(i)]->Await().ok())
+        << streams[static_cast<size_t>(i)]->Await() << served_->server().Log();
+    EXPECT_EQ(streams[static_cast<size_t>(i)]->token_ids(), expected[static_cast<size_t>(i)]);
+    EXPECT_EQ(streams[static_cast<size_t>(i)]->finishes(), 1);
+  }
+  EXPECT_GT(served_->Info().epoch(), epoch);
+  ExpectAllBlocksBack();
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, KilledRankTest, ::testing::Values(0, 1));
+
+TEST_F(FaultTest, RandomKillsLoseNoStream) {
+  constexpr int kStreams = 16, kKills = 6;
+  constexpr uint32_t kTokens = 120;
+  Serve(2);
+  std::vector<std::vector<uint32_t>> expected;
+  for (int i = 0; i < kStreams; ++i) expected.push_back(FaultFree(Prompt(i), kTokens));
+  std::mt19937 random(20261121);
+  for (int round = 0; round < kKills; ++round) {
+    const uint64_t epoch = served_->AwaitEpochAbove(0).epoch();
+    std::vector<std::unique_ptr<StreamedAnswer>> streams;
+    for (int i = 0; i < kStreams; ++i) streams.push_back(Stream(i, kTokens));
+    streams[0]->AwaitTokens(random() % kTokens);
+    kill(served_->WorkerPid(static_cast<int>(random() % 2)), SIGKILL);
+    for (int i = 0; i < kStreams; ++i) {
+      auto& stream = *streams[static_cast<size_t>(i)];
+      ASSERT_TRUE(stream.Await().ok()) << stream.Await() << served_->server().Log();
+      EXPECT_EQ(stream.token_ids(), expected[static_cast<size_t>(i)]) << "round " << round;
+    }
+    served_->AwaitEpochAbove(epoch);
+    ExpectAllBlocksBack();
+  }
+}
+
+TEST_F(FaultTest, APauseOfHalfASecondKillsNobody) {
+  Serve(2);
+  const uint64_t epoch = served_->Info().epoch();
+  const pid_t worker = served_->WorkerPid(1);
+  const std::vector<uint32_t> expected = FaultFree(Prompt(0), 300);
+  auto stream = Stream(0, 300);
+  stream->AwaitTokens(10);
+  kill(worker, SIGSTOP);
+  const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
+  EXPECT_TRUE(Eventually([&] { return std::chrono::steady_clock::now() >= until; }));
+  kill(worker, SIGCONT);
+  ASSERT_TRUE(stream->Await().ok()) << stream->Await();
+  EXPECT_EQ(stream->token_ids(), expected);
+  EXPECT_EQ(served_->Info().epoch(), epoch);
+  EXPECT_EQ(served_->WorkerPid(1), worker);
+}
+
+TEST_F(FaultTest, AWorkerStoppedForEverIsReplaced) {
+  Serve(2);
+  const std::vector<uint32_t> expected = FaultFree(Prompt(0), 300);
+  const uint64_t epoch = served_->Info().epoch();
+  const pid_t worker = served_->WorkerPid(1);
+  auto stream = Stream(0, 300);
+  stream->AwaitTokens(10);
+  const auto stopped = std::chrono::steady_clock::now();
+  kill(worker, SIGSTOP);
+  EXPECT_TRUE(Eventually([&] { return !served_->Info().ready(); }));
+  EXPECT_LE(std::chrono::steady_clock::now() - stopped, std::chrono::seconds(3));
+  // A stopped process cannot end itself; whoever stopped it ends it.
+  kill(worker, SIGKILL);
+  ASSERT_TRUE(stream->Await().ok()) << stream->Await() << served_->server().Log();
+  EXPECT_EQ(stream->token_ids(), expected);
+  EXPECT_GT(served_->Info().epoch(), epoch);
+  ExpectAllBlocksBack();
+}
+
+TEST_F(FaultTest, TheSecondDeathEndsARequestAndNamesTheRank) {
+  Serve(2);
+  auto stream = Stream(0, 1500);
+  for (int death = 0; death < 2; ++death) {
+    const uint64_t epoch = served_->AwaitEpochAbove(0).epoch();
+    stream->AwaitTokens(stream->size() + 5);
+    ASSERT_FALSE(stream->done());
+    kill(served_->WorkerPid(1), SIGKILL);
+    served_->AwaitEpochAbove(epoch);
+  }
+  const absl::Status status = stream->Await();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1"));
+  ExpectAllBlocksBack();
+  EXPECT_EQ(FaultFree(Prompt(0), 20).size(), 20u);
+}
+
+TEST_F(FaultTest, AKilledCoordinatorEndsStreamsAndWorkersReattach) {
+  Serve(2, {"--grpc-port", "0"});
+  const std::vector<pid_t> workers = {served_->WorkerPid(0), served_->WorkerPid(1)};
+  auto stream = Stream(0, 1500);
+  stream->AwaitTokens(5);
+  kill(served_->CoordinatorPid(), SIGKILL);
+  const auto killed = std::chrono::steady_clock::now();
+  EXPECT_EQ(stream->Await().code(), absl::StatusCode::kUnavailable);
+  EXPECT_LE(std::chrono::steady_clock::now() - killed, std::chrono::seconds(1));
+  EXPECT_TRUE(Eventually([&] {
+    return served_->server().Log().find("ready") != std::string::npos &&
+           served_->CoordinatorPid() != 0;
+  }));
+  for (const pid_t worker : workers) EXPECT_FALSE(ProcessGone(worker));
+}
+
+TEST_F(FaultTest, SigtermDrainsRunningStreams) {
+  Serve(2);
+  const std::vector<uint32_t> expected = FaultFree(Prompt(0), 600);
+  std::vector<std::unique_ptr<StreamedAnswer>> streams;
+  for (int i = 0; i < 4; ++i) streams.push_back(Stream(0, 600));
+  for (auto& stream : streams) stream->AwaitTokens(5);
+  kill(served_->server().pid(), SIGTERM);
+  for (auto& stream : streams) {
+    ASSERT_TRUE(stream->Await().ok()) << stream->Await();
+    EXPECT_EQ(stream->token_ids(), expected);
+  }
+  const int status = served_->server().Stop();
+  EXPECT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 0) << served_->server().Log();
+}
+
+TEST_F(FaultTest, NothingOutlivesAKilledLauncher) {
+  Serve(2);
+  const std::vector<pid_t> children = {served_->WorkerPid(0), served_->WorkerPid(1),
+                                       served_->CoordinatorPid()};
+  for (const pid_t child : children) ASSERT_GT(child, 0);
+  kill(served_->server().pid(), SIGKILL);
+  EXPECT_TRUE(Eventually(
+      [&] {
+        for (const pid_t child : children) {
+          if (!ProcessGone(child)) return false;
+        }
+        return true;
+      },
+      3));
+}
+
+TEST_F(FaultTest, ACancelledStreamGivesItsBlocksBack) {
+  Serve(2);
+  for (int round = 0; round < 10; ++round) {
+    auto stream = Stream(round, 1500);
+    stream->AwaitTokens(static_cast<size_t>(round) * 3);
+    stream->Cancel();
+    EXPECT_EQ(stream->Await().code(), absl::StatusCode::kCancelled);
+  }
+  ExpectAllBlocksBack();
+  EXPECT_EQ(FaultFree(Prompt(0), 20).size(), 20u);
+}
+
+}  // namespace
+}  // namespace lockstep

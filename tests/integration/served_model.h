@@ -1,0 +1,79 @@
+// A running `lockstep serve` for tests: the real programs, on loopback, with
+// ports of the kernel's choosing. Gone with the object.
+#ifndef LOCKSTEP_TESTS_INTEGRATION_SERVED_MODEL_H_
+#define LOCKSTEP_TESTS_INTEGRATION_SERVED_MODEL_H_
+
+#include <sys/types.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cli/client.h"
+#include "cli/local_server.h"
+#include "proto/inference.pb.h"
+
+namespace lockstep {
+
+// The demo model's folder and a golden model's.
+std::string DemoModel();
+std::string GoldenModel(const std::string& name);
+// LOCKSTEP_PROGRAMS for everything this test starts.
+void UseBuiltPrograms();
+
+class ServedModel {
+ public:
+  // Fails the current test, and returns null, when the server does not start.
+  static std::unique_ptr<ServedModel> Start(const std::string& model, int tp_size,
+                                            std::vector<std::string> flags = {});
+
+  Client& client() { return *client_; }
+  LocalServer& server() { return *server_; }
+  v1::GetModelInfoResponse Info();
+  // Waits until the model is ready in an epoch above `epoch`.
+  v1::GetModelInfoResponse AwaitEpochAbove(uint64_t epoch);
+  pid_t WorkerPid(int rank);
+  pid_t CoordinatorPid();
+  // One gauge or counter of /metrics, by its whole name with labels; -1 when absent.
+  double Metric(const std::string& name);
+
+ private:
+  std::unique_ptr<LocalServer> server_;
+  std::unique_ptr<Client> client_;
+};
+
+// One answer, streamed on a thread of its own.
+class StreamedAnswer {
+ public:
+  StreamedAnswer(Client* client, v1::GenerateRequest request);
+  ~StreamedAnswer();
+  // Tokens received so far.
+  size_t size() const;
+  bool done() const;
+  void AwaitTokens(size_t count);
+  absl::Status Await();  // the end of the stream
+  void Cancel();
+  // After Await:
+  std::string text() const;
+  std::vector<uint32_t> token_ids() const;
+  int finishes() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Greedy, `max_tokens` long, past the end token: a stream of known length.
+v1::GenerateRequest LongGreedy(const std::string& prompt, uint32_t max_tokens);
+
+// Spins on the condition, at most `seconds`.
+bool Eventually(const std::function<bool()>& condition, int seconds = 20);
+bool ProcessGone(pid_t pid);
+// GET or POST on loopback with one connection; returns the whole answer, head and body.
+std::string HttpRequest(int port, const std::string& method, const std::string& path,
+                        const std::string& body = "");
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_TESTS_INTEGRATION_SERVED_MODEL_H_
