@@ -1,0 +1,228 @@
+// From a worker's Hello to GroupFormed.
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/check.h"
+#include "common/log.h"
+#include "coordinator/group/group_machine.h"
+
+namespace lockstep {
+
+using worker::v1::CoordinatorMessage;
+
+namespace {
+// Bounds of what one rank may relay; proto/worker.proto states them.
+constexpr size_t kMaxKeyBytes = 128;
+constexpr size_t kMaxKeyValueBytes = 64 << 10;
+constexpr size_t kMaxKeys = 4'096;
+}  // namespace
+
+void GroupMachine::OnHello(StreamId stream, Peer& peer, const worker::v1::Hello& hello,
+                           int64_t now_ms) {
+  if (peer.role != Role::kUnknown) return Refuse(stream, peer, "a second Hello on one stream");
+  peer.hello = hello;
+  if (phase_ == Phase::kFatal) return Refuse(stream, peer, fatal_reason_);
+  if (hello.protocol_version() != wire::kProtocolVersion) {
+    return Refuse(
+        stream, peer,
+        absl::StrCat("protocol version ", hello.protocol_version(), ": this coordinator speaks ",
+                     wire::kProtocolVersion, "; start a worker of the same build"));
+  }
+  if (hello.backend() != options_.backend) {
+    return Refuse(stream, peer,
+                  absl::StrCat("backend ", hello.backend(), ": this group runs on ",
+                               options_.backend, " (--backend)"));
+  }
+  // The same process on a second stream: the first one is broken, whether or not
+  // its end has been seen.
+  for (const auto& [other, twin] : peers_) {
+    if (other != stream && !hello.instance().empty() && twin.role != Role::kUnknown &&
+        twin.role != Role::kLeaving && twin.hello.instance() == hello.instance()) {
+      port_->Abort(other);
+      OnClosed(other, now_ms);
+      break;
+    }
+  }
+  if (peers_.size() > options_.tp_size + kMaxSpareWorkers) {
+    return Refuse(stream, peer,
+                  absl::StrCat("enough workers: ", peers_.size() - 1, " are attached and ",
+                               options_.tp_size, " needed"));
+  }
+  peer.role = Role::kSpare;
+  peer.preferred_rank = hello.preferred_rank();
+  LogInfo(
+      absl::StrCat("worker ", hello.host(), ":", hello.pid(), " (", hello.device(), ") attached"));
+  TryForm(now_ms);
+}
+
+void GroupMachine::Refuse(StreamId stream, Peer& peer, const std::string& reason) {
+  LogWarning(
+      absl::StrCat("worker ", peer.hello.host(), ":", peer.hello.pid(), " refused: ", reason));
+  CoordinatorMessage message;
+  message.mutable_refusal()->set_reason(reason);
+  SendTo(stream, message);
+  port_->Close(stream);
+  peer.role = Role::kLeaving;
+}
+
+// Survivors take the ranks whose weights they hold; the rest goes by arrival.
+std::vector<StreamId> GroupMachine::ChooseMembers() const {
+  std::vector<StreamId> chosen(options_.tp_size, 0);
+  std::vector<StreamId> others;
+  size_t num_chosen = 0;
+  for (const auto& [stream, peer] : peers_) {
+    if (peer.role != Role::kSpare) continue;
+    const auto rank = static_cast<size_t>(peer.preferred_rank);
+    if (peer.preferred_rank >= 0 && rank < chosen.size() && chosen[rank] == 0) {
+      chosen[rank] = stream;
+      ++num_chosen;
+    } else {
+      others.push_back(stream);
+    }
+  }
+  if (num_chosen + others.size() < chosen.size()) return {};
+  auto next = others.begin();
+  for (StreamId& place : chosen) {
+    if (place == 0) place = *next++;
+  }
+  return chosen;
+}
+
+void GroupMachine::TryForm(int64_t now_ms) {
+  if (phase_ != Phase::kGathering || now_ms < earliest_form_ms_) return;
+  std::vector<StreamId> members = ChooseMembers();
+  if (members.empty() || !DecideSizes(members)) return;
+  members_ = std::move(members);
+  ++epoch_;
+  phase_ = Phase::kLoading;
+  SendConfigure(now_ms);
+}
+
+bool GroupMachine::DecideSizes(const std::vector<StreamId>& members) {
+  if (sizes_) return true;
+  std::vector<WorkerMemory> memory;
+  for (const StreamId stream : members) {
+    const worker::v1::Hello& hello = peers_.at(stream).hello;
+    memory.push_back(
+        {hello.host(), hello.device_uuid(), hello.memory_total_bytes(), hello.memory_free_bytes()});
+  }
+  absl::StatusOr<GroupSizes> sizes = options_.size(memory);
+  if (!sizes.ok()) {
+    phase_ = Phase::kFatal;
+    fatal_reason_ = std::string(sizes.status().message());
+    port_->Post(GroupFailed{epoch_ + 1, -1, absl::UnavailableError(fatal_reason_), /*fatal=*/true});
+    return false;
+  }
+  sizes_ = *sizes;
+  return true;
+}
+
+void GroupMachine::SendConfigure(int64_t now_ms) {
+  ledger_ = StepLedger(options_.tp_size);
+  step_due_ms_ = kNever;
+  symptom_.reset();
+  num_keys_ = 0;
+  num_members_ready_ = 0;
+  load_moved_ms_ = now_ms;
+  std::map<std::string, uint32_t> ranks_on_host;
+  for (const StreamId stream : members_) ++ranks_on_host[peers_.at(stream).hello.host()];
+  for (uint32_t rank = 0; rank < options_.tp_size; ++rank) {
+    Peer& peer = peers_.at(members_[rank]);
+    peer.role = Role::kMember;
+    peer.rank = rank;
+    peer.ready.reset();
+    peer.load_bytes_done = 0;
+    CoordinatorMessage message;
+    worker::v1::Configure& configure = *message.mutable_configure();
+    configure = options_.configure;
+    configure.set_epoch(epoch_);
+    configure.set_rank(rank);
+    configure.set_tp_size(options_.tp_size);
+    configure.set_num_kv_blocks(sizes_->num_kv_blocks);
+    configure.set_max_num_seqs(sizes_->max_num_seqs);
+    configure.set_communicator(absl::StrCat(nonce_, "/", epoch_));
+    if (configure.cpu_threads() == 0 && peer.hello.num_cpu_threads() > 0) {
+      // Ranks of one host share its processors.
+      configure.set_cpu_threads(
+          std::max(1u, peer.hello.num_cpu_threads() / ranks_on_host[peer.hello.host()]));
+    }
+    SendTo(members_[rank], message);
+    LogInfo(absl::StrCat("epoch ", epoch_, ": ", Name(peer), " configured"));
+  }
+}
+
+void GroupMachine::OnProgress(Peer& peer, const worker::v1::LoadProgress& progress,
+                              int64_t now_ms) {
+  if (!IsMember(peer) || phase_ != Phase::kLoading || progress.epoch() != epoch_) return;
+  if (progress.bytes_done() == peer.load_bytes_done) return;
+  peer.load_bytes_done = progress.bytes_done();
+  load_moved_ms_ = now_ms;
+}
+
+void GroupMachine::OnReady(Peer& peer, const worker::v1::Ready& ready, int64_t now_ms) {
+  if (!IsMember(peer) || phase_ != Phase::kLoading || ready.epoch() != epoch_) return;
+  if (peer.ready) return;
+  peer.ready = ready;
+  load_moved_ms_ = now_ms;
+  if (++num_members_ready_ == options_.tp_size) AnnounceFormed(now_ms);
+}
+
+void GroupMachine::AnnounceFormed(int64_t now_ms) {
+  GroupFormed formed;
+  formed.epoch = epoch_;
+  formed.num_kv_blocks = sizes_->num_kv_blocks;
+  formed.max_num_seqs = sizes_->max_num_seqs;
+  for (uint32_t rank = 0; rank < options_.tp_size; ++rank) {
+    const Peer& peer = peers_.at(members_[rank]);
+    RankReport report;
+    report.rank = rank;
+    report.host = peer.hello.host();
+    report.device = peer.hello.device();
+    report.pid = peer.hello.pid();
+    report.collective_library = peer.ready->collective_library().empty()
+                                    ? peer.hello.collective_library()
+                                    : peer.ready->collective_library();
+    report.shard = peer.ready->shard();
+    report.weight_bytes = peer.ready->weight_bytes();
+    if (rank < options_.predicted_weight_bytes.size()) {
+      report.predicted_weight_bytes = options_.predicted_weight_bytes[rank];
+    }
+    report.checkpoint_bytes = peer.ready->checkpoint_bytes();
+    report.kv_bytes = peer.ready->kv_bytes();
+    for (const auto& phase : peer.ready->phases()) {
+      report.phases.emplace_back(phase.name(), phase.seconds());
+    }
+    formed.ranks.push_back(std::move(report));
+  }
+  phase_ = Phase::kServing;
+  serving_since_ms_ = now_ms;
+  LogInfo(absl::StrCat("epoch ", epoch_, ": the group is whole"));
+  port_->Post(std::move(formed));
+}
+
+void GroupMachine::RelayKey(StreamId from, const Peer& peer, const worker::v1::CommKey& key,
+                            int64_t now_ms) {
+  if (!IsMember(peer) || !EpochOpen() || key.epoch() != epoch_) return;
+  if (key.key().size() > kMaxKeyBytes || key.value().size() > kMaxKeyValueBytes ||
+      ++num_keys_ > kMaxKeys) {
+    const std::string what =
+        absl::StrCat(Name(peer), ": communicator key of ", key.key().size(), " + ",
+                     key.value().size(), " bytes, number ", num_keys_, ": at most ", kMaxKeyBytes,
+                     " + ", kMaxKeyValueBytes, " bytes and ", kMaxKeys, " keys an epoch");
+    const int rank = static_cast<int>(peer.rank);
+    Distrust(from);
+    EndEpoch(rank, what, false, now_ms);
+    return CheckClosing(now_ms);
+  }
+  CoordinatorMessage message;
+  *message.mutable_comm_key() = key;
+  std::vector<StreamId> others;
+  for (const StreamId stream : members_) {
+    if (stream != from) others.push_back(stream);
+  }
+  port_->Send(others, message);
+}
+
+}  // namespace lockstep
