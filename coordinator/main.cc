@@ -1,0 +1,187 @@
+// lockstep-coordinator: decides what one group of workers computes, and answers
+// clients. Exit codes: 0 after a drain, 1 when it cannot start or go on, 2 for
+// a bad command line. The last line on stderr says why.
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "common/version.h"
+#include "coordinator/engine.h"
+#include "coordinator/group/grpc_worker_group.h"
+#include "coordinator/options.h"
+#include "coordinator/process_events.h"
+#include "coordinator/serving_plan.h"
+#include "coordinator/startup_report.h"
+
+namespace lockstep {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double SecondsSince(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+int Fail(const absl::Status& status) {
+  std::fprintf(stderr, "lockstep-coordinator: %s\n",
+               EscapeControl(std::string(status.message())).c_str());
+  return 1;
+}
+
+absl::Status WritePortFile(const std::string& path, const std::string& json) {
+  const std::string partial = path + ".partial";
+  {
+    std::ofstream file(partial, std::ios::trunc);
+    file << json << "\n";
+    if (!file.flush())
+      return absl::UnavailableError(absl::StrCat("--port-file: cannot write ", partial));
+  }
+  if (std::rename(partial.c_str(), path.c_str()) != 0) {
+    return absl::UnavailableError(
+        absl::StrCat("--port-file: cannot rename ", partial, " to ", path));
+  }
+  return absl::OkStatus();
+}
+
+// From the flags to the exit code; signals are events by now.
+class Coordinator {
+ public:
+  Coordinator(const CoordinatorOptions& options, const ProcessEvents& events)
+      : options_(options), events_(events) {}
+
+  absl::Status Start();
+  int Run();
+
+ private:
+  void SayWhole(const EngineInfo& info);
+
+  const CoordinatorOptions& options_;
+  const ProcessEvents& events_;
+  Phases phases_;  // until workers could attach
+  Clock::time_point open_since_;
+  std::string worker_address_;
+  std::unique_ptr<Engine> engine_;
+  std::atomic<bool> drained_ = false;
+};
+
+absl::Status Coordinator::Start() {
+  Clock::time_point began = Clock::now();
+  const auto phase = [&](const char* name) {
+    phases_.emplace_back(name, SecondsSince(std::exchange(began, Clock::now())));
+  };
+  absl::StatusOr<ServingPlan> plan = PlanServing(options_);
+  if (!plan.ok()) return plan.status();
+  phase("read model");
+
+  absl::StatusOr<std::unique_ptr<GrpcWorkerGroup>> group =
+      GrpcWorkerGroup::Listen(options_.worker_address, MakeGroupOptions(*plan, options_));
+  if (!group.ok()) {
+    return absl::Status(group.status().code(),
+                        absl::StrCat("--worker-address: ", std::string(group.status().message())));
+  }
+  worker_address_ = (*group)->address();
+  EngineOptions engine_options;
+  engine_options.scheduler = plan->scheduler;
+  engine_options.recovery_timeout_ms = static_cast<int64_t>(options_.recovery_timeout_s * 1000);
+  engine_options.on_change = [events = &events_](const EngineInfo&) { events->Wake(); };
+  engine_ = std::make_unique<Engine>(std::move(engine_options), *std::move(group), nullptr);
+  engine_->Start();
+  phase("open ports");
+  open_since_ = began;
+  LogInfo(absl::StrCat("lockstep ", kVersion, ": ", plan->model.architecture, " as ",
+                       plan->served_name, ", waiting for ", options_.tensor_parallel_size,
+                       " worker(s) at ", worker_address_));
+  return absl::OkStatus();
+}
+
+void Coordinator::SayWhole(const EngineInfo& info) {
+  for (const std::string& line : DescribeRanks(info)) LogInfo(line);
+  LogInfo(absl::StrCat("start-up: ",
+                       DescribePhases(StartupPhases(phases_, SecondsSince(open_since_), info))));
+}
+
+int Coordinator::Run() {
+  std::thread drain;
+  bool was_ready = false;
+  int code = 0;
+  for (bool done = false; !done;) {
+    if (events_.Wait() == ProcessEvents::Event::kTerminate) {
+      if (drain.joinable()) {
+        LogWarning("a second signal: ending at once");
+        std::_Exit(1);
+      }
+      drain = std::thread([this] {
+        engine_->Drain(static_cast<int64_t>(options_.drain_timeout_s * 1000));
+        drained_ = true;
+        events_.Wake();
+      });
+      continue;
+    }
+    const EngineInfo info = engine_->Info();
+    if (info.state == EngineState::kReady && !std::exchange(was_ready, true)) {
+      SayWhole(info);
+      if (!options_.port_file.empty()) {
+        const absl::Status written = WritePortFile(
+            options_.port_file, absl::StrCat("{\"worker_address\": \"", worker_address_, "\"}"));
+        if (!written.ok()) code = Fail(written), done = true;
+      }
+      std::puts("ready");
+      std::fflush(stdout);
+    }
+    if (info.state == EngineState::kFailed) {
+      code = Fail(info.failure);
+      done = true;
+    }
+    if (drained_) done = true;
+  }
+  if (drain.joinable()) drain.join();
+  engine_->Shutdown();
+  return code;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("lockstep-coordinator: schedules one group of workers and answers clients.",
+               "lockstep-coordinator");
+  app.set_version_flag("--version", absl::StrCat("lockstep-coordinator ", kVersion));
+  CoordinatorOptions options;
+  AddCoordinatorFlags(app, &options);
+  absl::Status parsed = ParseWithSources(app, {argv + 1, argv + argc});
+  if (absl::IsNotFound(parsed)) {
+    std::fputs(std::string(parsed.message()).c_str(), stdout);
+    return 0;
+  }
+  if (parsed.ok() && options.print_config) {
+    std::fputs(PrintConfig(app).c_str(), stdout);
+    return 0;
+  }
+  if (parsed.ok()) parsed = ValidateOptions(options);
+  if (!parsed.ok()) {
+    Fail(parsed);
+    return 2;
+  }
+  // gRPC's own lines would come between ours; what it has to say is in our errors.
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
+  InitLog({ParseLogLevel(options.log_level).value(), options.log_format == "json", "coordinator"});
+  if (options.exit_with_parent && !DieWithParent()) return 1;
+  const absl::StatusOr<ProcessEvents> events = ProcessEvents::Install();
+  if (!events.ok()) return Fail(events.status());
+  Coordinator coordinator(options, *events);
+  if (const absl::Status started = coordinator.Start(); !started.ok()) return Fail(started);
+  return coordinator.Run();
+}
+
+}  // namespace
+}  // namespace lockstep
+
+int main(int argc, char** argv) { return lockstep::Main(argc, argv); }
