@@ -4,6 +4,8 @@
 #define LOCKSTEP_CLI_COMMANDS_H_
 
 #include <functional>
+#include <string>
+#include <vector>
 
 #include "CLI/App.hpp"
 
@@ -11,7 +13,8 @@ namespace lockstep {
 
 using Command = std::function<int()>;
 
-void AddServeCommand(CLI::App* app, Command* chosen);
+// args: what stands after `serve` on the command line.
+void AddServeCommand(CLI::App* app, const std::vector<std::string>& args, Command* chosen);
 void AddGenerateCommand(CLI::App* app, Command* chosen);
 void AddChatCommand(CLI::App* app, Command* chosen);
 void AddBatchCommand(CLI::App* app, Command* chosen);

@@ -1,4 +1,5 @@
 // lockstep: serve a model, ask it, plan for it, look at the host.
+#include <algorithm>
 #include <cstdio>
 #include <optional>
 #include <string>
@@ -55,7 +56,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(0, 1);
   app.get_formatter()->column_width(34);
   lockstep::Command chosen;
-  lockstep::AddServeCommand(&app, &chosen);
+  lockstep::AddServeCommand(&app, {argv + std::min(argc, 2), argv + argc}, &chosen);
   lockstep::AddGenerateCommand(&app, &chosen);
   lockstep::AddChatCommand(&app, &chosen);
   lockstep::AddBatchCommand(&app, &chosen);
