@@ -1,0 +1,171 @@
+// The commands as a user types them, against the demo model.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/integration/served_model.h"
+
+namespace lockstep {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+struct Shell {
+  int code = -1;
+  std::string out;  // stdout and stderr together
+};
+
+Shell Run(const std::string& arguments) {
+  const std::string command =
+      absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep ", arguments, " 2>&1");
+  Shell shell;
+  FILE* pipe = popen(command.c_str(), "r");
+  char buffer[4096];
+  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) shell.out.append(buffer, n);
+  const int status = pclose(pipe);
+  shell.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  return shell;
+}
+
+class CliTest : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    served_ = ServedModel::Start(DemoModel(), 2, {"--dtype", "float32"}).release();
+    ASSERT_NE(served_, nullptr);
+  }
+  static void TearDownTestSuite() { delete served_; }
+  void SetUp() override { ASSERT_NE(served_, nullptr); }
+
+  static std::string At() { return "--address " + served_->server().address(); }
+  static std::string File(const std::string& name, const std::string& text) {
+    const std::string path = ::testing::TempDir() + "/" + name;
+    std::ofstream(path, std::ios::trunc) << text;
+    return path;
+  }
+  static std::string Read(const std::string& path) {
+    std::ifstream file(path);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+
+  static ServedModel* served_;
+};
+
+ServedModel* CliTest::served_ = nullptr;
+
+TEST_F(CliTest, GenerateStreamsAnAnswerAndSaysWhoHoldsWhat) {
+  const Shell shell = Run("generate --chat --temperature 0 -v " + At() + " 'What is 35 + 28?'");
+  EXPECT_EQ(shell.code, 0) << shell.out;
+  EXPECT_THAT(shell.out, HasSubstr("35 + 28 = 63"));
+  EXPECT_THAT(shell.out, HasSubstr("rank 0"));
+  EXPECT_THAT(shell.out, HasSubstr("rank 1"));
+  EXPECT_THAT(shell.out, HasSubstr("start-up:"));
+}
+
+TEST_F(CliTest, GenerateReadsThePromptFromStdin) {
+  const Shell shell = Run("generate --chat --temperature 0 " + At() + " < " +
+                          File("prompt.txt", "What is 35 + 28?"));
+  EXPECT_THAT(shell.out, HasSubstr("35 + 28 = 63"));
+}
+
+TEST_F(CliTest, GenerateNamesTheFieldAtFault) {
+  const Shell shell = Run("generate --temperature 3 " + At() + " hello");
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("temperature"));
+}
+
+TEST_F(CliTest, ChatKeepsTheConversation) {
+  const std::string lines = File("chat.txt", "I am Sara from Paris.\nWhat is my name?\n");
+  const Shell shell = Run("chat --temperature 0 " + At() + " < " + lines);
+  EXPECT_EQ(shell.code, 0) << shell.out;
+  EXPECT_THAT(shell.out, HasSubstr("Nice to meet you, Sara from Paris."));
+  EXPECT_THAT(shell.out, HasSubstr("Your name is Sara."));
+}
+
+TEST_F(CliTest, BatchAnswersEveryLineAndResumes) {
+  std::string input;
+  for (int i = 0; i < 20; ++i) {
+    input += absl::StrCat("{\"custom_id\":\"q", i, "\",\"temperature\":0,\"messages\":[{\"role\":",
+                          "\"user\",\"content\":\"What is 35 + 28?\"}]}\n");
+  }
+  const std::string in = File("in.jsonl", input);
+  // Two answers and a cut line stand there already.
+  const std::string out = File("out.jsonl",
+                               "{\"custom_id\":\"q3\",\"text\":\"kept\"}\n"
+                               "{\"custom_id\":\"q4\",\"text\":\"kept\"}\n{\"custom_id\":\"q5");
+  const Shell shell = Run("batch " + At() + " " + in + " " + out);
+  EXPECT_EQ(shell.code, 0) << shell.out;
+  EXPECT_THAT(shell.out, HasSubstr("2 of 20 requests are answered already"));
+  std::istringstream lines(Read(out));
+  int answers = 0, kept = 0;
+  for (std::string line; std::getline(lines, line);) {
+    const json answer = json::parse(line);
+    if (answer["text"] == "kept") ++kept;
+    if (answer["text"] == "35 + 28 = 63" && answer["finish_reason"] == "stop") ++answers;
+  }
+  EXPECT_EQ(kept, 2);
+  EXPECT_EQ(answers, 18);
+}
+
+TEST_F(CliTest, BatchWritesAnErrorLineForABadRequestAndAnswersTheRest) {
+  const std::string in = File("bad.jsonl",
+                              "{\"prompt\":\"a\",\"max_tokens\":3}\nnot json\n"
+                              "{\"prompt\":\"b\",\"temperature\":9,\"max_tokens\":3}\n");
+  const std::string out = ::testing::TempDir() + "/bad-out.jsonl";
+  std::remove(out.c_str());
+  const Shell shell = Run("batch " + At() + " " + in + " " + out);
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("2 of 3 requests failed"));
+  EXPECT_THAT(Read(out), HasSubstr("line 2: not a JSON object"));
+  EXPECT_THAT(Read(out), HasSubstr("temperature"));
+}
+
+TEST_F(CliTest, BatchRunsOfflineWithAModelOfItsOwn) {
+  const std::string in = File("offline.jsonl", "{\"prompt\":\"Once\",\"max_tokens\":4}\n");
+  const std::string out = ::testing::TempDir() + "/offline-out.jsonl";
+  std::remove(out.c_str());
+  const Shell shell =
+      Run("batch --model " + DemoModel() + " --tensor-parallel-size 2 " + in + " " + out);
+  EXPECT_EQ(shell.code, 0) << shell.out;
+  EXPECT_EQ(json::parse(Read(out))["completion_tokens"], 4);
+}
+
+TEST_F(CliTest, PlanAnswersFromTheConfigAlone) {
+  const Shell shell = Run("plan " + DemoModel() + " --gpu-memory 80GiB --json");
+  EXPECT_EQ(shell.code, 0) << shell.out;
+  const json report = json::parse(shell.out);
+  EXPECT_EQ(report["minimum_tensor_parallel_size"], 1);
+}
+
+TEST_F(CliTest, DoctorLooksAtTheHost) { EXPECT_THAT(Run("doctor").out, HasSubstr("processor")); }
+
+TEST_F(CliTest, HelpGroupsTheCommands) {
+  const Shell shell = Run("--help");
+  EXPECT_EQ(shell.code, 0);
+  for (const char* group : {"Serve", "Ask", "Look"}) EXPECT_THAT(shell.out, HasSubstr(group));
+}
+
+TEST_F(CliTest, CompletionsOverHttpGiveTheSameTokens) {
+  const std::string body =
+      "{\"model\":\"model\",\"prompt\":\"<|begin|><|user|>What is 35 + 28?<|end|><|assistant|>\","
+      "\"temperature\":0,\"max_tokens\":20,\"return_token_ids\":true}";
+  const std::string answer =
+      HttpRequest(served_->server().http_port(), "POST", "/v1/completions", body);
+  EXPECT_THAT(answer, StartsWith("HTTP/1.1 200"));
+  const json object = json::parse(answer.substr(answer.find("\r\n\r\n") + 4), nullptr, false);
+  ASSERT_TRUE(object.is_object()) << answer;
+  EXPECT_EQ(object["choices"][0]["text"], "35 + 28 = 63");
+  EXPECT_EQ(object["choices"][0]["finish_reason"], "stop");
+}
+
+}  // namespace
+}  // namespace lockstep
