@@ -9,11 +9,13 @@ KV cache (the whole sequence anew at every step), so a run can be repeated. gold
   greedy           the 32 token ids that follow, whatever eos says
   smallest_gap     the smallest lead of a chosen token's logit over the next best
   last_logits      (some cases) logits at the last prompt position, one per vocabulary entry
+  noise            (with last_logits) how far the same logits in float64 are away at most
   prompt_logprobs  (one case) log-probability of each prompt token given those before it; null first
 Logits and log-probabilities are rounded to seven significant digits.
 """
 
 import argparse
+import copy
 import json
 import shutil
 import tempfile
@@ -29,6 +31,7 @@ WITH_LOGPROBS = 40
 GENERATED = 32
 SMALLEST_GAP = 2e-3
 FEWEST_DISTINCT = 8
+LARGEST_NOISE = 1e-4
 ATTEMPTS = 60
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2,
@@ -63,8 +66,10 @@ def without(config, *keys):
     return {key: value for key, value in config.items() if key not in keys}
 
 
-# name: (config.json, how it is stored). "store": dtype of the file; "shards": largest file in bytes;
-# "spelling": "v5" keeps config.json as transformers 5 writes it, otherwise it is as given here.
+TALKATIVE_GEMMA = {"embedding": 0.15, "final_norm": 4.0, "even_rows": True}
+
+# name: (config.json, how it is made). "spread": changes to SPREAD; "store": dtype of the file; "shards": largest
+# file in bytes; "spelling": "v5" keeps config.json as transformers 5 writes it, otherwise it is as given here.
 MODELS = {
     "llama": ({**LLAMA, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "vocab_size": 131}, {}),
     "llama2_mha_sharded": ({**without(LLAMA, "num_key_value_heads", "attention_bias", "attention_dropout", "rope_theta"),
@@ -94,29 +99,42 @@ MODELS = {
     "qwen3_tied_f16": ({**QWEN, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
                         "head_dim": 16, "num_key_value_heads": 2, "rope_scaling": None, "sliding_window": None,
                         "tie_word_embeddings": True, "torch_dtype": "float16", "vocab_size": 160}, {"store": "float16"}),
-    "gemma3": (GEMMA3, {}),
+    "gemma3": (GEMMA3, {"spread": TALKATIVE_GEMMA}),
     "gemma3_v5_bf16": ({**GEMMA3, "num_key_value_heads": 1, "rope_scaling": None, "sliding_window_pattern": 2,
-                        "torch_dtype": "bfloat16", "vocab_size": 150}, {"store": "bfloat16", "spelling": "v5"}),
+                        "torch_dtype": "bfloat16", "vocab_size": 150},
+                       {"store": "bfloat16", "spelling": "v5", "spread": TALKATIVE_GEMMA}),
     "opt": (OPT, {}),
-    "opt_post_norm_projected": ({**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16, "num_hidden_layers": 3,
-                                 "vocab_size": 128}, {}),
+    "opt_post_norm_projected": ({**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16, "vocab_size": 128},
+                                {"spread": {"embedding": 1.0, "bias": 0.1, "even_rows": True}}),
 }
 
 
-def fill(model, seed, gain):
+# How far weights are spread. Tied embeddings and norms after each block pull a random model into saying one
+# token for ever; embedding rows of one length, small biases and a final norm of mixed signs keep it talking.
+SPREAD = {"embedding": 0.6, "bias": 0.3, "final_norm": None, "even_rows": False}
+
+
+def fill(model, seed, gain, changed):
     """Random weights, larger than a training run would start from, so that logits are well apart."""
     import torch
     rng = np.random.default_rng(seed)
+    spread = {**SPREAD, **changed}
     gemma = model.config.model_type.startswith("gemma3")
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             values = rng.standard_normal(tuple(parameter.shape)).astype(np.float32)
             if name.endswith("bias"):
-                values *= 0.3
+                values *= spread["bias"]
+            elif name == "model.norm.weight" and spread["final_norm"]:
+                values = spread["final_norm"] * values - (1.0 if gemma else 0.0)
             elif parameter.ndim == 1:
                 values = 0.2 * values + (0.0 if gemma else 1.0)
+            elif "embed_positions" in name and spread["even_rows"]:
+                pass
             elif "embed" in name:
-                values *= 0.35 if gemma else 0.6
+                if spread["even_rows"]:
+                    values /= np.sqrt((values * values).mean(axis=1, keepdims=True))
+                values *= spread["embedding"]
             elif name.startswith("lm_head"):
                 values *= 3 / np.sqrt(parameter.shape[1])
             else:
@@ -150,7 +168,7 @@ def logits_of(model, ids):
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
-def run_case(model, prompt):
+def run_case(model, exact, prompt):
     import torch
     ids, gap = list(prompt), float("inf")
     first = logits_of(model, ids)
@@ -162,6 +180,7 @@ def run_case(model, prompt):
         logits = logits_of(model, ids)
     case = {"prompt": prompt, "greedy": ids[len(prompt):], "smallest_gap": float(f"{gap:.4g}")}
     if len(prompt) in WITH_LOGITS:
+        case["noise"] = float(f"{(first[-1] - logits_of(exact, prompt)[-1]).abs().max().item():.2g}")
         case["last_logits"] = rounded(first[-1].tolist())
     if len(prompt) == WITH_LOGPROBS:
         logprobs = torch.log_softmax(first, dim=-1)
@@ -171,8 +190,9 @@ def run_case(model, prompt):
 
 def good(cases):
     outputs = {tuple(case["greedy"]) for case in cases}
-    return (all(case["smallest_gap"] > SMALLEST_GAP and len(set(case["greedy"])) >= FEWEST_DISTINCT for case in cases)
-            and len(outputs) == len(cases))
+    return len(outputs) == len(cases) and all(
+        case["smallest_gap"] > SMALLEST_GAP and len(set(case["greedy"])) >= FEWEST_DISTINCT
+        and case.get("noise", 0.0) < LARGEST_NOISE for case in cases)
 
 
 def make(name, out):
@@ -189,16 +209,17 @@ def make(name, out):
     for attempt in range(ATTEMPTS):
         gain = [2.0, 3.0, 1.5, 4.0][attempt % 4]
         model = AutoModelForCausalLM.from_config(read, dtype=torch.float32).float()
-        fill(model, attempt, gain)
+        fill(model, attempt, gain, options.get("spread", {}))
         store(model, config, options, folder)
         model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager",
                                                               output_loading_info=True)
         assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
         rng = np.random.default_rng(1000 + attempt)
+        exact = copy.deepcopy(model).double()
         prompts = [rng.integers(3, config["vocab_size"], length).tolist() for length in PROMPT_LENGTHS]
         cases = []
         for prompt in prompts:
-            cases.append(run_case(model.eval(), prompt))
+            cases.append(run_case(model.eval(), exact.eval(), prompt))
             if not good(cases):
                 break
         else:
@@ -212,7 +233,9 @@ def make(name, out):
     (folder / "golden.json").write_text(text)
     size = sum(path.stat().st_size for path in folder.iterdir())
     gap, distinct = min(c["smallest_gap"] for c in cases), [len(set(c["greedy"])) for c in cases]
-    return f"{name}: seed {attempt}, gain {gain}, {size / 1024:.0f} KiB, smallest gap {gap}, distinct tokens {distinct}"
+    noise = max(case.get("noise", 0.0) for case in cases)
+    return (f"{name}: seed {attempt}, gain {gain}, {size / 1024:.0f} KiB, smallest gap {gap}, noise {noise}, "
+            f"distinct tokens {distinct}")
 
 
 def attempt_make(name, out):
