@@ -2,9 +2,10 @@
 
     python3 make_golden.py --out .            # every model; names after the options choose some
 
-Each folder gets config.json, generation_config.json, *.safetensors and golden.json. The weights are
-drawn with numpy from a fixed seed and the reference is float32 on one CPU thread, eager attention, no
-KV cache (the whole sequence anew at every step), so a run can be repeated. golden.json, per case:
+Each folder gets config.json, generation_config.json, *.safetensors, a tokenizer.json with a word for each id,
+and golden.json. The weights are drawn with numpy from a fixed seed and the reference is float32 on one CPU
+thread, eager attention, no KV cache (the whole sequence anew at every step), so a run can be repeated.
+golden.json, per case:
   prompt           token ids
   greedy           the 32 token ids that follow, whatever eos says
   smallest_gap     the smallest lead of a chosen token's logit over the next best
@@ -158,6 +159,16 @@ def store(model, config, options, folder):
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def write_tokenizer(size, folder):
+    """A word for each id ("t17"), so that the programs can serve the folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    config = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+
 def rounded(values):
     return [float(f"{value:.7g}") for value in values]
 
@@ -226,6 +237,7 @@ def make(name, out):
             break
     else:
         raise RuntimeError(f"{name}: no seed of {ATTEMPTS} gives clear and varied tokens")
+    write_tokenizer(config["vocab_size"], folder)
     head = {"name": name, "seed": attempt, "gain": gain, "transformers": transformers.__version__,
             "torch": torch.__version__, "computed_in": "float32"}
     lines = ",\n".join("    " + json.dumps(case) for case in cases)
