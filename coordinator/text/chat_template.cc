@@ -30,7 +30,10 @@ struct ChatTemplate::Impl {
   Impl() = default;
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
-  ~Impl() { lockstep_template_free(handle); }
+  ~Impl() {
+    ffi::Call call;
+    lockstep_template_free(handle);
+  }
 
   LockstepTemplate* handle = nullptr;
   std::map<std::string, std::string> special_tokens;
@@ -54,6 +57,7 @@ absl::StatusOr<std::optional<ChatTemplate>> ChatTemplate::Load(const std::string
 
   auto impl = std::make_shared<Impl>();
   ffi::Text error;
+  ffi::Call call;
   const LockstepTextStatus status =
       lockstep_template_new(source->data(), source->size(), &impl->handle, error.out());
   if (status != LOCKSTEP_TEXT_OK) return ffi::ToStatus(LOCKSTEP_TEXT_INVALID, path, error);
@@ -85,6 +89,7 @@ absl::StatusOr<std::string> ChatTemplate::RenderAt(absl::Span<const ChatMessage>
   const std::string json = context.dump(-1, ' ', false, Json::error_handler_t::replace);
 
   ffi::Text text, error;
+  ffi::Call call;
   const LockstepTextStatus status = lockstep_template_render(
       impl_->handle, json.data(), json.size(), unix_seconds,
       kBaseSteps + kStepsPerMessage * messages.size(),

@@ -27,6 +27,7 @@ absl::StatusOr<std::shared_ptr<const Tokenizer>> Tokenizer::Load(const std::stri
   tokenizer->config_ = *std::move(config);
   const std::string& added = tokenizer->config_.added_tokens_json;
   ffi::Text error;
+  ffi::Call call;
   LockstepTextStatus status = lockstep_tokenizer_new(
       json->data(), json->size(), added.data(), added.size(), &tokenizer->handle_, error.out());
   if (status != LOCKSTEP_TEXT_OK) {
@@ -48,12 +49,16 @@ absl::StatusOr<std::shared_ptr<const Tokenizer>> Tokenizer::Load(const std::stri
   return tokenizer;
 }
 
-Tokenizer::~Tokenizer() { lockstep_tokenizer_free(handle_); }
+Tokenizer::~Tokenizer() {
+  ffi::Call call;
+  lockstep_tokenizer_free(handle_);
+}
 
 absl::StatusOr<std::vector<TokenId>> Tokenizer::Encode(std::string_view text,
                                                        bool add_special_tokens) const {
   LockstepIds ids;
   ffi::Text error;
+  ffi::Call call;
   const LockstepTextStatus status = lockstep_tokenizer_encode(
       handle_, text.data(), text.size(), add_special_tokens, &ids, error.out());
   if (status != LOCKSTEP_TEXT_OK) return ffi::ToStatus(status, "text", error);
@@ -64,6 +69,7 @@ absl::StatusOr<std::vector<TokenId>> Tokenizer::Encode(std::string_view text,
 
 std::string Tokenizer::Decode(absl::Span<const TokenId> ids, bool skip_special_tokens) const {
   ffi::Text text, error;
+  ffi::Call call;
   // A decoder that fails on these ids has no text for them.
   lockstep_tokenizer_decode(handle_, ids.data(), ids.size(), skip_special_tokens, text.out(),
                             error.out());
@@ -92,6 +98,7 @@ std::string_view Tokenizer::TokenBytes(TokenId id) const {
 
 std::optional<TokenId> Tokenizer::TokenToId(std::string_view token) const {
   TokenId id = 0;
+  ffi::Call call;
   if (lockstep_tokenizer_token_to_id(handle_, token.data(), token.size(), &id) !=
       LOCKSTEP_TEXT_OK) {
     return std::nullopt;

@@ -8,6 +8,7 @@ The outputs are committed: the tests compare against them and need no Python.
 """
 
 import json
+import math
 import pathlib
 import random
 
@@ -80,14 +81,28 @@ def byte_fallback(decoder_strips):
     return t, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
+def frequent_pieces(words, limit):
+    """The most frequent substrings, in an order that is the same every time."""
+    counts = {}
+    for word in words:
+        for start in range(len(word)):
+            for end in range(start + 1, min(len(word), start + 6) + 1):
+                counts[word[start:end]] = counts.get(word[start:end], 0) + 1
+    ranked = sorted(counts.items(), key=lambda item: (len(item[0]) > 1, -item[1] * len(item[0]), item[0]))
+    return ranked[:limit]
+
+
 def unigram():
     """As T5: the Metaspace decoder drops the first space itself. One special
     token is named by tokenizer_config.json alone."""
-    t = Tokenizer(models.Unigram())
+    words = ["▁" + word for line in CORPUS for word in line.split()]
+    pieces = frequent_pieces(words, 220)
+    total = sum(count for _, count in pieces)
+    vocab = [("<unk>", 0.0), ("</s>", 0.0)] + [(p, round(math.log(n / total), 4)) for p, n in pieces]
+    t = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=False))
     t.pre_tokenizer = pre_tokenizers.Metaspace()
     t.decoder = decoders.Metaspace()
-    t.train_from_iterator(CORPUS, trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False))
+    t.add_special_tokens([AddedToken(x, special=True) for x in ("<unk>", "</s>")])
     return t, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
                "added_tokens_decoder": {"1": {"content": "</s>", "special": True},
                                         "230": {"content": "<late>", "special": False}}}
@@ -103,12 +118,15 @@ def word_level():
 
 
 def word_piece():
-    t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = [word for line in CORPUS for word in line.lower().split()]
+    pieces = [p for p, _ in frequent_pieces(words, 120)]
+    names = ["[UNK]", "[CLS]", "[SEP]", "the"] + pieces + ["##" + p for p in pieces]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    t = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     t.normalizer = normalizers.BertNormalizer()
     t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     t.decoder = decoders.WordPiece()
-    t.train_from_iterator(CORPUS, trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False))
+    t.add_special_tokens([AddedToken(x, special=True) for x in ("[UNK]", "[CLS]", "[SEP]")])
     return t, {"cls_token": "[CLS]", "sep_token": "[SEP]"}
 
 

@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -70,10 +71,11 @@ class ModelDir {
   std::string path_;
 };
 
-// A pseudo-random sequence that is the same everywhere.
+// A pseudo-random sequence, the same everywhere; other sequences come with
+// --gtest_shuffle --gtest_random_seed=N.
 class Random {
  public:
-  explicit Random(uint64_t seed) : state_(seed) {}
+  explicit Random(uint64_t seed) : state_(seed + Variation()) {}
   // In [0, bound).
   uint32_t Below(uint32_t bound) {
     state_ += 0x9E3779B97F4A7C15u;
@@ -84,6 +86,10 @@ class Random {
   }
 
  private:
+  static uint64_t Variation() {
+    return static_cast<uint64_t>(testing::UnitTest::GetInstance()->random_seed()) << 32;
+  }
+
   uint64_t state_;
 };
 

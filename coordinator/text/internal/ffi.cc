@@ -1,6 +1,19 @@
 #include "coordinator/text/internal/ffi.h"
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_ignore_thread_begin();
+extern "C" void __tsan_ignore_thread_end();
+#endif
+
 namespace lockstep::ffi {
+
+#if defined(__SANITIZE_THREAD__)
+Call::Call() { __tsan_ignore_thread_begin(); }
+Call::~Call() { __tsan_ignore_thread_end(); }
+#else
+Call::Call() = default;
+Call::~Call() = default;
+#endif
 
 absl::Status ToStatus(LockstepTextStatus status, std::string_view context, const Text& error) {
   std::string message(context);

@@ -33,7 +33,8 @@ pub fn guarded<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     let result = catch_unwind(AssertUnwindSafe(work));
     DEPTH.with(|d| d.set(d.get() - 1));
     result.unwrap_or_else(|payload| {
-        std::mem::forget(payload);
+        // A payload can be anything, and so can its destructor.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(payload)));
         let message = MESSAGE.with(|m| std::mem::take(&mut *m.borrow_mut()));
         Err(Failure { status: Status::Bug, message: format!("the text library failed: {message}") })
     })

@@ -47,10 +47,11 @@ impl TextTokenizer {
             json => serde_json::from_slice(json)
                 .map_err(|e| Failure::invalid(format!("added tokens: {e}")))?,
         };
-        for token in &added {
-            if !inner.get_added_vocabulary().get_vocab().contains_key(&token.content) {
-                inner.add_tokens(&[token.token()]);
-            }
+        let known = inner.get_added_vocabulary().get_vocab();
+        let missing: Vec<AddedToken> =
+            added.iter().filter(|t| !known.contains_key(&t.content)).map(Added::token).collect();
+        if !missing.is_empty() {
+            inner.add_tokens(&missing);
         }
         let table = TokenTable::new(&inner)?;
         Ok(TextTokenizer { inner, table })
