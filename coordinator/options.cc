@@ -1,8 +1,10 @@
 #include "coordinator/options.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <set>
 #include <utility>
@@ -42,6 +44,16 @@ std::string ConfigPath(const std::vector<std::string>& args) {
   return path;
 }
 
+// CLI11 takes the argument after "--name=" for an empty value; apart, it is one.
+void Append(std::string_view name, const std::string& value, std::vector<std::string>* args) {
+  if (value.empty()) {
+    args->push_back(absl::StrCat("--", std::string(name)));
+    args->push_back("");
+  } else {
+    args->push_back(absl::StrCat("--", std::string(name), "=", value));
+  }
+}
+
 absl::Status AppendFile(const CLI::App& app, const std::string& path,
                         std::vector<std::string>* args) {
   if (!std::filesystem::is_regular_file(path)) {
@@ -62,7 +74,7 @@ absl::Status AppendFile(const CLI::App& app, const std::string& path,
     if (item.inputs.size() != 1) {
       return Bad(absl::StrCat("--config ", path, ": ", item.name, ": expected one value"));
     }
-    args->push_back(absl::StrCat("--", item.name, "=", item.inputs.front()));
+    Append(item.name, item.inputs.front(), args);
   }
   return absl::OkStatus();
 }
@@ -164,12 +176,18 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
     const std::string name = LongName(*option);
     if (name.empty() || name == "help" || name == "version" || name == "config") continue;
     if (const char* value = std::getenv(Variable(name).c_str())) {
-      all.push_back(absl::StrCat("--", name, "=", value));
+      Append(name, value, &all);
       from_environment.insert(name);
     }
   }
   const size_t num_inherited = all.size();
-  all.insert(all.end(), args.begin(), args.end());
+  for (const std::string& arg : args) {
+    if (absl::StartsWith(arg, "--") && arg.find('=') == arg.size() - 1) {
+      Append(std::string_view(arg).substr(2, arg.size() - 3), "", &all);
+    } else {
+      all.push_back(arg);
+    }
+  }
   std::vector<std::string> reversed(all.rbegin(), all.rend());  // as CLI11 wants it
   try {
     app.parse(reversed);
@@ -257,7 +275,10 @@ std::string PrintConfig(const CLI::App& app) {
     const bool is_flag = option->get_expected_max() == 0;
     std::string value = option->count() > 0 ? option->as<std::string>() : option->get_default_str();
     if (is_flag && value.empty()) value = name == "enable-prefix-caching" ? "true" : "false";
-    absl::StrAppend(&text, name, " = ", value.empty() ? "\"\"" : value, "\n");
+    const bool plain = !value.empty() && std::all_of(value.begin(), value.end(), [](char c) {
+      return absl::ascii_isalnum(static_cast<unsigned char>(c)) || std::strchr("._:/+-", c);
+    });
+    absl::StrAppend(&text, name, " = ", plain ? value : absl::StrCat("\"", value, "\""), "\n");
   }
   return text;
 }

@@ -21,13 +21,13 @@ std::string Seconds(int64_t ms) {
 void GroupMachine::EndEpoch(int rank, const std::string& what, bool fatal, int64_t now_ms) {
   if (!EpochOpen()) return;
   LogError(absl::StrCat("epoch ", epoch_, " ended: ", what));
-  const bool was_stable =
-      phase_ == Phase::kServing && now_ms - serving_since_ms_ >= options_.timeouts.stable_ms;
-  failures_in_a_row_ = was_stable ? 1 : failures_in_a_row_ + 1;
-  // The first failure is answered at once; a series backs off to 5 s.
+  const bool it_worked = phase_ == Phase::kServing &&
+                         (stepped_ || now_ms - serving_since_ms_ >= options_.timeouts.stable_ms);
+  failures_in_a_row_ = it_worked ? 1 : failures_in_a_row_ + 1;
+  // The first failure is answered at once; a series backs off.
   const int64_t pause_ms = failures_in_a_row_ == 1
                                ? 0
-                               : std::min<int64_t>(5'000, 100LL << std::min(failures_in_a_row_, 6));
+                               : std::min<int64_t>(3'000, 100LL << std::min(failures_in_a_row_, 6));
   earliest_form_ms_ = now_ms + pause_ms;
   symptom_.reset();
   step_due_ms_ = kNever;

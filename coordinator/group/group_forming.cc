@@ -123,6 +123,7 @@ void GroupMachine::SendConfigure(int64_t now_ms) {
   ledger_ = StepLedger(options_.tp_size);
   step_due_ms_ = kNever;
   symptom_.reset();
+  stepped_ = false;
   num_keys_ = 0;
   num_members_ready_ = 0;
   load_moved_ms_ = now_ms;

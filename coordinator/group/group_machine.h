@@ -10,7 +10,8 @@
 // stream ended, a heartbeat was missed, a step took too long, a rank reported
 // a failure or a rank lied; GroupFailed is posted once, at once, naming the
 // rank at fault. Survivors keep their rank, hence their weights; workers beyond
-// tp_size wait as spares. Failures in a row are spaced by a growing pause.
+// tp_size wait as spares. Epochs that fail before they did a step are spaced by a
+// growing pause.
 //
 // Pure: no thread, clock or I/O. The owner serialises the calls, hands in the
 // time (monotonic milliseconds) and calls OnTick at NextWakeMs().
@@ -131,6 +132,7 @@ class GroupMachine {
   int64_t load_moved_ms_ = 0;  // last sign of progress while loading
   int64_t serving_since_ms_ = 0;
   int64_t release_deadline_ms_ = kNever;
+  bool stepped_ = false;  // this epoch finished a step
   int failures_in_a_row_ = 0;
   size_t num_keys_ = 0;  // relayed in this epoch
   size_t num_members_ready_ = 0;

@@ -24,7 +24,7 @@ struct GroupTimeouts {
   // A failed collective is a symptom: what the cause turns out to be within
   // this time is named instead.
   int64_t symptom_ms = 100;
-  // An epoch that served this long ends a series of failures.
+  // An epoch that finished a step, or stood this long, ends a series of failures.
   int64_t stable_ms = 10'000;
   StepDeadlineOptions step;
 };

@@ -499,7 +499,19 @@ TEST_F(GroupMachineTest, RepeatedFailuresAreSpacedOut) {
   EXPECT_EQ(formed_at[0], 0);
   EXPECT_EQ(formed_at[1], 0);  // the first failure is answered at once
   EXPECT_GT(formed_at[5], formed_at[2]);
-  EXPECT_LE(formed_at[5], 5'500);
+  EXPECT_LE(formed_at[5], 3'500);
+}
+
+TEST_F(GroupMachineTest, AnEpochThatDidAStepEndsASeriesOfFailures) {
+  Make(1);
+  for (int i = 0; i < 6; ++i) {
+    const StreamId a = Attach();
+    EXPECT_NE(Epoch(a), 0u);
+    SayReady(a);
+    SendPlan(1);
+    Answer(a, 1, 1001);
+    machine_->OnClosed(a, now_);
+  }
 }
 
 TEST_F(GroupMachineTest, SizesAreDecidedOnceAndAnImpossibleSizeIsFatal) {

@@ -1,0 +1,181 @@
+#include "coordinator/options.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+
+namespace lockstep {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+class OptionsTest : public ::testing::Test {
+ protected:
+  ~OptionsTest() override {
+    for (const std::string& name : set_) unsetenv(name.c_str());
+  }
+  void SetVariable(const std::string& name, const std::string& value) {
+    setenv(name.c_str(), value.c_str(), 1);
+    set_.push_back(name);
+  }
+  std::string File(const std::string& text) {
+    const std::string path = absl::StrCat(::testing::TempDir(), "/options-", getpid(), ".conf");
+    std::ofstream(path) << text;
+    return path;
+  }
+  absl::Status Parse(const std::vector<std::string>& args) {
+    options_ = {};
+    app_ = std::make_unique<CLI::App>("test");
+    AddCoordinatorFlags(*app_, &options_);
+    return ParseWithSources(*app_, args);
+  }
+  std::string Error(const std::vector<std::string>& args) {
+    absl::Status status = Parse(args);
+    if (status.ok()) status = ValidateOptions(options_);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(status.message().find('\n'), absl::string_view::npos);
+    return std::string(status.message());
+  }
+
+  CoordinatorOptions options_;
+  std::unique_ptr<CLI::App> app_;
+  std::vector<std::string> set_;
+};
+
+TEST_F(OptionsTest, DefaultsAreThoseOfTheManual) {
+  ASSERT_TRUE(Parse({"--model", "m"}).ok());
+  EXPECT_TRUE(ValidateOptions(options_).ok());
+  EXPECT_EQ(options_.model, "m");
+  EXPECT_EQ(options_.block_size, 16u);
+  EXPECT_EQ(options_.host, "127.0.0.1");
+  EXPECT_EQ(options_.http_port, 8000u);
+  EXPECT_EQ(options_.grpc_port, 50051u);
+  EXPECT_EQ(options_.drain_timeout_s, 30);
+  EXPECT_EQ(options_.recovery_timeout_s, 60);
+  EXPECT_TRUE(options_.enable_prefix_caching);
+  EXPECT_FALSE(options_.reflection);
+}
+
+TEST_F(OptionsTest, CommandLineOverEnvironmentOverFile) {
+  const std::string file = File("max-num-seqs = 1\nblock-size = 2\nmodel = \"from file\"\n");
+  SetVariable("LOCKSTEP_MAX_NUM_SEQS", "5");
+  SetVariable("LOCKSTEP_BLOCK_SIZE", "6");
+  ASSERT_TRUE(Parse({"--config", file, "--block-size", "8"}).ok());
+  EXPECT_EQ(options_.model, "from file");
+  EXPECT_EQ(options_.max_num_seqs, 5u);
+  EXPECT_EQ(options_.block_size, 8u);
+}
+
+TEST_F(OptionsTest, SwitchesComeFromEverySource) {
+  ASSERT_TRUE(Parse({"--no-enable-prefix-caching"}).ok());
+  EXPECT_FALSE(options_.enable_prefix_caching);
+  SetVariable("LOCKSTEP_ENABLE_PREFIX_CACHING", "false");
+  SetVariable("LOCKSTEP_REFLECTION", "true");
+  ASSERT_TRUE(Parse({}).ok());
+  EXPECT_FALSE(options_.enable_prefix_caching);
+  EXPECT_TRUE(options_.reflection);
+  ASSERT_TRUE(Parse({"--enable-prefix-caching"}).ok());
+  EXPECT_TRUE(options_.enable_prefix_caching);
+  const std::string file = File("enable-prefix-caching = false\ninsecure = true\n");
+  unsetenv("LOCKSTEP_ENABLE_PREFIX_CACHING");
+  SetVariable("LOCKSTEP_CONFIG", file);
+  ASSERT_TRUE(Parse({}).ok());
+  EXPECT_FALSE(options_.enable_prefix_caching);
+  EXPECT_TRUE(options_.insecure);
+}
+
+TEST_F(OptionsTest, AnEmptyValueIsAValue) {
+  SetVariable("LOCKSTEP_QUANTIZATION", "");
+  ASSERT_TRUE(Parse({"--served-model-name=", "--block-size", "8", "--port-file", ""}).ok());
+  EXPECT_EQ(options_.served_model_name, "");
+  EXPECT_EQ(options_.quantization, "");
+  EXPECT_EQ(options_.block_size, 8u);
+}
+
+TEST_F(OptionsTest, TheLastOfARepeatedFlagWins) {
+  ASSERT_TRUE(Parse({"--block-size", "4", "--block-size=8"}).ok());
+  EXPECT_EQ(options_.block_size, 8u);
+}
+
+TEST_F(OptionsTest, BadInputIsOneLineThatNamesIt) {
+  EXPECT_THAT(Error({"--frobnicate", "3"}), HasSubstr("--frobnicate"));
+  EXPECT_THAT(Error({"--block-size", "many"}), HasSubstr("--block-size"));
+  EXPECT_THAT(Error({"--block-size", "-1"}), HasSubstr("--block-size"));
+  EXPECT_THAT(Error({"--http-port", "99999", "--model", "m"}),
+              AllOf(HasSubstr("--http-port"), HasSubstr("65535")));
+  EXPECT_THAT(Error({}), HasSubstr("--model"));
+  EXPECT_THAT(Error({"--model", "m", "--backend", "tpu"}),
+              AllOf(HasSubstr("tpu"), HasSubstr("cpu, cuda")));
+  EXPECT_THAT(Error({"--model", "m", "--dtype", "int3"}), HasSubstr("bfloat16"));
+  EXPECT_THAT(Error({"--model", "m", "--tensor-parallel-size", "0"}),
+              HasSubstr("--tensor-parallel-size"));
+  EXPECT_THAT(Error({"--model", "m", "--gpu-memory-utilization", "1.5"}),
+              HasSubstr("--gpu-memory-utilization"));
+  EXPECT_THAT(Error({"--model", "m", "--gpu-memory-utilization", "nan"}),
+              HasSubstr("--gpu-memory-utilization"));
+  EXPECT_THAT(Error({"--model", "m", "--drain-timeout", "-1"}), HasSubstr("--drain-timeout"));
+  EXPECT_THAT(Error({"--model", "m", "--log-level", "loud"}), HasSubstr("--log-level"));
+  EXPECT_THAT(Error({"--model", "m", "--max-num-seqs", "64", "--max-num-batched-tokens", "8"}),
+              AllOf(HasSubstr("--max-num-seqs 64"), HasSubstr("--max-num-batched-tokens 8")));
+  EXPECT_THAT(Error({"--config", "/nonexistent.conf"}), HasSubstr("/nonexistent.conf"));
+}
+
+TEST_F(OptionsTest, BadFilesAndVariablesAreNamed) {
+  const std::string file = File("block-sise = 3\n");
+  EXPECT_THAT(Error({"--config", file}), AllOf(HasSubstr(file), HasSubstr("block-sise")));
+  SetVariable("LOCKSTEP_BLOCK_SIZE", "x");
+  EXPECT_THAT(Error({"--model", "m"}), HasSubstr("LOCKSTEP_BLOCK_SIZE"));
+}
+
+TEST_F(OptionsTest, PlainTextBeyondThisHostNeedsSayingSo) {
+  EXPECT_THAT(Error({"--model", "m", "--host", "0.0.0.0"}),
+              AllOf(HasSubstr("--host"), HasSubstr("--insecure")));
+  EXPECT_THAT(Error({"--model", "m", "--worker-address", "10.0.0.1:50052"}),
+              HasSubstr("--worker-address"));
+  ASSERT_TRUE(Parse({"--model", "m", "--host", "0.0.0.0", "--insecure"}).ok());
+  EXPECT_TRUE(ValidateOptions(options_).ok());
+  for (const char* local :
+       {"127.0.0.1", "127.0.0.1:5", "localhost:5", "unix:/a/b", "[::1]:5", "::1", "[::1]"}) {
+    EXPECT_TRUE(IsLocalAddress(local)) << local;
+  }
+  for (const char* far :
+       {"0.0.0.0", "0.0.0.0:5", "example.org", "[2001:db8::1]:5", "::", "", "128.0.0.1"}) {
+    EXPECT_FALSE(IsLocalAddress(far)) << far;
+  }
+}
+
+TEST_F(OptionsTest, HelpIsGroupedAndIsNoError) {
+  const absl::Status help = Parse({"--help"});
+  EXPECT_EQ(help.code(), absl::StatusCode::kNotFound);
+  for (const char* part : {"Model:", "Memory:", "Requests:", "Network:", "Operations:",
+                           "--tensor-parallel-size", "--drain-timeout"}) {
+    EXPECT_THAT(std::string(help.message()), HasSubstr(part));
+  }
+}
+
+TEST_F(OptionsTest, PrintedConfigurationReadsBackAsItself) {
+  ASSERT_TRUE(Parse({"--model", "some dir/m", "--no-enable-prefix-caching", "--block-size", "8",
+                     "--gpu-memory-utilization", "0.5", "--reflection"})
+                  .ok());
+  const std::string printed = PrintConfig(*app_);
+  ASSERT_TRUE(Parse({"--config", File(printed)}).ok()) << printed;
+  EXPECT_EQ(options_.model, "some dir/m");
+  EXPECT_FALSE(options_.enable_prefix_caching);
+  EXPECT_TRUE(options_.reflection);
+  EXPECT_FALSE(options_.insecure);
+  EXPECT_EQ(options_.block_size, 8u);
+  EXPECT_EQ(options_.gpu_memory_utilization, 0.5);
+  EXPECT_EQ(PrintConfig(*app_), printed);
+}
+
+}  // namespace
+}  // namespace lockstep
