@@ -127,6 +127,10 @@ function(lockstep_cc_test)
     set(A_TIMEOUT 120)
   endif()
   set_tests_properties(${A_NAME} PROPERTIES TIMEOUT ${A_TIMEOUT} LABELS "${A_LABELS}")
+  if(LOCKSTEP_SANITIZE STREQUAL "thread")
+    set_tests_properties(${A_NAME} PROPERTIES
+      ENVIRONMENT "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp")
+  endif()
 endfunction()
 
 function(lockstep_cc_benchmark)
