@@ -38,6 +38,8 @@ struct CommunicatorOptions {
   int64_t max_skew_ms = 0;   // a collective that waits longer for a rank fails; 0: 30,000
 };
 
+// Abort returns soon, whatever the peers do: the session calls it from the
+// threads that watch.
 class RankCommunicator : public Communicator {
  public:
   // Once, before any collective. Fails soon after Abort from another thread;

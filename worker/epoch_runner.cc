@@ -1,0 +1,321 @@
+#include "worker/epoch_runner.h"
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "wire/codec.h"
+#include "wire/protocol.h"
+#include "worker/load_progress.h"
+
+namespace lockstep {
+
+using worker::v1::WorkerMessage;
+
+struct EpochRunner::Epoch {
+  Epoch(StreamId s, const worker::v1::Configure& c, std::string bind, StreamExchange::Send send)
+      : stream(s),
+        number(c.epoch()),
+        configure(c),
+        bind_address(std::move(bind)),
+        exchange(c.epoch(), std::move(send)) {}
+
+  const StreamId stream;
+  const uint64_t number;
+  const worker::v1::Configure configure;
+  const std::string bind_address;
+  StreamExchange exchange;
+  std::atomic<bool> closed{false};
+  std::atomic<bool> failed{false};
+  bool answer = false;  // with Released, once released; guarded by the runner's mutex
+  // Set under the runner's mutex, unless closed; shared with whoever aborts it.
+  std::shared_ptr<RankCommunicator> communicator;
+};
+
+namespace {
+
+double SecondsSince(EpochRunner::Clock::time_point start) {
+  return std::chrono::duration<double>(EpochRunner::Clock::now() - start).count();
+}
+
+// A start that failed like this may succeed in another epoch.
+bool MayRecover(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsAborted(status) ||
+         absl::IsDeadlineExceeded(status) || absl::IsCancelled(status);
+}
+
+}  // namespace
+
+EpochRunner::EpochRunner(EpochRunnerOptions options, std::unique_ptr<ModelHost> host, Send send)
+    : options_(std::move(options)), host_(std::move(host)), send_(std::move(send)) {
+  thread_ = std::thread([this] { Loop(); });
+}
+
+EpochRunner::~EpochRunner() {
+  (void)Stop(std::chrono::milliseconds(0));
+  thread_.join();
+}
+
+void EpochRunner::OnConfigure(StreamId stream, const worker::v1::Configure& configure,
+                              const std::string& bind_address) {
+  EndCurrent(false);
+  auto epoch = std::make_shared<Epoch>(
+      stream, configure, bind_address,
+      [this, stream](const WorkerMessage& message) { send_(stream, message); });
+  if (absl::Status valid = CheckConfigure(configure); !valid.ok()) {
+    return Fail(*epoch, 0, valid, false);
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  current_ = std::move(epoch);
+  last_step_ = 0;
+  changed_.notify_all();
+}
+
+void EpochRunner::OnPlan(StreamId stream, const worker::v1::StepPlan& plan, uint64_t received_ns) {
+  absl::StatusOr<StepPlan> decoded = wire::Decode(plan);
+  std::shared_ptr<Epoch> epoch;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (current_ == nullptr || current_->stream != stream || current_->number != plan.epoch()) {
+      return;  // stale
+    }
+    epoch = current_;
+    if (epoch->failed) return;
+    if (decoded.ok() && plans_.size() < wire::kMaxPlansInFlight) {
+      plans_.push_back({epoch, *std::move(decoded), received_ns});
+      changed_.notify_all();
+      return;
+    }
+  }
+  const std::string what = decoded.ok()
+                               ? absl::StrCat("more than ", wire::kMaxPlansInFlight, " wait")
+                               : std::string(decoded.status().message());
+  Fail(*epoch, plan.step(), absl::InvalidArgumentError(absl::StrCat("plan: ", what)), true);
+}
+
+void EpochRunner::OnCommKey(const worker::v1::CommKey& key) {
+  std::shared_ptr<Epoch> epoch;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (current_ == nullptr || current_->number != key.epoch()) return;  // stale
+    epoch = current_;
+  }
+  if (!epoch->exchange.Deliver(key)) {
+    Fail(*epoch, 0, absl::InvalidArgumentError("communicator key: above the protocol's bounds"),
+         true);
+  }
+}
+
+void EpochRunner::OnClose(StreamId stream, uint64_t epoch) {
+  if (this->epoch() == epoch) return EndCurrent(true);
+  SendReleased(stream, epoch);  // there is nothing to let go of
+}
+
+void EpochRunner::Fence() { EndCurrent(false); }
+
+void EpochRunner::EndCurrent(bool answer) {
+  std::shared_ptr<Epoch> epoch;
+  std::shared_ptr<RankCommunicator> communicator;
+  bool answer_now = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (current_ == nullptr) return;
+    epoch = std::exchange(current_, nullptr);
+    plans_.clear();
+    epoch->closed = true;
+    communicator = epoch->communicator;
+    const bool held = epoch == running_ && !loading_;
+    answer_now = answer && !held;
+    epoch->answer = answer && held;
+    if (held) {
+      release_deadline_ = Clock::now() + std::chrono::milliseconds(options_.release_timeout_ms);
+    }
+    changed_.notify_all();
+  }
+  epoch->exchange.Cancel();
+  if (communicator != nullptr) communicator->Abort();
+  if (answer_now) SendReleased(epoch->stream, epoch->number);
+}
+
+bool EpochRunner::Stop(std::chrono::milliseconds bound) {
+  EndCurrent(false);
+  std::unique_lock<std::mutex> lock(mutex_);
+  stop_ = true;
+  changed_.notify_all();
+  return changed_.wait_for(lock, bound, [this] { return ended_; });
+}
+
+std::optional<EpochRunner::Clock::time_point> EpochRunner::release_deadline() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return release_deadline_;
+}
+
+uint64_t EpochRunner::epoch() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return current_ == nullptr ? 0 : current_->number;
+}
+
+uint64_t EpochRunner::last_step() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return last_step_;
+}
+
+void EpochRunner::Loop() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [this] {
+      return stop_ || !plans_.empty() || (running_ != nullptr && running_->closed) ||
+             current_ != running_;
+    });
+    if (running_ != nullptr && (running_->closed || stop_)) {
+      const std::shared_ptr<Epoch> epoch = running_;
+      lock.unlock();
+      Release(*epoch);
+      lock.lock();
+    } else if (stop_) {
+      break;
+    } else if (current_ != running_) {
+      running_ = current_;
+      const std::shared_ptr<Epoch> epoch = running_;
+      lock.unlock();
+      Start(*epoch);
+      lock.lock();
+    } else if (!plans_.empty()) {
+      const Plan plan = std::move(plans_.front());
+      plans_.pop_front();
+      lock.unlock();
+      Step(plan);
+      lock.lock();
+    }
+  }
+  ended_ = true;
+  changed_.notify_all();
+}
+
+void EpochRunner::Release(Epoch& epoch) {
+  host_->End();
+  std::shared_ptr<RankCommunicator> communicator;
+  bool answer = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    communicator = std::move(epoch.communicator);
+    answer = epoch.answer;
+    running_ = nullptr;
+  }
+  communicator.reset();  // closes its connections
+  if (answer) SendReleased(epoch.stream, epoch.number);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  release_deadline_.reset();
+}
+
+void EpochRunner::Start(Epoch& epoch) {
+  SetLogSource(absl::StrCat("rank ", epoch.configure.rank()));
+  const Clock::time_point start = Clock::now();
+  WorkerMessage message;
+  worker::v1::Ready* ready = message.mutable_ready();
+  const absl::Status formed = Form(epoch, ready);
+  if (!formed.ok()) return Fail(epoch, 0, formed, MayRecover(formed));
+  ready->set_epoch(epoch.number);
+  ready->set_rank(epoch.configure.rank());
+  ready->set_collective_library(options_.collective_library);
+  send_(epoch.stream, message);
+  LogInfo(absl::StrCat("epoch ", epoch.number, ": ready after ",
+                       static_cast<int64_t>(1e3 * SecondsSince(start)), " ms"));
+}
+
+absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
+  const auto add_phase = [&](const std::string& name, double seconds) {
+    worker::v1::LoadPhase* phase = ready->add_phases();
+    phase->set_name(name);
+    phase->set_seconds(seconds);
+  };
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    loading_ = true;
+  }
+  LoadProgressReport progress(epoch.configure.rank(), options_.terminal,
+                              [&](uint64_t done, uint64_t total) {
+                                WorkerMessage message;
+                                message.mutable_progress()->set_epoch(epoch.number);
+                                message.mutable_progress()->set_bytes_done(done);
+                                message.mutable_progress()->set_bytes_total(total);
+                                send_(epoch.stream, message);
+                              });
+  const absl::StatusOr<LoadReport> loaded = host_->Load(
+      epoch.configure, [&](uint64_t done, uint64_t total) { progress.Update(done, total); });
+  CommunicatorOptions options;
+  options.id = absl::StrCat(epoch.configure.communicator(), "/e", epoch.number);
+  options.rank = static_cast<int>(epoch.configure.rank());
+  options.size = static_cast<int>(epoch.configure.tp_size());
+  options.bind_address = epoch.bind_address;
+  options.max_skew_ms = static_cast<int64_t>(epoch.configure.max_skew_ms());
+  std::shared_ptr<RankCommunicator> communicator;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    loading_ = false;
+    if (!loaded.ok()) return loaded.status();
+    if (epoch.closed) return absl::AbortedError("the epoch was closed while loading");
+    communicator = epoch.communicator = options_.make_communicator(options);
+  }
+  for (const auto& [name, seconds] : loaded->phases) add_phase(name, seconds);
+  Clock::time_point start = Clock::now();
+  if (absl::Status joined = communicator->Join(epoch.exchange); !joined.ok()) return joined;
+  add_phase("communicator", SecondsSince(start));
+  start = Clock::now();
+  if (absl::Status begun = host_->Begin(epoch.number, communicator.get()); !begun.ok()) {
+    return begun;
+  }
+  add_phase("kv", SecondsSince(start));
+  ready->set_weight_bytes(loaded->weight_bytes);
+  ready->set_checkpoint_bytes(loaded->checkpoint_bytes);
+  ready->set_kv_bytes(loaded->kv_bytes);
+  ready->set_shard(loaded->shard);
+  return absl::OkStatus();
+}
+
+void EpochRunner::Step(const Plan& plan) {
+  Epoch& epoch = *plan.epoch;
+  if (epoch.closed || epoch.failed) return;
+  const absl::StatusOr<StepResult> result = host_->Run(plan.plan, plan.received_ns);
+  if (!result.ok()) return Fail(epoch, plan.plan.step, result.status(), true);
+  WorkerMessage message;
+  *message.mutable_result() = wire::Encode(*result);
+  send_(epoch.stream, message);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  last_step_ = plan.plan.step;
+}
+
+// An epoch that was closed meanwhile has nothing to report: whatever went wrong
+// is what closing it does.
+void EpochRunner::Fail(Epoch& epoch, uint64_t step, const absl::Status& status, bool recoverable) {
+  std::shared_ptr<RankCommunicator> communicator;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (epoch.closed || epoch.failed.exchange(true)) return;
+    plans_.clear();
+    communicator = epoch.communicator;
+  }
+  WorkerMessage message;
+  worker::v1::Failure* failure = message.mutable_failure();
+  failure->set_epoch(epoch.number);
+  failure->set_step(step);
+  failure->set_code(static_cast<uint32_t>(status.code()));
+  failure->set_message(std::string(status.message()));
+  failure->set_recoverable(recoverable);
+  send_(epoch.stream, message);
+  LogError(absl::StrCat("epoch ", epoch.number, step == 0 ? "" : absl::StrCat(", step ", step),
+                        ": ", std::string(status.message())));
+  // After the report: the other ranks' failures are symptoms of this one.
+  if (communicator != nullptr) communicator->Abort();
+}
+
+void EpochRunner::SendReleased(StreamId stream, uint64_t epoch) {
+  WorkerMessage message;
+  message.mutable_released()->set_epoch(epoch);
+  send_(stream, message);
+}
+
+}  // namespace lockstep

@@ -1,0 +1,109 @@
+// The part of a worker that computes: one thread that takes an epoch from
+// Configure to its end. The session's threads feed it; they never wait for it.
+//
+//   OnConfigure --> load --> join --> Ready --> step, step, ... --> (closed) --> release
+//
+// A newer Configure, OnClose or Fence ends the epoch at once from the outside:
+// plans are dropped, the communicator is aborted, the address exchange is
+// cancelled. The thread then has until release_deadline() to come back from
+// whatever it is in, and lets go of the communicator. Loading weights is not
+// waited for: it touches nothing of the epoch, and the next one wants the same.
+//
+// What is sent carries the stream it belongs to, so that an answer never reaches
+// a coordinator that did not ask.
+#ifndef LOCKSTEP_WORKER_EPOCH_RUNNER_H_
+#define LOCKSTEP_WORKER_EPOCH_RUNNER_H_
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "proto/worker.pb.h"
+#include "worker/comm/rank_communicator.h"
+#include "worker/model_host.h"
+#include "worker/stream_exchange.h"
+
+namespace lockstep {
+
+struct EpochRunnerOptions {
+  std::string collective_library;  // for Ready
+  bool terminal = false;           // progress as a bar on stderr
+  int64_t release_timeout_ms = 0;
+  std::function<std::unique_ptr<RankCommunicator>(const CommunicatorOptions&)> make_communicator;
+};
+
+class EpochRunner {
+ public:
+  using Clock = std::chrono::steady_clock;
+  using StreamId = uint64_t;
+  // Drops what belongs to a stream that is gone. Any thread; may block for as
+  // long as the stream takes to break.
+  using Send = std::function<void(StreamId, const worker::v1::WorkerMessage&)>;
+
+  EpochRunner(EpochRunnerOptions options, std::unique_ptr<ModelHost> host, Send send);
+  // Waits for the thread: call Stop first where that may take for ever.
+  ~EpochRunner();
+
+  // Of the reader's thread. `bind_address`: what other ranks can reach.
+  void OnConfigure(StreamId stream, const worker::v1::Configure& configure,
+                   const std::string& bind_address);
+  void OnPlan(StreamId stream, const worker::v1::StepPlan& plan, uint64_t received_ns);
+  void OnCommKey(const worker::v1::CommKey& key);
+  void OnClose(StreamId stream, uint64_t epoch);
+
+  // Any thread. Ends the epoch without an answer: nobody is there to read it.
+  void Fence();
+  // Fences and asks the thread to end. False: it is still busy after `bound`.
+  bool Stop(std::chrono::milliseconds bound);
+  // Set while a closed epoch has not been let go of.
+  std::optional<Clock::time_point> release_deadline() const;
+  uint64_t epoch() const;  // 0: none
+  uint64_t last_step() const;
+  int loaded_rank() const { return host_->loaded_rank(); }
+
+ private:
+  struct Epoch;
+  struct Plan {
+    std::shared_ptr<Epoch> epoch;
+    StepPlan plan;
+    uint64_t received_ns = 0;
+  };
+
+  void Loop();
+  void Start(Epoch& epoch);
+  absl::Status Form(Epoch& epoch, worker::v1::Ready* ready);
+  void Step(const Plan& plan);
+  void Release(Epoch& epoch);
+  // Ends current_, if any. `answer`: with Released.
+  void EndCurrent(bool answer);
+  void Fail(Epoch& epoch, uint64_t step, const absl::Status& status, bool recoverable);
+  void SendReleased(StreamId stream, uint64_t epoch);
+
+  const EpochRunnerOptions options_;
+  const std::unique_ptr<ModelHost> host_;  // of the thread, but loaded_rank
+  const Send send_;
+
+  mutable std::mutex mutex_;  // guards the fields below; never held while sending or computing
+  std::condition_variable changed_;
+  std::shared_ptr<Epoch> current_;  // open; null: none
+  std::shared_ptr<Epoch> running_;  // the thread's; closed ones included
+  std::deque<Plan> plans_;          // of current_, waiting: at most kMaxPlansInFlight
+  bool loading_ = false;
+  bool stop_ = false;
+  bool ended_ = false;
+  uint64_t last_step_ = 0;
+  std::optional<Clock::time_point> release_deadline_;
+
+  std::thread thread_;  // last: runs on all of the above
+};
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_WORKER_EPOCH_RUNNER_H_
