@@ -28,13 +28,16 @@ class Decoder;  // worker/decoder.h
 
 class StepExecutor {
  public:
-  // `decoder` outlives the executor.
+  // `decoder` outlives the executor and has been attached to the epoch's
+  // communicator.
   StepExecutor(const ExecutorLimits& limits, uint64_t epoch, Decoder* decoder);
   ~StepExecutor();
 
   // plan_received_ns: the monotonic clock when the plan had been read.
-  // InvalidArgument: the plan contradicts this worker's state (digest, step,
-  // ids). Aborted / Unavailable: a collective failed. Internal: the rest.
+  // InvalidArgument: the plan contradicts this worker's state (epoch, step,
+  // ids, limits). FailedPrecondition: its digest is not the one of this worker's
+  // slots. Aborted / Unavailable: a collective failed; the epoch is over, and
+  // every later call fails alike. Internal: the rest.
   absl::StatusOr<StepResult> Run(const StepPlan& plan, uint64_t plan_received_ns);
 
  private:

@@ -2,7 +2,7 @@
 // serving dtype, vectors in float32. Loading touches only the byte ranges of the
 // rank's own slices. Immutable once loaded.
 //
-//   auto weights = Weights::Load(*checkpoint, plan, config, options, &pool);
+//   auto weights = Weights::Load(*checkpoint, plan, options, &pool);
 //   const WeightTensor* qkv = (*weights)->Find("layers.0.qkv.weight");
 #ifndef LOCKSTEP_WORKER_WEIGHTS_H_
 #define LOCKSTEP_WORKER_WEIGHTS_H_
@@ -46,7 +46,6 @@ class Weights {
   // NotFound / InvalidArgument name the tensor and its file or directory.
   static absl::StatusOr<std::unique_ptr<Weights>> Load(const Checkpoint& checkpoint,
                                                        const ShardPlan& plan,
-                                                       const ModelConfig& config,
                                                        const WeightOptions& options,
                                                        ThreadPool* pool);
 

@@ -1,0 +1,538 @@
+#include "worker/backend/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/check.h"
+#include "worker/backend/cpu/gemm.h"
+#include "worker/backend/cpu/kernels.h"
+#include "worker/backend/cpu/kv_cache.h"
+#include "worker/backend/cpu/layer_weights.h"
+#include "worker/backend/cpu/rotary.h"
+#include "worker/backend/cpu/slot_table.h"
+#include "worker/sampler.h"
+
+namespace lockstep {
+namespace {
+
+using cpu::kLanes;
+using cpu::NormWeights;
+using cpu::SlotState;
+
+// Logits of one chunk, over the whole vocabulary: beyond this, more rows no
+// longer make the head's product faster.
+constexpr int64_t kLogitChunkBytes = 32 << 20;
+constexpr int64_t kMaxLogitRows = 256;
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const ModelConfig& config, const ShardPlan& plan, std::unique_ptr<Weights> weights,
+             cpu::ModelWeights model, const BackendLimits& limits,
+             std::unique_ptr<cpu::KvCache> cache, ThreadPool* pool);
+
+  absl::Status Attach(Communicator* comm) override;
+  void Admit(const NewSequence& sequence) override { slots_.Admit(sequence); }
+  void Grow(Slot slot, absl::Span<const BlockId> blocks) override { slots_.Grow(slot, blocks); }
+  void Release(Slot slot) override { slots_.Release(slot); }
+
+  void Begin(absl::Span<const BatchSpan> spans) override;
+  void Embed(const EmbedOp& op) override;
+  void Qkv(const QkvOp& op) override;
+  void Attention(const AttentionOp& op) override;
+  void AttentionOutput(int64_t layer) override;
+  void ReduceResidualNorm(const ReduceOp& op) override;
+  void GateUp(int64_t layer) override;
+  void Down(int64_t layer) override;
+  void Logits(absl::Span<const LogitRow> rows) override;
+  void Sample(absl::Span<const LogitRow> rows) override;
+  absl::StatusOr<StepOutput> Finish() override;
+
+  int64_t max_logit_rows() const override { return max_logit_rows_; }
+  int64_t weight_bytes() const override { return weights_->allocated_bytes(); }
+  int64_t kv_bytes() const override { return cache_->bytes(); }
+  std::string description() const override {
+    return absl::StrCat("cpu, ", kernels_.name, ", ", pool_.size(),
+                        pool_.size() == 1 ? " thread" : " threads");
+  }
+
+ private:
+  struct Row {
+    SlotState* slot = nullptr;
+    int64_t position = 0;
+  };
+  struct Pending {  // a token sampled in this step
+    SlotState* slot = nullptr;
+    SampledToken result;
+  };
+
+  void Norm(const NormWeights& norm, const float* x, float* out) const;
+  void NormRow(const NormWeights* norm, int64_t row);
+  void ChooseRow(const LogitRow& row, absl::Span<float> logits, int thread, SampledToken* sampled,
+                 cpu::SlotState* slot);
+  void Gemm(const float* x, int64_t ldx, int64_t m, const WeightTensor& w, int64_t slices, float* y,
+            int64_t ldy) {
+    cpu::Gemm(kernels_, pool_, workspace_, x, ldx, m, w, slices, y, ldy);
+  }
+  int64_t num_rows() const { return static_cast<int64_t>(rows_.size()); }
+  float* At(std::vector<float>& buffer, int64_t row, int64_t width) {
+    return buffer.data() + row * width;
+  }
+
+  const ModelConfig config_;
+  const ShardPlan plan_;
+  const BackendLimits limits_;
+  const cpu::Kernels& kernels_;
+  ThreadPool& pool_;
+  const std::unique_ptr<Weights> weights_;
+  const cpu::ModelWeights model_;
+  const std::unique_ptr<cpu::KvCache> cache_;
+  const int64_t max_logit_rows_;
+  const int64_t q_width_, kv_width_, qkv_width_, up_width_;
+  const int64_t group_;  // query heads a KV head
+  Communicator* comm_ = nullptr;
+  cpu::SlotTable slots_;
+
+  // Of the step.
+  absl::Status status_;
+  std::vector<BatchSpan> spans_;
+  std::vector<Row> rows_;
+  std::vector<Pending> pending_;
+  StepOutput output_;
+
+  // Buffers of max_batched_tokens rows.
+  std::vector<float> residual_, normed_, partial_;  // [rows, hidden]
+  std::vector<float> embedded_;                     // [rows, embedding_dim], only with project_in
+  std::vector<float> qkv_;                          // [rows, q + k + v]
+  std::vector<float> heads_;                        // [rows, q]
+  std::vector<float> up_;                           // [rows, gate + up]
+  cpu::RotaryTable rope_, rope_local_;
+  std::vector<std::vector<float>> scores_;  // per thread: [group, max_model_len]
+  // Of max_logit_rows_ rows.
+  std::vector<float> head_in_, head_projected_;  // [rows, hidden], [rows, embedding_dim]
+  std::vector<float> local_logits_;              // [rows, local_vocab]
+  std::vector<float> gathered_;                  // rank 0: [ranks, rows, local_vocab]
+  std::vector<std::vector<float>> row_logits_;   // rank 0, per thread: [padded_vocab]
+  std::vector<SamplerScratch> sampler_scratch_;  // per thread
+  cpu::GemmWorkspace workspace_;
+};
+
+CpuBackend::CpuBackend(const ModelConfig& config, const ShardPlan& plan,
+                       std::unique_ptr<Weights> weights, cpu::ModelWeights model,
+                       const BackendLimits& limits, std::unique_ptr<cpu::KvCache> cache,
+                       ThreadPool* pool)
+    : config_(config),
+      plan_(plan),
+      limits_(limits),
+      kernels_(cpu::BestKernels()),
+      pool_(*pool),
+      weights_(std::move(weights)),
+      model_(std::move(model)),
+      cache_(std::move(cache)),
+      max_logit_rows_(
+          std::clamp<int64_t>(kLogitChunkBytes / (plan.padded_vocab * 4), 1,
+                              std::min<int64_t>(kMaxLogitRows, limits.max_batched_tokens))),
+      q_width_(plan.local_heads * config.head_dim),
+      kv_width_(plan.local_kv_heads * config.head_dim),
+      qkv_width_(q_width_ + 2 * kv_width_),
+      up_width_(plan.local_intermediate * (config.gated_mlp ? 2 : 1)),
+      group_(plan.local_heads / plan.local_kv_heads),
+      slots_(limits.max_num_seqs),
+      rope_(config.rope, config.head_dim),
+      rope_local_(config.rope_local, config.head_dim),
+      scores_(pool->size()),
+      row_logits_(pool->size()),
+      sampler_scratch_(pool->size()),
+      workspace_(kernels_, pool->size()) {
+  const int64_t rows = limits.max_batched_tokens, hidden = config.hidden_size;
+  for (std::vector<float>* buffer : {&residual_, &normed_, &partial_})
+    buffer->resize(rows * hidden);
+  if (model_.project_in.data != nullptr) embedded_.resize(rows * config.embedding_dim);
+  qkv_.resize(rows * qkv_width_);
+  heads_.resize(rows * q_width_);
+  up_.resize(rows * up_width_);
+  const int64_t seen = (limits.max_model_len + kLanes - 1) / kLanes * kLanes;
+  for (std::vector<float>& scores : scores_) scores.resize(group_ * seen);
+  head_in_.resize(max_logit_rows_ * hidden);
+  if (model_.project_out.data != nullptr) {
+    head_projected_.resize(max_logit_rows_ * config.embedding_dim);
+  }
+  local_logits_.resize(max_logit_rows_ * plan.local_vocab);
+  if (plan.rank == 0 && plan.tp_size > 1) {
+    gathered_.resize(max_logit_rows_ * plan.padded_vocab);
+    for (std::vector<float>& row : row_logits_) row.resize(plan.padded_vocab);
+  }
+  workspace_.Reserve(rows, hidden, 1);
+  workspace_.Reserve(rows, q_width_, plan.attention_slices / plan.tp_size);
+  workspace_.Reserve(rows, plan.local_intermediate, plan.mlp_slices / plan.tp_size);
+  workspace_.Reserve(rows, config.embedding_dim, 1);
+}
+
+absl::Status CpuBackend::Attach(Communicator* comm) {
+  comm_ = comm;
+  slots_.Clear();
+  return absl::OkStatus();
+}
+
+void CpuBackend::Begin(absl::Span<const BatchSpan> spans) {
+  status_ = absl::OkStatus();
+  output_ = {};
+  pending_.clear();
+  spans_.assign(spans.begin(), spans.end());
+  rows_.clear();
+  std::vector<int64_t> positions;
+  for (const BatchSpan& span : spans) {
+    SlotState& slot = slots_.At(span.slot);
+    for (uint32_t i = 0; i < span.count; ++i) {
+      rows_.push_back({&slot, int64_t{span.begin} + i});
+      positions.push_back(int64_t{span.begin} + i);
+    }
+  }
+  LOCKSTEP_CHECK(rows_.size() <= limits_.max_batched_tokens);
+  comm_->ResetStats();
+  if (config_.position == PositionKind::kRope) {
+    rope_.Prepare(positions, pool_);
+    if (!(config_.rope_local == config_.rope)) rope_local_.Prepare(positions, pool_);
+  }
+}
+
+void CpuBackend::Norm(const NormWeights& norm, const float* x, float* out) const {
+  const float eps = static_cast<float>(config_.norm_eps);
+  if (config_.norm == NormKind::kRms) {
+    kernels_.rms_norm(x, norm.weight, config_.norm_weight_plus_one ? 1.0f : 0.0f, eps,
+                      config_.hidden_size, out);
+  } else {
+    kernels_.layer_norm(x, norm.weight, norm.bias, eps, config_.hidden_size, out);
+  }
+}
+
+// normed = norm(residual), or a copy of it.
+void CpuBackend::NormRow(const NormWeights* norm, int64_t row) {
+  const int64_t hidden = config_.hidden_size;
+  const float* residual = At(residual_, row, hidden);
+  float* normed = At(normed_, row, hidden);
+  if (norm != nullptr) {
+    Norm(*norm, residual, normed);
+  } else {
+    std::memcpy(normed, residual, hidden * sizeof(float));
+  }
+}
+
+void CpuBackend::Embed(const EmbedOp& op) {
+  const int64_t width = config_.embedding_dim, hidden = config_.hidden_size;
+  const bool projected = model_.project_in.data != nullptr;
+  std::vector<float>& embedded = projected ? embedded_ : residual_;
+  const int64_t row_bytes = width * DTypeBytes(model_.embedding.dtype);
+  pool_.ParallelFor(num_rows(), [&](int64_t r, int) {
+    float* out = At(embedded, r, width);
+    const int64_t token = rows_[r].slot->tokens[rows_[r].position];
+    const int64_t local = token - plan_.first_vocab;
+    if (local < 0 || local >= plan_.local_vocab) {
+      std::fill(out, out + width, 0.0f);
+      return;
+    }
+    kernels_.widen(model_.embedding.data + local * row_bytes, model_.embedding.dtype, width, out);
+    // As if zeros of other ranks were added: a negative zero must not tell tp sizes apart.
+    for (int64_t i = 0; i < width; ++i) out[i] += 0.0f;
+  });
+  status_ = comm_->AllReduceSum(absl::MakeSpan(embedded.data(), num_rows() * width));
+  if (!status_.ok()) return;
+  const float scale = static_cast<float>(config_.embedding_scale);
+  if (scale != 1.0f) {
+    for (int64_t i = 0; i < num_rows() * width; ++i) embedded[i] *= scale;
+  }
+  if (projected) {
+    Gemm(embedded.data(), width, num_rows(), model_.project_in, 1, residual_.data(), hidden);
+  }
+  const NormWeights* norm = model_.Find(op.norm);
+  pool_.ParallelFor(num_rows(), [&](int64_t r, int) {
+    if (model_.position.data != nullptr) {
+      float* normed = At(normed_, r, hidden);  // free until the norm below
+      const int64_t at = rows_[r].position + config_.position_offset;
+      kernels_.widen(model_.position.data + at * hidden * DTypeBytes(model_.position.dtype),
+                     model_.position.dtype, hidden, normed);
+      float* residual = At(residual_, r, hidden);
+      for (int64_t i = 0; i < hidden; ++i) residual[i] += normed[i];
+    }
+    NormRow(norm, r);
+  });
+}
+
+void CpuBackend::Qkv(const QkvOp& op) {
+  if (!status_.ok()) return;
+  const cpu::LayerWeights& w = model_.layers[op.layer];
+  Gemm(normed_.data(), config_.hidden_size, num_rows(), w.qkv.weight, 1, qkv_.data(), qkv_width_);
+
+  const int64_t head_dim = config_.head_dim;
+  const float eps = static_cast<float>(config_.norm_eps);
+  const float offset = config_.norm_weight_plus_one ? 1.0f : 0.0f;
+  const cpu::RotaryTable* rope = op.rope == RopeTable::kNone     ? nullptr
+                                 : op.rope == RopeTable::kGlobal ? &rope_
+                                                                 : &rope_local_;
+  const DType kv_dtype = cache_->shape().dtype;
+  pool_.ParallelFor(num_rows(), [&](int64_t r, int) {
+    float* qkv = At(qkv_, r, qkv_width_);
+    if (w.qkv.bias != nullptr) {
+      for (int64_t i = 0; i < qkv_width_; ++i) qkv[i] += w.qkv.bias[i];
+    }
+    for (int64_t head = 0; head < plan_.local_heads + plan_.local_kv_heads; ++head) {
+      float* x = qkv + head * head_dim;
+      const float* norm = head < plan_.local_heads ? w.q_norm : w.k_norm;
+      if (norm != nullptr) kernels_.rms_norm(x, norm, offset, eps, head_dim, x);
+      if (rope != nullptr) kernels_.rope(x, rope->Cos(r), rope->Sin(r), head_dim / 2);
+    }
+    const int64_t position = rows_[r].position;
+    const int64_t at = cache_->OffsetOf(rows_[r].slot->table[position / limits_.block_size],
+                                        position % limits_.block_size);
+    for (int64_t head = 0; head < plan_.local_kv_heads; ++head) {
+      const float* k = qkv + q_width_ + head * head_dim;
+      kernels_.narrow(k, head_dim, kv_dtype, cache_->K(op.layer, head) + at);
+      kernels_.narrow(k + kv_width_, head_dim, kv_dtype, cache_->V(op.layer, head) + at);
+    }
+  });
+}
+
+void CpuBackend::Attention(const AttentionOp& op) {
+  if (!status_.ok()) return;
+  // A task is a row and a KV head, or part of its query heads while there are
+  // fewer tasks than threads.
+  int64_t parts = 1;
+  while (num_rows() * plan_.local_kv_heads * parts < pool_.size() && group_ % (parts * 2) == 0) {
+    parts *= 2;
+  }
+  const int64_t heads = group_ / parts;
+  const int64_t tasks = plan_.local_kv_heads * parts;
+  pool_.ParallelFor(num_rows() * tasks, [&](int64_t i, int thread) {
+    const int64_t r = i / tasks, head = i % tasks * heads, kv_head = head / group_;
+    const int64_t end = rows_[r].position + 1;
+    kernels_.attention({.q = At(qkv_, r, qkv_width_) + head * config_.head_dim,
+                        .heads = heads,
+                        .head_dim = config_.head_dim,
+                        .k = cache_->K(op.layer, kv_head),
+                        .v = cache_->V(op.layer, kv_head),
+                        .dtype = cache_->shape().dtype,
+                        .table = rows_[r].slot->table.data(),
+                        .block_size = limits_.block_size,
+                        .block_stride = cache_->block_stride(),
+                        .begin = op.window > 0 ? std::max<int64_t>(0, end - op.window) : 0,
+                        .end = end,
+                        .scale = op.scale,
+                        .scores = scores_[thread].data(),
+                        .out = At(heads_, r, q_width_) + head * config_.head_dim});
+  });
+}
+
+void CpuBackend::AttentionOutput(int64_t layer) {
+  if (!status_.ok()) return;
+  Gemm(heads_.data(), q_width_, num_rows(), model_.layers[layer].o.weight,
+       plan_.attention_slices / plan_.tp_size, partial_.data(), config_.hidden_size);
+}
+
+void CpuBackend::ReduceResidualNorm(const ReduceOp& op) {
+  if (!status_.ok()) return;
+  const int64_t hidden = config_.hidden_size;
+  status_ = comm_->AllReduceSum(absl::MakeSpan(partial_.data(), num_rows() * hidden));
+  if (!status_.ok()) return;
+  const cpu::LayerWeights& w = model_.layers[op.layer];
+  const float* bias = op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
+  const NormWeights* post = model_.Find(op.post);
+  const NormWeights* next = model_.Find(op.next);
+  pool_.ParallelFor(num_rows(), [&](int64_t r, int) {
+    float* x = At(partial_, r, hidden);
+    float* residual = At(residual_, r, hidden);
+    if (bias != nullptr) {
+      for (int64_t i = 0; i < hidden; ++i) x[i] += bias[i];
+    }
+    if (post != nullptr) Norm(*post, x, x);
+    for (int64_t i = 0; i < hidden; ++i) residual[i] += x[i];
+    NormRow(next, r);
+    if (op.norm_is_residual) std::memcpy(residual, At(normed_, r, hidden), hidden * sizeof(float));
+  });
+}
+
+void CpuBackend::GateUp(int64_t layer) {
+  if (!status_.ok()) return;
+  const cpu::LayerWeights& w = model_.layers[layer];
+  Gemm(normed_.data(), config_.hidden_size, num_rows(), w.up.weight, 1, up_.data(), up_width_);
+  pool_.ParallelFor(num_rows(), [&](int64_t r, int) {
+    float* x = At(up_, r, up_width_);
+    if (w.up.bias != nullptr) {
+      for (int64_t i = 0; i < up_width_; ++i) x[i] += w.up.bias[i];
+    }
+    const float* up = config_.gated_mlp ? x + plan_.local_intermediate : nullptr;
+    kernels_.activate(config_.activation, x, up, plan_.local_intermediate, x);
+  });
+}
+
+void CpuBackend::Down(int64_t layer) {
+  if (!status_.ok()) return;
+  Gemm(up_.data(), up_width_, num_rows(), model_.layers[layer].down.weight,
+       plan_.mlp_slices / plan_.tp_size, partial_.data(), config_.hidden_size);
+}
+
+void CpuBackend::Logits(absl::Span<const LogitRow> rows) {
+  if (!status_.ok()) return;
+  const int64_t count = static_cast<int64_t>(rows.size()), hidden = config_.hidden_size;
+  LOCKSTEP_CHECK(count <= max_logit_rows_);
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(At(head_in_, i, hidden), At(normed_, rows[i].row, hidden), hidden * sizeof(float));
+  }
+  const float* x = head_in_.data();
+  if (model_.project_out.data != nullptr) {
+    Gemm(x, hidden, count, model_.project_out, 1, head_projected_.data(), config_.embedding_dim);
+    x = head_projected_.data();
+  }
+  Gemm(x, config_.embedding_dim, count, model_.head, 1, local_logits_.data(), plan_.local_vocab);
+  if (plan_.tp_size == 1) return;
+  const int64_t floats = count * plan_.local_vocab;
+  status_ = comm_->Gather(absl::MakeConstSpan(local_logits_.data(), floats),
+                          plan_.rank == 0 ? absl::MakeSpan(gathered_.data(), floats * plan_.tp_size)
+                                          : absl::Span<float>(),
+                          /*root=*/0);
+}
+
+// On rank 0: a row's logits to a token, or to the score of the known next one.
+void CpuBackend::ChooseRow(const LogitRow& row, absl::Span<float> logits, int thread,
+                           SampledToken* sampled, SlotState* slot) {
+  SamplerScratch* scratch = &sampler_scratch_[thread];
+  const SlotSampling& sampling = slot->sampling;
+  if (row.samples) {
+    RowSample sample = slot->poisoned
+                           ? RowSample{.token = 0, .poisoned = true, .logprobs = {}}
+                           : SampleRow(kernels_, logits, sampling, slot->counts,
+                                       slot->tokens.size(), slot->num_generated(), scratch);
+    sampled->token = sample.token;
+    sampled->poisoned = sample.poisoned;
+    sampled->has_logprobs = sampling.logprobs >= 0 && !sample.poisoned;
+    sampled->logprobs = std::move(sample.logprobs);
+    return;
+  }
+  const TokenId next = slot->tokens[rows_[row.row].position + 1];
+  if (kernels_.all_finite(logits.data(), static_cast<int64_t>(logits.size()))) {
+    sampled->logprobs =
+        ScoreRow(kernels_, logits, next, static_cast<uint32_t>(sampling.prompt_logprobs), scratch);
+  } else {
+    sampled->poisoned = true;
+  }
+}
+
+void CpuBackend::Sample(absl::Span<const LogitRow> rows) {
+  if (!status_.ok()) return;
+  const auto start = std::chrono::steady_clock::now();
+  const int64_t count = static_cast<int64_t>(rows.size());
+  std::vector<SampledToken> chosen(rows.size());
+  if (plan_.rank == 0) {
+    pool_.ParallelFor(count, [&](int64_t i, int thread) {
+      float* logits = At(local_logits_, i, plan_.local_vocab);
+      if (plan_.tp_size > 1) {
+        logits = row_logits_[thread].data();
+        for (int64_t rank = 0; rank < plan_.tp_size; ++rank) {
+          std::memcpy(logits + rank * plan_.local_vocab,
+                      At(gathered_, rank * count + i, plan_.local_vocab),
+                      plan_.local_vocab * sizeof(float));
+        }
+      }
+      ChooseRow(rows[i], absl::MakeSpan(logits, config_.vocab_size), thread, &chosen[i],
+                rows_[rows[i].row].slot);
+    });
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Slot slot = spans_[rows[i].span].slot;
+    SlotState* state = rows_[rows[i].row].slot;
+    chosen[i].slot = slot;
+    if (rows[i].samples) {
+      pending_.push_back({state, std::move(chosen[i])});
+      continue;
+    }
+    if (plan_.rank != 0) continue;
+    // A prompt whose scores are not finite has none to sample from either.
+    if (chosen[i].poisoned) state->poisoned = true;
+    auto& lists = output_.prompt_logprobs;
+    if (lists.empty() || lists.back().slot != slot) {
+      lists.push_back({slot, static_cast<uint32_t>(rows_[rows[i].row].position + 1), {}});
+    }
+    lists.back().entries.push_back(std::move(chosen[i].logprobs));
+  }
+  output_.sampling_ns += static_cast<uint64_t>(
+      std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count());
+}
+
+absl::StatusOr<StepOutput> CpuBackend::Finish() {
+  if (status_.ok() && !pending_.empty()) {
+    // Token and whether it is poisoned, a pair each.
+    std::vector<uint32_t> words;
+    for (const Pending& p : pending_) {
+      words.push_back(p.result.token);
+      words.push_back(p.result.poisoned ? 1 : 0);
+    }
+    status_ = comm_->Broadcast(
+        absl::MakeSpan(reinterpret_cast<std::byte*>(words.data()), words.size() * sizeof(uint32_t)),
+        /*root=*/0);
+    for (size_t i = 0; status_.ok() && i < pending_.size(); ++i) {
+      const TokenId token = words[2 * i];
+      if (token >= config_.vocab_size) {
+        status_ = absl::InternalError(
+            absl::StrCat("rank 0 sent token ", token, " of a vocabulary of ", config_.vocab_size));
+        break;
+      }
+      pending_[i].slot->AppendGenerated(token);
+      pending_[i].slot->poisoned |= words[2 * i + 1] != 0;
+    }
+  }
+  if (!status_.ok()) return status_;
+  if (plan_.rank == 0) {
+    for (Pending& p : pending_) output_.sampled.push_back(std::move(p.result));
+  }
+  output_.collectives = comm_->stats();
+  return std::move(output_);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const ModelConfig& config,
+                                                        const ShardPlan& plan,
+                                                        std::unique_ptr<Weights> weights,
+                                                        const BackendLimits& limits, DType kv_dtype,
+                                                        ThreadPool* pool) {
+  if (limits.max_num_seqs == 0 || limits.max_batched_tokens == 0 || limits.max_model_len == 0 ||
+      limits.block_size == 0) {
+    return absl::InvalidArgumentError(
+        "max_num_seqs, max_batched_tokens, max_model_len and block_size must be above 0");
+  }
+  if (config.position == PositionKind::kLearned &&
+      limits.max_model_len > config.max_position_embeddings) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_model_len ", limits.max_model_len,
+                     " is beyond the model's learned positions; at most ",
+                     config.max_position_embeddings, " works"));
+  }
+  if (kv_dtype != DType::kFloat32 && kv_dtype != DType::kFloat16 && kv_dtype != DType::kBFloat16) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("KV dtype ", std::string(DTypeName(kv_dtype)),
+                     ": the cpu backend keeps float32, float16 or bfloat16"));
+  }
+  absl::StatusOr<cpu::ModelWeights> model = cpu::ResolveWeights(config, plan, *weights);
+  if (!model.ok()) return model.status();
+  absl::StatusOr<std::unique_ptr<cpu::KvCache>> cache =
+      cpu::KvCache::Allocate({.layers = config.num_layers,
+                              .blocks = limits.num_kv_blocks,
+                              .block_size = limits.block_size,
+                              .kv_heads = plan.local_kv_heads,
+                              .head_dim = config.head_dim,
+                              .dtype = kv_dtype});
+  if (!cache.ok()) return cache.status();
+  try {
+    return std::make_unique<CpuBackend>(config, plan, std::move(weights), *std::move(model), limits,
+                                        *std::move(cache), pool);
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no memory for the buffers of ", limits.max_batched_tokens,
+                     " tokens a step; a smaller --max-num-batched-tokens needs less"));
+  }
+}
+
+}  // namespace lockstep
