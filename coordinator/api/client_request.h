@@ -45,7 +45,7 @@ struct ClientRequest {
   ClientSampling sampling;
   std::string request_id;  // "" : the server gives one
   int32_t priority = 0;
-  std::string model;       // "" : the served one
+  std::string model;                  // "" : the served one
   int64_t deadline_ms = kNoDeadline;  // on the engine's clock
 };
 
@@ -67,6 +67,11 @@ absl::StatusOr<Request> BuildRequest(const ClientRequest& client, const ServedMo
 absl::StatusOr<std::vector<TokenId>> EncodePrompt(const ClientRequest& client,
                                                   const ServedModel& model,
                                                   const char* prompt_field);
+
+// The text of ids as a whole text, special tokens kept; InvalidArgument for an
+// id outside the vocabulary.
+absl::StatusOr<std::string> DecodeTokens(const std::vector<TokenId>& ids, const ServedModel& model,
+                                         const char* field);
 
 // Limits of `sampling` alone: no model, no prompt.
 absl::StatusOr<SamplingParams> BuildSampling(const ClientSampling& sampling, uint32_t vocab_size);

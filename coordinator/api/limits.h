@@ -10,32 +10,32 @@
 namespace lockstep::limits {
 
 // Transport.
-inline constexpr size_t kHttpHeaderBytes = 16 * 1024;      // 431 beyond
-inline constexpr size_t kBodyBytes = 8 * 1024 * 1024;      // 413 beyond; gRPC messages likewise
+inline constexpr size_t kHttpHeaderBytes = 16 * 1024;  // 431 beyond
+inline constexpr size_t kBodyBytes = 8 * 1024 * 1024;  // 413 beyond; gRPC messages likewise
 inline constexpr size_t kBodyBytesInFlight = 64 * 1024 * 1024;  // of all connections; 503 beyond
-inline constexpr int kHttpHeaderSeconds = 10;              // from a request's first byte
-inline constexpr int kHttpBodySeconds = 60;                // from the end of its header
-inline constexpr int kHttpIdleSeconds = 75;                // between requests
-inline constexpr int kHttpWriteSeconds = 60;               // a client that reads nothing for so long is gone
+inline constexpr int kHttpHeaderSeconds = 10;                   // from a request's first byte
+inline constexpr int kHttpBodySeconds = 60;                     // from the end of its header
+inline constexpr int kHttpIdleSeconds = 75;                     // between requests
+inline constexpr int kHttpWriteSeconds = 60;  // a client that reads nothing for so long is gone
 inline constexpr int kJsonDepth = 64;
 inline constexpr size_t kJsonValues = 1 << 20;
 
 // A request.
-inline constexpr size_t kIdentifierBytes = 128;            // printable ASCII
+inline constexpr size_t kIdentifierBytes = 128;  // printable ASCII
 inline constexpr size_t kPromptsPerBatch = 128;
 inline constexpr uint32_t kMaxN = 16;
 inline constexpr size_t kBatchTimesN = 256;
-inline constexpr int32_t kLogprobs = 20;                   // logprobs, top_logprobs, prompt_logprobs
+inline constexpr int32_t kLogprobs = 20;  // logprobs, top_logprobs, prompt_logprobs
 inline constexpr size_t kStopStrings = 16;
 inline constexpr size_t kStopStringBytes = 256;
 inline constexpr size_t kStopTokenIds = 64;
 inline constexpr size_t kLogitBiasEntries = 1024;
-inline constexpr float kLogitBias = 100.0f;                // [-100, 100]
-inline constexpr float kTemperature = 2.0f;                // [0, 2]
-inline constexpr float kTopP = 1.0f;                       // (0, 1]
-inline constexpr float kMinP = 1.0f;                       // [0, 1]
-inline constexpr float kPenalty = 2.0f;                    // presence, frequency [-2, 2]
-inline constexpr float kRepetitionPenalty = 2.0f;          // (0, 2]
+inline constexpr float kLogitBias = 100.0f;        // [-100, 100]
+inline constexpr float kTemperature = 2.0f;        // [0, 2]
+inline constexpr float kTopP = 1.0f;               // (0, 1]
+inline constexpr float kMinP = 1.0f;               // [0, 1]
+inline constexpr float kPenalty = 2.0f;            // presence, frequency [-2, 2]
+inline constexpr float kRepetitionPenalty = 2.0f;  // (0, 2]
 inline constexpr size_t kChatMessages = 1024;
 
 // An echoed value is cut here.

@@ -1,0 +1,107 @@
+#include "coordinator/api/grpc_door.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/service_type.h>
+
+#include <chrono>
+#include <mutex>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/api/address.h"
+#include "coordinator/api/grpc_service.h"
+#include "coordinator/api/limits.h"
+
+namespace lockstep {
+namespace {
+
+constexpr char kServiceName[] = "lockstep.v1.Inference";
+// An answer with prompt log-probabilities is large; a client's own limit (4 MiB
+// unless it says otherwise) is the one that counts.
+constexpr int kMaxSendBytes = 64 * 1024 * 1024;
+
+void SetLimits(grpc::ServerBuilder* builder) {
+  builder->SetMaxReceiveMessageSize(static_cast<int>(limits::kBodyBytes));
+  builder->SetMaxSendMessageSize(kMaxSendBytes);
+  // Two servers must not share a port by accident.
+  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // Clients may ping an idle connection every 30 s, with or without a call.
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10'000);
+  // A client whose host vanished is noticed, and its requests cancelled.
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60'000);
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE,
+                              static_cast<int>(limits::kHttpHeaderBytes));
+}
+
+}  // namespace
+
+struct GrpcDoor::Impl {
+  RequestPath* path;
+  std::unique_ptr<grpc::Service> service;
+  int port = 0;
+  std::mutex mutex;
+  std::unique_ptr<grpc::Server> server;  // guarded by mutex
+};
+
+GrpcDoor::GrpcDoor(RequestPath* path) : impl_(std::make_unique<Impl>()) {
+  impl_->path = path;
+  impl_->service = MakeInferenceService(path);
+}
+
+GrpcDoor::~GrpcDoor() { Stop(0); }
+
+absl::Status GrpcDoor::Start(const std::string& host, int port, bool reflection) {
+  // gRPC only says that it failed; a bind of our own says why.
+  absl::Status free = CheckCanBind(host, port, "--grpc-port");
+  if (!free.ok()) return free;
+  grpc::EnableDefaultHealthCheckService(true);
+  if (reflection) {
+    // The plugin is process-wide, and one door is all a process has.
+    static std::once_flag once;
+    std::call_once(once, grpc::reflection::InitProtoReflectionServerBuilderPlugin);
+  }
+  grpc::ServerBuilder builder;
+  SetLimits(&builder);
+  builder.RegisterService(impl_->service.get());
+  int bound = 0;
+  builder.AddListeningPort(HostPort(host, port), grpc::InsecureServerCredentials(), &bound);
+  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr || bound == 0) {
+    return absl::UnavailableError(absl::StrCat("--grpc-port: cannot listen on ",
+                                               HostPort(host, port), "; choose another port"));
+  }
+  impl_->port = bound;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    impl_->server = std::move(server);
+  }
+  SetServing(false);
+  return absl::OkStatus();
+}
+
+int GrpcDoor::port() const { return impl_->port; }
+
+void GrpcDoor::SetServing(bool serving) {
+  const std::lock_guard lock(impl_->mutex);
+  if (impl_->server == nullptr) return;
+  grpc::HealthCheckServiceInterface* const health = impl_->server->GetHealthCheckService();
+  if (health == nullptr) return;
+  health->SetServingStatus("", serving);
+  health->SetServingStatus(kServiceName, serving);
+}
+
+void GrpcDoor::Stop(int64_t grace_ms) {
+  std::unique_ptr<grpc::Server> server;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    server = std::move(impl_->server);
+  }
+  if (server == nullptr) return;
+  server->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(grace_ms));
+}
+
+}  // namespace lockstep

@@ -1,0 +1,35 @@
+// The gRPC server: lockstep.v1.Inference, grpc.health.v1.Health, and reflection
+// by flag. No gRPC header leaks from here.
+#ifndef LOCKSTEP_COORDINATOR_API_GRPC_DOOR_H_
+#define LOCKSTEP_COORDINATOR_API_GRPC_DOOR_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "coordinator/api/request_path.h"
+
+namespace lockstep {
+
+class GrpcDoor {
+ public:
+  explicit GrpcDoor(RequestPath* path);  // outlives the door
+  ~GrpcDoor();                           // Stop(0)
+
+  // port 0 picks one. Unavailable, one line, when the address cannot be had.
+  absl::Status Start(const std::string& host, int port, bool reflection);
+  int port() const;
+  // What health checks answer, for "" and for lockstep.v1.Inference. Thread-safe.
+  void SetServing(bool serving);
+  // Refuses new calls, waits at most grace_ms for open ones, then cancels them.
+  void Stop(int64_t grace_ms);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_COORDINATOR_API_GRPC_DOOR_H_

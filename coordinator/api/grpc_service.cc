@@ -1,0 +1,275 @@
+#include "coordinator/api/grpc_service.h"
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <algorithm>
+#include <chrono>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/api/api_error.h"
+#include "coordinator/api/grpc_convert.h"
+#include "coordinator/api/grpc_status.h"
+#include "proto/inference.grpc.pb.h"
+
+namespace lockstep {
+namespace {
+
+// What is left of the call's deadline, on the engine's clock.
+int64_t DeadlineMs(const grpc::CallbackServerContext& context, const EngineClient& engine) {
+  const auto deadline = context.deadline();
+  if (deadline == std::chrono::system_clock::time_point::max()) return kNoDeadline;
+  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+      deadline - std::chrono::system_clock::now());
+  return engine.NowMs() + std::max<int64_t>(left.count(), 0);
+}
+
+// What streaming and unary generation share. The call owns itself from Begin
+// to OnDone; wakers hold it weakly, because a text thread may be late.
+//
+// Exactly one Finish: by whoever sets finished_.
+template <typename Reactor>
+class GenerateCall : public Reactor, public std::enable_shared_from_this<GenerateCall<Reactor>> {
+ public:
+  // The message is read here: a call that is cancelled early takes it away.
+  GenerateCall(RequestPath* path, grpc::CallbackServerContext* context,
+               const v1::GenerateRequest& request)
+      : path_(path), context_(context), client_(FromProto(request)) {
+    client_.deadline_ms = DeadlineMs(*context, path->engine());
+  }
+
+  void Begin() {
+    self_ = this->shared_from_this();
+    absl::Status status = path_->Admit();
+    if (status.ok()) {
+      status = path_->RunLater([self = self_] { self->Intake(); });
+    }
+    if (!status.ok()) FinishOnce(status);
+  }
+
+  void OnCancel() override {
+    std::shared_ptr<Answer> answer;
+    {
+      const std::lock_guard lock(mutex_);
+      cancelled_ = true;
+      answer = answer_;
+    }
+    if (answer != nullptr) answer->Cancel();
+    FinishCancelled();
+  }
+
+  void OnDone() override { std::shared_ptr<GenerateCall> last = std::move(self_); }
+
+ protected:
+  // Takes what there is; called from any thread, possibly several at once.
+  virtual void Pump() = 0;
+  virtual void FinishCancelled() { FinishOnce(absl::CancelledError("the client ended the call")); }
+
+  void FinishOnce(const absl::Status& status) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (std::exchange(finished_, true)) return;
+    }
+    this->Finish(ToGrpcStatus(status, context_));
+  }
+
+  std::shared_ptr<Answer> answer() {
+    const std::lock_guard lock(mutex_);
+    return answer_;
+  }
+
+  RequestPath* const path_;
+  std::mutex mutex_;
+  std::shared_ptr<Answer> answer_;  // guarded by mutex_
+  bool cancelled_ = false;          // guarded by mutex_
+  bool finished_ = false;           // guarded by mutex_
+
+ private:
+  void Intake() {
+    {
+      const std::lock_guard lock(mutex_);
+      if (cancelled_) return;
+    }
+    absl::StatusOr<Request> request = path_->Build(client_, {});
+    client_ = {};
+    if (!request.ok()) return FinishOnce(request.status());
+    absl::StatusOr<std::shared_ptr<Answer>> started = path_->Submit(*std::move(request));
+    if (!started.ok()) return FinishOnce(started.status());
+    bool gone;
+    {
+      const std::lock_guard lock(mutex_);
+      gone = cancelled_;
+      answer_ = *started;
+    }
+    if (gone) return (*started)->Cancel();
+    (*started)->SetWaker([weak = this->weak_from_this()] {
+      if (const auto call = weak.lock()) call->Pump();
+    });
+  }
+
+  grpc::CallbackServerContext* const context_;  // alive until Finish
+  ClientRequest client_;
+  std::shared_ptr<GenerateCall> self_;
+};
+
+class StreamCall final : public GenerateCall<grpc::ServerWriteReactor<v1::GenerateEvent>> {
+ public:
+  using GenerateCall::GenerateCall;
+
+  void OnWriteDone(bool ok) override {
+    bool cancelled;
+    {
+      const std::lock_guard lock(mutex_);
+      writing_ = false;
+      cancelled = cancelled_ || !ok;
+    }
+    if (!cancelled) return Pump();
+    if (const std::shared_ptr<Answer> gone = answer()) gone->Cancel();
+    FinishCancelled();
+  }
+
+ private:
+  void Pump() override {
+    const std::shared_ptr<Answer> source = answer();
+    bool write = false;
+    {
+      const std::lock_guard lock(mutex_);
+      if (writing_ || cancelled_ || finished_) return;
+      if (queue_.empty() && !terminal_) {
+        Answer::Taken taken = source->Take();
+        for (AnswerEvent& event : taken.events) queue_.push_back(std::move(event));
+        terminal_ = std::move(taken.terminal);
+      }
+      if (queue_.empty() && !terminal_) return;
+      if (!queue_.empty()) {
+        current_ = ToProto(*source, path_->model(), std::move(queue_.front()));
+        queue_.pop_front();
+        write = writing_ = true;
+      }
+    }
+    if (write) {
+      StartWrite(&current_);
+    } else {
+      FinishOnce(*terminal_);
+    }
+  }
+
+  void FinishCancelled() override {
+    {
+      const std::lock_guard lock(mutex_);
+      if (writing_) return;  // OnWriteDone comes, and finishes
+    }
+    GenerateCall::FinishCancelled();
+  }
+
+  std::deque<AnswerEvent> queue_;  // guarded by mutex_, as what follows
+  std::optional<absl::Status> terminal_;
+  bool writing_ = false;
+  v1::GenerateEvent current_;  // of the write under way
+};
+
+class UnaryCall final : public GenerateCall<grpc::ServerUnaryReactor> {
+ public:
+  UnaryCall(RequestPath* path, grpc::CallbackServerContext* context,
+            const v1::GenerateRequest& request, v1::GenerateResponse* response)
+      : GenerateCall(path, context, request), response_(response) {}
+
+ private:
+  void Pump() override {
+    const std::shared_ptr<Answer> source = answer();
+    std::optional<absl::Status> terminal;
+    {
+      const std::lock_guard lock(mutex_);
+      if (cancelled_ || finished_) return;
+      Answer::Taken taken = source->Take();
+      for (AnswerEvent& event : taken.events) {
+        AddToResponse(*source, path_->model(), std::move(event), response_);
+      }
+      terminal = std::move(taken.terminal);
+    }
+    if (terminal) FinishOnce(*terminal);
+  }
+
+  v1::GenerateResponse* const response_;  // guarded by mutex_
+};
+
+class InferenceService final : public v1::Inference::CallbackService {
+ public:
+  explicit InferenceService(RequestPath* path) : path_(path) {}
+
+  grpc::ServerWriteReactor<v1::GenerateEvent>* GenerateStream(
+      grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override {
+    const auto call = std::make_shared<StreamCall>(path_, context, *request);
+    call->Begin();
+    return call.get();
+  }
+
+  grpc::ServerUnaryReactor* Generate(grpc::CallbackServerContext* context,
+                                     const v1::GenerateRequest* request,
+                                     v1::GenerateResponse* response) override {
+    const auto call = std::make_shared<UnaryCall>(path_, context, *request, response);
+    call->Begin();
+    return call.get();
+  }
+
+  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
+                                     const v1::TokenizeRequest* request,
+                                     v1::TokenizeResponse* response) override {
+    return Later(context, [this, request, response] {
+      absl::StatusOr<std::vector<TokenId>> ids =
+          EncodePrompt(FromProto(*request), path_->model(), "text");
+      if (!ids.ok()) return ids.status();
+      response->mutable_token_ids()->Add(ids->begin(), ids->end());
+      response->set_max_model_len(path_->model().max_model_len);
+      return absl::OkStatus();
+    });
+  }
+
+  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
+                                       const v1::DetokenizeRequest* request,
+                                       v1::DetokenizeResponse* response) override {
+    return Later(context, [this, request, response]() -> absl::Status {
+      const std::vector<TokenId> ids(request->token_ids().begin(), request->token_ids().end());
+      absl::StatusOr<std::string> text = DecodeTokens(ids, path_->model(), "token_ids");
+      if (!text.ok()) return text.status();
+      response->set_text(*std::move(text));
+      return absl::OkStatus();
+    });
+  }
+
+  grpc::ServerUnaryReactor* GetModelInfo(grpc::CallbackServerContext* context,
+                                         const v1::GetModelInfoRequest*,
+                                         v1::GetModelInfoResponse* response) override {
+    *response = DescribeModel(*path_);
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    reactor->Finish(grpc::Status::OK);
+    return reactor;
+  }
+
+ private:
+  // Runs `work` on an intake thread and finishes with what it returns.
+  grpc::ServerUnaryReactor* Later(grpc::CallbackServerContext* context,
+                                  std::function<absl::Status()> work) {
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    const absl::Status posted = path_->RunLater([context, reactor, work = std::move(work)] {
+      reactor->Finish(ToGrpcStatus(work(), context));
+    });
+    if (!posted.ok()) reactor->Finish(ToGrpcStatus(posted, context));
+    return reactor;
+  }
+
+  RequestPath* const path_;
+};
+
+}  // namespace
+
+std::unique_ptr<grpc::Service> MakeInferenceService(RequestPath* path) {
+  return std::make_unique<InferenceService>(path);
+}
+
+}  // namespace lockstep

@@ -1,0 +1,71 @@
+#include "coordinator/api/request_path.h"
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/api/api_error.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int kIntakeThreads = 2;
+constexpr size_t kIntakeCapacity = 4096;
+
+}  // namespace
+
+RequestPath::RequestPath(EngineClient* engine, const ServedModel* model, Metrics* metrics,
+                         int text_threads)
+    : engine_(engine),
+      model_(model),
+      metrics_(metrics),
+      text_pool_(std::make_shared<WorkPool>(text_threads)),
+      intake_pool_(kIntakeThreads) {}
+
+EngineInfo RequestPath::Info() const {
+  EngineInfo info = engine_->Info();
+  if (draining_ && info.state != EngineState::kFailed) info.state = EngineState::kDraining;
+  return info;
+}
+
+absl::Status RequestPath::Admit() { return Refuse(RefusalOf(Info())); }
+
+absl::Status RequestPath::RunLater(std::function<void()> work) {
+  if (intake_pool_.TryPost(std::move(work), kIntakeCapacity)) return absl::OkStatus();
+  return Refuse(absl::ResourceExhaustedError(
+      absl::StrCat("the server is full: ", kIntakeCapacity, " requests await validation")));
+}
+
+absl::StatusOr<Request> RequestPath::Build(const ClientRequest& client,
+                                           const DoorDefaults& defaults) {
+  absl::StatusOr<Request> request = BuildRequest(client, *model_, defaults, engine_->NowMs());
+  if (!request.ok()) return Refuse(request.status());
+  return request;
+}
+
+absl::StatusOr<std::shared_ptr<Answer>> RequestPath::Submit(Request request) {
+  const AnswerContext context{engine_, model_, metrics_, text_pool_};
+  absl::StatusOr<std::shared_ptr<Answer>> answer = Answer::Start(context, std::move(request));
+  if (!answer.ok()) return Refuse(answer.status());
+  return answer;
+}
+
+absl::Status RequestPath::Refuse(absl::Status status) {
+  if (!status.ok()) metrics_->Rejected(status);
+  return status;
+}
+
+void RequestPath::Stop() {
+  intake_pool_.Stop();
+  text_pool_->Stop();
+}
+
+void RequestPath::SetStartup(Phases phases) {
+  metrics_->SetStartup(phases);
+  const std::lock_guard lock(mutex_);
+  startup_ = std::move(phases);
+}
+
+RequestPath::Phases RequestPath::startup() const {
+  const std::lock_guard lock(mutex_);
+  return startup_;
+}
+
+}  // namespace lockstep

@@ -1,0 +1,70 @@
+// The one path that every generation request takes, whatever its door:
+//
+//   Admit -> (an intake thread) Build each -> Submit each -> Answer
+//
+// and the place where refusals are counted. Thread-safe.
+#ifndef LOCKSTEP_COORDINATOR_API_REQUEST_PATH_H_
+#define LOCKSTEP_COORDINATOR_API_REQUEST_PATH_H_
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "coordinator/api/answer.h"
+#include "coordinator/api/client_request.h"
+#include "coordinator/api/metrics.h"
+#include "coordinator/api/served_model.h"
+#include "coordinator/api/work_pool.h"
+#include "coordinator/engine_client.h"
+
+namespace lockstep {
+
+class RequestPath {
+ public:
+  using Phases = std::vector<std::pair<std::string, double>>;
+
+  // `engine`, `model` and `metrics` outlive the path.
+  RequestPath(EngineClient* engine, const ServedModel* model, Metrics* metrics, int text_threads);
+
+  // Unavailable while loading, draining or failed.
+  absl::Status Admit();
+  // Runs `work` on an intake thread, where parsing and tokenising belong;
+  // ResourceExhausted when too much waits for one already.
+  absl::Status RunLater(std::function<void()> work);
+  absl::StatusOr<Request> Build(const ClientRequest& client, const DoorDefaults& defaults);
+  absl::StatusOr<std::shared_ptr<Answer>> Submit(Request request);
+  // Counts a refusal that a door made by itself, and returns it.
+  absl::Status Refuse(absl::Status status);
+
+  void BeginDrain() { draining_ = true; }
+  // The engine's state, with our own draining in it.
+  EngineInfo Info() const;
+  // Waits for queued work; the doors are shut by now.
+  void Stop();
+
+  EngineClient& engine() const { return *engine_; }
+  const ServedModel& model() const { return *model_; }
+  Metrics& metrics() const { return *metrics_; }
+  void SetStartup(Phases phases);
+  Phases startup() const;
+
+ private:
+  EngineClient* const engine_;
+  const ServedModel* const model_;
+  Metrics* const metrics_;
+  const std::shared_ptr<WorkPool> text_pool_;
+  WorkPool intake_pool_;
+  std::atomic<bool> draining_ = false;
+  mutable std::mutex mutex_;
+  Phases startup_;  // guarded by mutex_
+};
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_COORDINATOR_API_REQUEST_PATH_H_

@@ -1,0 +1,112 @@
+#include "coordinator/api/server.h"
+
+#include <chrono>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/api/address.h"
+#include "coordinator/api/grpc_door.h"
+#include "coordinator/api/metrics.h"
+#include "coordinator/api/request_path.h"
+
+namespace lockstep {
+
+struct ApiServer::Impl {
+  Impl(ApiOptions o, ServedModel m)
+      : options(std::move(o)),
+        model(std::move(m)),
+        metrics(std::make_shared<Metrics>(
+            MetricsLabels{model.name, model.block_size, model.enable_prefix_caching})) {}
+
+  void FollowState();
+
+  const ApiOptions options;
+  const ServedModel model;
+  const std::shared_ptr<Metrics> metrics;
+  std::mutex mutex;
+  std::vector<std::pair<std::string, double>> startup;  // guarded by mutex, as what follows
+  std::unique_ptr<RequestPath> path;
+  std::unique_ptr<GrpcDoor> grpc;
+};
+
+// Health follows the state as it is now, not as it was when the news was sent.
+void ApiServer::Impl::FollowState() {
+  const std::lock_guard lock(mutex);
+  if (grpc != nullptr) grpc->SetServing(path->Info().state == EngineState::kReady);
+}
+
+ApiServer::ApiServer(ApiOptions options, ServedModel model)
+    : impl_(std::make_unique<Impl>(std::move(options), std::move(model))) {}
+
+ApiServer::~ApiServer() { Stop(0); }
+
+std::shared_ptr<EngineObserver> ApiServer::observer() { return impl_->metrics; }
+
+void ApiServer::OnEngineChange(const EngineInfo&) { impl_->FollowState(); }
+
+void ApiServer::SetStartup(std::vector<std::pair<std::string, double>> phases) {
+  const std::lock_guard lock(impl_->mutex);
+  if (impl_->path != nullptr) {
+    impl_->path->SetStartup(std::move(phases));
+  } else {
+    impl_->startup = std::move(phases);
+  }
+}
+
+absl::Status ApiServer::Start(EngineClient* engine) {
+  const ApiOptions& options = impl_->options;
+  if (!IsLoopback(options.host) && !options.insecure) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--host ", options.host,
+                     ": not a loopback address, and there is no TLS; use 127.0.0.1 or --insecure"));
+  }
+  auto path = std::make_unique<RequestPath>(engine, &impl_->model, impl_->metrics.get(),
+                                            options.text_threads);
+  std::unique_ptr<GrpcDoor> grpc;
+  if (options.grpc_port >= 0) {
+    grpc = std::make_unique<GrpcDoor>(path.get());
+    absl::Status status = grpc->Start(options.host, options.grpc_port, options.reflection);
+    if (!status.ok()) return status;
+  }
+  {
+    const std::lock_guard lock(impl_->mutex);
+    if (!impl_->startup.empty()) path->SetStartup(std::move(impl_->startup));
+    impl_->path = std::move(path);
+    impl_->grpc = std::move(grpc);
+  }
+  impl_->FollowState();
+  return absl::OkStatus();
+}
+
+int ApiServer::http_port() const { return -1; }
+
+int ApiServer::grpc_port() const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->grpc == nullptr ? -1 : impl_->grpc->port();
+}
+
+void ApiServer::BeginDrain() {
+  {
+    const std::lock_guard lock(impl_->mutex);
+    if (impl_->path == nullptr) return;
+    impl_->path->BeginDrain();
+  }
+  impl_->FollowState();
+}
+
+void ApiServer::Stop(int64_t grace_ms) {
+  std::unique_ptr<GrpcDoor> grpc;
+  std::unique_ptr<RequestPath> path;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    grpc = std::move(impl_->grpc);
+    path = std::move(impl_->path);
+  }
+  if (path == nullptr) return;
+  path->BeginDrain();
+  if (grpc != nullptr) grpc->Stop(grace_ms);
+  path->Stop();
+}
+
+}  // namespace lockstep
