@@ -17,17 +17,22 @@
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
 #include "common/version.h"
+#include "coordinator/api/server.h"
 #include "coordinator/engine.h"
 #include "coordinator/group/grpc_worker_group.h"
 #include "coordinator/options.h"
 #include "coordinator/process_events.h"
 #include "coordinator/serving_plan.h"
 #include "coordinator/startup_report.h"
+#include "nlohmann/json.hpp"
 
 namespace lockstep {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+// For answers that are complete but not yet on the wire.
+constexpr int64_t kLastBytesMs = 2'000;
 
 double SecondsSince(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -59,18 +64,25 @@ class Coordinator {
  public:
   Coordinator(const CoordinatorOptions& options, const ProcessEvents& events)
       : options_(options), events_(events) {}
+  ~Coordinator() {
+    // The doors end before the engine they ask.
+    if (api_ != nullptr) api_->Stop(0);
+    if (engine_ != nullptr) engine_->Shutdown();
+  }
 
   absl::Status Start();
   int Run();
 
  private:
-  void SayWhole(const EngineInfo& info);
+  absl::Status SayWhole(const EngineInfo& info);
+  void Drain();
 
   const CoordinatorOptions& options_;
   const ProcessEvents& events_;
   Phases phases_;  // until workers could attach
   Clock::time_point open_since_;
   std::string worker_address_;
+  std::unique_ptr<ApiServer> api_;
   std::unique_ptr<Engine> engine_;
   std::atomic<bool> drained_ = false;
 };
@@ -82,7 +94,16 @@ absl::Status Coordinator::Start() {
   };
   absl::StatusOr<ServingPlan> plan = PlanServing(options_);
   if (!plan.ok()) return plan.status();
-  phase("read model");
+  phase("read config");
+  absl::StatusOr<ServedModel> served =
+      LoadServedModel(options_.model, plan->model, plan->served_name);
+  if (!served.ok()) return served.status();
+  served->dtype = std::string(DTypeName(plan->shape.dtype));
+  served->max_model_len = plan->scheduler.max_model_len;
+  served->tp_size = options_.tensor_parallel_size;
+  served->block_size = options_.block_size;
+  served->enable_prefix_caching = options_.enable_prefix_caching;
+  phase("read tokenizer");
 
   absl::StatusOr<std::unique_ptr<GrpcWorkerGroup>> group =
       GrpcWorkerGroup::Listen(options_.worker_address, MakeGroupOptions(*plan, options_));
@@ -91,63 +112,86 @@ absl::Status Coordinator::Start() {
                         absl::StrCat("--worker-address: ", std::string(group.status().message())));
   }
   worker_address_ = (*group)->address();
+  ApiOptions api_options;
+  api_options.host = options_.host;
+  api_options.http_port = static_cast<int>(options_.http_port);
+  api_options.grpc_port = static_cast<int>(options_.grpc_port);
+  api_options.insecure = options_.insecure;
+  api_options.reflection = options_.reflection;
+  api_ = std::make_unique<ApiServer>(api_options, *std::move(served));
   EngineOptions engine_options;
   engine_options.scheduler = plan->scheduler;
   engine_options.recovery_timeout_ms = static_cast<int64_t>(options_.recovery_timeout_s * 1000);
-  engine_options.on_change = [events = &events_](const EngineInfo&) { events->Wake(); };
-  engine_ = std::make_unique<Engine>(std::move(engine_options), *std::move(group), nullptr);
+  engine_options.on_change = [this](const EngineInfo& info) {
+    api_->OnEngineChange(info);
+    events_.Wake();
+  };
+  engine_ =
+      std::make_unique<Engine>(std::move(engine_options), *std::move(group), api_->observer());
+  if (absl::Status open = api_->Start(engine_.get()); !open.ok()) return open;
   engine_->Start();
   phase("open ports");
   open_since_ = began;
   LogInfo(absl::StrCat("lockstep ", kVersion, ": ", plan->model.architecture, " as ",
-                       plan->served_name, ", waiting for ", options_.tensor_parallel_size,
-                       " worker(s) at ", worker_address_));
+                       plan->served_name, " on ", options_.host, ", HTTP ", api_->http_port(),
+                       ", gRPC ", api_->grpc_port(), "; waiting for ",
+                       options_.tensor_parallel_size, " worker(s) at ", worker_address_));
   return absl::OkStatus();
 }
 
-void Coordinator::SayWhole(const EngineInfo& info) {
+absl::Status Coordinator::SayWhole(const EngineInfo& info) {
   for (const std::string& line : DescribeRanks(info)) LogInfo(line);
-  LogInfo(absl::StrCat("start-up: ",
-                       DescribePhases(StartupPhases(phases_, SecondsSince(open_since_), info))));
+  const Phases startup = StartupPhases(phases_, SecondsSince(open_since_), info);
+  LogInfo(absl::StrCat("start-up: ", DescribePhases(startup)));
+  api_->SetStartup(startup);
+  if (!options_.port_file.empty()) {
+    const nlohmann::json ports = {{"http_port", api_->http_port()},
+                                  {"grpc_port", api_->grpc_port()},
+                                  {"worker_address", worker_address_}};
+    if (absl::Status written = WritePortFile(options_.port_file, ports.dump()); !written.ok()) {
+      return written;
+    }
+  }
+  std::puts("ready");
+  std::fflush(stdout);
+  return absl::OkStatus();
+}
+
+// On a thread of its own, so that a second signal is heard.
+void Coordinator::Drain() {
+  api_->BeginDrain();
+  engine_->Drain(static_cast<int64_t>(options_.drain_timeout_s * 1000));
+  api_->Stop(kLastBytesMs);
+  drained_ = true;
+  events_.Wake();
 }
 
 int Coordinator::Run() {
   std::thread drain;
   bool was_ready = false;
-  int code = 0;
-  for (bool done = false; !done;) {
+  absl::Status failure;
+  while (failure.ok() && !drained_) {
     if (events_.Wait() == ProcessEvents::Event::kTerminate) {
       if (drain.joinable()) {
         LogWarning("a second signal: ending at once");
         std::_Exit(1);
       }
-      drain = std::thread([this] {
-        engine_->Drain(static_cast<int64_t>(options_.drain_timeout_s * 1000));
-        drained_ = true;
-        events_.Wake();
-      });
+      drain = std::thread([this] { Drain(); });
       continue;
     }
     const EngineInfo info = engine_->Info();
+    if (info.state == EngineState::kFailed) failure = info.failure;
     if (info.state == EngineState::kReady && !std::exchange(was_ready, true)) {
-      SayWhole(info);
-      if (!options_.port_file.empty()) {
-        const absl::Status written = WritePortFile(
-            options_.port_file, absl::StrCat("{\"worker_address\": \"", worker_address_, "\"}"));
-        if (!written.ok()) code = Fail(written), done = true;
-      }
-      std::puts("ready");
-      std::fflush(stdout);
+      failure = SayWhole(info);
     }
-    if (info.state == EngineState::kFailed) {
-      code = Fail(info.failure);
-      done = true;
-    }
-    if (drained_) done = true;
   }
-  if (drain.joinable()) drain.join();
-  engine_->Shutdown();
-  return code;
+  if (drain.joinable()) {
+    drain.join();
+  } else {
+    api_->Stop(kLastBytesMs);
+    engine_->Shutdown();
+  }
+  return failure.ok() ? 0 : Fail(failure);
 }
 
 int Main(int argc, char** argv) {

@@ -16,6 +16,7 @@ namespace {
 
 constexpr double kCpuMemoryShare = 0.6;
 constexpr int64_t kCpuKvBytes = int64_t{4} << 30;
+constexpr int64_t kMaxKvBlocks = 1 << 24;
 constexpr int64_t kDefaultMaxModelLen = 8'192;
 // Arithmetic nobody is slower than, for the patience with a first step.
 constexpr double kCpuFlops = 5e9, kCudaFlops = 1e12;
@@ -178,8 +179,7 @@ absl::StatusOr<GroupSizes> SizeGroup(const ServingPlan& plan, const CoordinatorO
     blocks = std::min(blocks, sequences * blocks_a_sequence);
   }
   GroupSizes sizes;
-  sizes.num_kv_blocks =
-      static_cast<uint32_t>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
+  sizes.num_kv_blocks = static_cast<uint32_t>(std::min(blocks, kMaxKvBlocks));
   sizes.max_num_seqs = static_cast<uint32_t>(sequences);
   return sizes;
 }

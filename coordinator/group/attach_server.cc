@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "proto/worker.grpc.pb.h"
+#include "wire/protocol.h"
 
 namespace lockstep {
 namespace {
@@ -25,8 +26,6 @@ using worker::v1::CoordinatorMessage;
 using worker::v1::WorkerMessage;
 using worker::v1::WorkerPlane;
 
-// A rank's result with log-probabilities of a whole prompt is under 1 MiB.
-constexpr int kMaxReceiveBytes = 16 << 20;
 // Of one stream's queue. Steady stepping keeps it near empty; relayed
 // communicator keys are what may pile up.
 constexpr size_t kMaxQueuedMessages = 16'384;
@@ -224,7 +223,8 @@ absl::StatusOr<std::unique_ptr<AttachServer>> AttachServer::Listen(const std::st
   grpc::ServerBuilder builder;
   // Without this, a second coordinator would share the port instead of failing.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  builder.SetMaxReceiveMessageSize(kMaxReceiveBytes);
+  builder.SetMaxReceiveMessageSize(wire::kMaxMessageBytes);
+  builder.SetMaxSendMessageSize(wire::kMaxMessageBytes);
   int port = 0;
   builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
   builder.RegisterService(&impl->service);

@@ -1,5 +1,6 @@
 // From a worker's Hello to GroupFormed.
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <utility>
 
@@ -11,13 +12,6 @@
 namespace lockstep {
 
 using worker::v1::CoordinatorMessage;
-
-namespace {
-// Bounds of what one rank may relay; proto/worker.proto states them.
-constexpr size_t kMaxKeyBytes = 128;
-constexpr size_t kMaxKeyValueBytes = 64 << 10;
-constexpr size_t kMaxKeys = 4'096;
-}  // namespace
 
 void GroupMachine::OnHello(StreamId stream, Peer& peer, const worker::v1::Hello& hello,
                            int64_t now_ms) {
@@ -206,12 +200,12 @@ void GroupMachine::AnnounceFormed(int64_t now_ms) {
 void GroupMachine::RelayKey(StreamId from, const Peer& peer, const worker::v1::CommKey& key,
                             int64_t now_ms) {
   if (!IsMember(peer) || !EpochOpen() || key.epoch() != epoch_) return;
-  if (key.key().size() > kMaxKeyBytes || key.value().size() > kMaxKeyValueBytes ||
-      ++num_keys_ > kMaxKeys) {
-    const std::string what =
-        absl::StrCat(Name(peer), ": communicator key of ", key.key().size(), " + ",
-                     key.value().size(), " bytes, number ", num_keys_, ": at most ", kMaxKeyBytes,
-                     " + ", kMaxKeyValueBytes, " bytes and ", kMaxKeys, " keys an epoch");
+  if (std::ssize(key.key()) > wire::kMaxCommKeyBytes ||
+      std::ssize(key.value()) > wire::kMaxCommValueBytes || ++num_keys_ > wire::kMaxCommKeys) {
+    const std::string what = absl::StrCat(
+        Name(peer), ": communicator key of ", key.key().size(), " + ", key.value().size(),
+        " bytes, number ", num_keys_, ": at most ", wire::kMaxCommKeyBytes, " + ",
+        wire::kMaxCommValueBytes, " bytes and ", wire::kMaxCommKeys, " keys an epoch");
     const int rank = static_cast<int>(peer.rank);
     Distrust(from);
     EndEpoch(rank, what, false, now_ms);

@@ -134,7 +134,7 @@ class GroupMachine {
   int64_t release_deadline_ms_ = kNever;
   bool stepped_ = false;  // this epoch finished a step
   int failures_in_a_row_ = 0;
-  size_t num_keys_ = 0;  // relayed in this epoch
+  int num_keys_ = 0;     // relayed in this epoch
   size_t num_members_ready_ = 0;
 
   StepLedger ledger_;

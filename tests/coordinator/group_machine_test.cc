@@ -102,6 +102,7 @@ class GroupMachineTest : public ::testing::Test {
       now_ = std::min(end, now_ + 50);
       for (const StreamId stream : alive) Beat(stream);
       if (now_ >= machine_->NextWakeMs()) machine_->OnTick(now_);
+      ASSERT_GT(machine_->NextWakeMs(), now_);  // nothing is left overdue: no spinning
     }
   }
   std::pair<StreamId, StreamId> FormTwo() {
@@ -320,7 +321,52 @@ TEST_F(GroupMachineTest, PlansOfAnEarlierEpochAreDropped) {
   const auto [a, b] = FormTwo();
   machine_->OnClosed(b, now_);
   SendPlan(1);
+  SayReleased(a);
+  const StreamId c = Attach();
+  SayReady(a);
+  SayReady(c);
+  ASSERT_EQ(Formed().size(), 2u);
+  StepPlan late;
+  late.epoch = 1;
+  late.step = 1;
+  machine_->SendPlan(late, now_);
   EXPECT_EQ(port_.Count(a, CoordinatorMessage::kPlan), 0u);
+}
+
+TEST_F(GroupMachineTest, ReleaseOfAnotherEpochDoesNotCount) {
+  const auto [a, b] = FormTwo();
+  machine_->OnClosed(b, now_);
+  Attach();
+  WorkerMessage released;
+  released.mutable_released()->set_epoch(7);
+  Say(a, released);
+  EXPECT_EQ(Epoch(a), 1u);
+  SayReleased(a);
+  EXPECT_EQ(Epoch(a), 2u);
+}
+
+TEST_F(GroupMachineTest, OneRankReadyTwiceIsNotTwoRanksReady) {
+  Make(2);
+  const StreamId a = Attach();
+  Attach();
+  SayReady(a);
+  SayReady(a);
+  EXPECT_TRUE(Formed().empty());
+}
+
+TEST_F(GroupMachineTest, AStepQueuedBehindAnotherIsTimedFromTheOthersEnd) {
+  options_.timeouts.step.factor = 1;
+  options_.timeouts.step.first_step_ms = 3'000;
+  const auto [a, b] = FormTwo();
+  SendPlan(1);
+  SendPlan(2);
+  Pass(2'900, {a, b});
+  Answer(a, 1, 1001);
+  Answer(b, 1, 1001);
+  Pass(2'900, {a, b});
+  EXPECT_TRUE(Failed().empty());
+  Pass(300, {a, b});
+  EXPECT_EQ(Failed().size(), 1u);
 }
 
 TEST_F(GroupMachineTest, APauseOfHalfASecondKillsNobody) {
@@ -569,6 +615,19 @@ TEST_F(GroupMachineTest, ItsOwnPauseIsNotHeldAgainstTheWorkers) {
   EXPECT_EQ(Steps().size(), 1u);
   Pass(2'500, {a});
   EXPECT_EQ(Failed().size(), 1u);  // but real silence still counts
+}
+
+TEST_F(GroupMachineTest, ItsOwnPauseIsNoMeasureOfAStep) {
+  const auto [a, b] = FormTwo();
+  SendPlan(1);
+  Pass(250, {a, b});
+  now_ += 5'000;
+  machine_->OnTick(now_);
+  Answer(a, 1, 1001);
+  Answer(b, 1, 1001);
+  SendPlan(2);
+  Pass(20 * 600, {a, b});  // 20 times what the step took without the pause
+  EXPECT_EQ(Failed().size(), 1u);
 }
 
 TEST_F(GroupMachineTest, BeatsEveryWorkerFourTimesASecond) {

@@ -1,6 +1,5 @@
 #include "tests/fakes/fake_worker.h"
 
-#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 
 #include <atomic>
