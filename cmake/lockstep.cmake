@@ -178,7 +178,7 @@ function(lockstep_rust_library)
   find_program(LOCKSTEP_CARGO NAMES cargo HINTS $ENV{HOME}/.cargo/bin REQUIRED)
   add_custom_command(
     OUTPUT ${archive}
-    COMMAND ${CMAKE_COMMAND} -E env CARGO_TARGET_DIR=${target_dir} ${LOCKSTEP_CARGO} build --release --locked --quiet
+    COMMAND ${CMAKE_COMMAND} -E env CARGO_TARGET_DIR=${target_dir} ${rustc} ${LOCKSTEP_CARGO} build --release --locked --quiet
     COMMAND ${CMAKE_COMMAND} -E touch ${archive}
     WORKING_DIRECTORY ${A_CRATE}
     DEPENDS ${A_SRCS} VERBATIM)
