@@ -262,6 +262,9 @@ absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
   }
   for (const auto& [name, seconds] : loaded->phases) add_phase(name, seconds);
   Clock::time_point start = Clock::now();
+  if (absl::Status same = CompareModels(epoch, loaded->model_digest); !same.ok()) return same;
+  add_phase("other ranks", SecondsSince(start));
+  start = Clock::now();
   if (absl::Status joined = communicator->Join(epoch.exchange); !joined.ok()) return joined;
   add_phase("communicator", SecondsSince(start));
   start = Clock::now();
@@ -273,6 +276,25 @@ absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
   ready->set_checkpoint_bytes(loaded->checkpoint_bytes);
   ready->set_kv_bytes(loaded->kv_bytes);
   ready->set_shard(loaded->shard);
+  return absl::OkStatus();
+}
+
+// Also where a rank waits until the slowest one has loaded.
+absl::Status EpochRunner::CompareModels(Epoch& epoch, uint64_t digest) {
+  const auto key = [](uint32_t rank) { return absl::StrCat("model/", rank); };
+  const uint32_t rank = epoch.configure.rank();
+  const std::string mine = absl::StrCat(absl::Hex(digest, absl::kZeroPad16));
+  if (absl::Status sent = epoch.exchange.Publish(key(rank), mine); !sent.ok()) return sent;
+  for (uint32_t other = 0; other < epoch.configure.tp_size(); ++other) {
+    if (other == rank) continue;
+    const absl::StatusOr<std::string> theirs = epoch.exchange.Await(key(other));
+    if (!theirs.ok()) return theirs.status();
+    if (*theirs != mine) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(epoch.configure.model_path(), ": rank ", other,
+                       " has another model there (config.json or the tensor index differ)"));
+    }
+  }
   return absl::OkStatus();
 }
 

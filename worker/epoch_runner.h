@@ -67,6 +67,7 @@ class EpochRunner {
   uint64_t epoch() const;  // 0: none
   uint64_t last_step() const;
   int loaded_rank() const { return host_->loaded_rank(); }
+  uint64_t held_bytes() const { return host_->held_bytes(); }
 
  private:
   struct Epoch;
@@ -79,6 +80,7 @@ class EpochRunner {
   void Loop();
   void Start(Epoch& epoch);
   absl::Status Form(Epoch& epoch, worker::v1::Ready* ready);
+  absl::Status CompareModels(Epoch& epoch, uint64_t digest);
   void Step(const Plan& plan);
   void Release(Epoch& epoch);
   // Ends current_, if any. `answer`: with Released.
@@ -87,7 +89,7 @@ class EpochRunner {
   void SendReleased(StreamId stream, uint64_t epoch);
 
   const EpochRunnerOptions options_;
-  const std::unique_ptr<ModelHost> host_;  // of the thread, but loaded_rank
+  const std::unique_ptr<ModelHost> host_;  // of the thread, but for its getters
   const Send send_;
 
   mutable std::mutex mutex_;  // guards the fields below; never held while sending or computing

@@ -111,6 +111,7 @@ class FaultyHost final : public ModelHost {
 
   void End() override { host_->End(); }
   int loaded_rank() const override { return host_->loaded_rank(); }
+  uint64_t held_bytes() const override { return host_->held_bytes(); }
 
  private:
   const std::shared_ptr<State> state_;

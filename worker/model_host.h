@@ -5,7 +5,7 @@
 //
 //   Load -> Begin -> Run ... Run -> End -> [Load ->] Begin -> ...
 //
-// Calls come from one thread, but loaded_rank.
+// Calls come from one thread, but where said otherwise.
 #ifndef LOCKSTEP_WORKER_MODEL_HOST_H_
 #define LOCKSTEP_WORKER_MODEL_HOST_H_
 
@@ -27,6 +27,7 @@ struct LoadReport {
   uint64_t weight_bytes = 0;      // resident
   uint64_t checkpoint_bytes = 0;  // read from files by this Load
   uint64_t kv_bytes = 0;
+  uint64_t model_digest = 0;                           // ranks of a group must agree on it
   std::string shard;                                   // in words
   std::vector<std::pair<std::string, double>> phases;  // name, seconds
 };
@@ -49,6 +50,8 @@ class ModelHost {
   virtual void End() = 0;
   // The rank whose weights are in memory; -1: none. From any thread.
   virtual int loaded_rank() const = 0;
+  // Memory that a next Load would reuse or free. From any thread.
+  virtual uint64_t held_bytes() const = 0;
 };
 
 // What can be refused of a Configure before anything is opened: names the field.

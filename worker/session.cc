@@ -223,6 +223,12 @@ std::optional<SessionEnd> Session::Impl::Attach() {
   WorkerMessage hello;
   *hello.mutable_hello() = options.hello;
   if (runner.loaded_rank() >= 0) hello.mutable_hello()->set_preferred_rank(runner.loaded_rank());
+  if (options.read_memory) {
+    // What is held now is free for the next model, or the same one.
+    const auto [total, free] = options.read_memory();
+    hello.mutable_hello()->set_memory_total_bytes(total);
+    hello.mutable_hello()->set_memory_free_bytes(free + runner.held_bytes());
+  }
   heard_ns = NowNs();
   heard_any = false;
   (void)mine->Write(hello);  // before anybody else may write

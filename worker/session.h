@@ -14,8 +14,10 @@
 #define LOCKSTEP_WORKER_SESSION_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "proto/worker.pb.h"
 #include "wire/protocol.h"
@@ -26,7 +28,9 @@
 namespace lockstep {
 
 struct SessionOptions {
-  worker::v1::Hello hello;   // preferred_rank is replaced once weights are loaded
+  worker::v1::Hello hello;  // preferred_rank is replaced once weights are loaded
+  // Bytes in total and free, asked at every dial; may be empty.
+  std::function<std::pair<uint64_t, uint64_t>()> read_memory;
   std::string comm_address;  // empty: the stream's local address
   EpochRunnerOptions runner;
   // Shortened by tests.

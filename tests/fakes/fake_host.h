@@ -26,6 +26,7 @@ class HostControl {
     int weights_loaded = 0;                         // of the loads: not found in memory
     bool hold_load = false, hold_run = false;       // block there while set
     bool in_load = false, in_run = false;
+    uint64_t model_digest = 1;
     absl::Status load_error, begin_error, run_error;
   };
 
@@ -78,6 +79,7 @@ class FakeHost final : public ModelHost {
     LoadReport report;
     report.weight_bytes = 1 << 20;
     report.kv_bytes = 4096;
+    report.model_digest = state.model_digest;
     report.shard = "everything";
     report.phases = {{"open", 0.25}, {"load", 0.5}};
     return report;
@@ -117,6 +119,7 @@ class FakeHost final : public ModelHost {
     comm_ = nullptr;
   }
   int loaded_rank() const override { return rank_; }
+  uint64_t held_bytes() const override { return 0; }
 
  private:
   const std::shared_ptr<HostControl> control_;

@@ -156,7 +156,7 @@ TEST(Session, LoadsReportsAndStepsWithTwoPlansInFlight) {
     EXPECT_THAT(ready->ready().collective_library(), HasSubstr("gloo"));
     std::string phases;
     for (const auto& phase : ready->ready().phases()) phases += phase.name() + " ";
-    EXPECT_EQ(phases, "open load communicator kv ");
+    EXPECT_EQ(phases, "open load other ranks communicator kv ");
   }
   const uint64_t steps = 200;
   for (const uint32_t rank : {0u, 1u}) coordinator.Send(rank, Plan(7, 1));
@@ -445,6 +445,20 @@ TEST(Session, StopsPromptlyWhateverItIsDoing) {
   worker.Stop();
   EXPECT_EQ(worker.AwaitEnd(), SessionEnd::kStopped);
   EXPECT_FALSE(worker.idle());
+}
+
+TEST(Session, RefusesToServeWithARankThatHasAnotherModel) {
+  FakeCoordinator coordinator("127.0.0.1:0");
+  TestWorker first(coordinator.address());
+  ASSERT_TRUE(coordinator.AwaitHello(0));
+  TestWorker second(coordinator.address());
+  ASSERT_TRUE(coordinator.AwaitHello(1));
+  second.control->Set([](auto& s) { s.model_digest = 2; });
+  for (const uint32_t rank : {0u, 1u}) coordinator.Send(rank, Configure(1, rank, 2));
+  const auto failure = coordinator.AwaitCase(0, WorkerMessage::kFailure);
+  ASSERT_TRUE(failure);
+  EXPECT_THAT(failure->failure().message(), HasSubstr("rank 1 has another model"));
+  EXPECT_FALSE(failure->failure().recoverable());
 }
 
 TEST(Session, AKilledPeerIsAFailureOfTheStepNotAHang) {

@@ -1,0 +1,191 @@
+#include "worker/checkpoint_host.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <fstream>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "model/model_config.h"
+#include "model/safetensors.h"
+#include "model/shard_plan.h"
+#include "worker/backend/backend.h"
+#include "worker/backend/cpu/cpu_backend.h"
+#include "worker/decoder.h"
+#include "worker/device_info.h"
+#include "worker/step_executor.h"
+#include "worker/thread_pool.h"
+#include "worker/weights.h"
+
+namespace lockstep {
+namespace {
+
+using worker::v1::Configure;
+using Clock = std::chrono::steady_clock;
+
+// What a Configure asks to have in memory: without what belongs to an epoch.
+std::string Wish(Configure configure) {
+  configure.clear_epoch();
+  configure.clear_group();
+  configure.clear_communicator();
+  configure.clear_max_skew_ms();
+  return configure.SerializeAsString();
+}
+
+// FNV-1a of config.json's bytes, continued over the tensor index.
+absl::StatusOr<uint64_t> DigestModel(const std::string& folder, const Checkpoint* checkpoint) {
+  std::ifstream file(folder + "/config.json", std::ios::binary);
+  std::stringstream text;
+  text << file.rdbuf();
+  if (!file) return absl::NotFoundError(absl::StrCat(folder, "/config.json: cannot be read"));
+  uint64_t hash = 0xcbf29ce484222325u;
+  const auto mix = [&hash](uint8_t byte) { hash = (hash ^ byte) * 0x100000001b3u; };
+  for (const char c : text.str()) mix(static_cast<uint8_t>(c));
+  if (checkpoint != nullptr) {
+    for (int shift = 0; shift < 64; shift += 8)
+      mix(static_cast<uint8_t>(checkpoint->digest() >> shift));
+  }
+  return hash;
+}
+
+// One configuration in memory.
+struct Loaded {
+  std::string wish;
+  LoadReport report;
+  ExecutorLimits limits;
+  std::unique_ptr<ThreadPool> pool;  // before the decoder, whose backend uses it
+  std::unique_ptr<Decoder> decoder;
+};
+
+class CheckpointHost final : public ModelHost {
+ public:
+  explicit CheckpointHost(uint32_t threads) : threads_(threads) {}
+
+  absl::StatusOr<LoadReport> Load(const Configure& configure, const Progress& progress) override {
+    const std::string wish = Wish(configure);
+    if (loaded_ != nullptr && loaded_->wish == wish) {
+      LoadReport report = loaded_->report;
+      report.phases.clear();
+      return report;
+    }
+    // First, so that two models are never in memory at once.
+    rank_ = -1;
+    held_bytes_ = 0;
+    loaded_.reset();
+    auto loaded = std::make_unique<Loaded>();
+    loaded->wish = wish;
+    if (absl::Status status = LoadInto(*loaded, configure, progress); !status.ok()) return status;
+    loaded_ = std::move(loaded);
+    rank_ = static_cast<int>(configure.rank());
+    held_bytes_ = loaded_->report.weight_bytes + loaded_->report.kv_bytes;
+    return loaded_->report;
+  }
+
+  absl::Status Begin(uint64_t epoch, Communicator* comm) override {
+    if (absl::Status status = loaded_->decoder->Attach(comm); !status.ok()) return status;
+    executor_ = std::make_unique<StepExecutor>(loaded_->limits, epoch, loaded_->decoder.get());
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<StepResult> Run(const StepPlan& plan, uint64_t plan_received_ns) override {
+    return executor_->Run(plan, plan_received_ns);
+  }
+
+  void End() override { executor_.reset(); }
+  int loaded_rank() const override { return rank_; }
+  uint64_t held_bytes() const override { return held_bytes_; }
+
+ private:
+  absl::Status LoadInto(Loaded& loaded, const Configure& configure, const Progress& progress);
+
+  const uint32_t threads_;
+  std::atomic<int> rank_{-1};
+  std::atomic<uint64_t> held_bytes_{0};
+  std::unique_ptr<Loaded> loaded_;
+  std::unique_ptr<StepExecutor> executor_;  // of an epoch; uses loaded_
+};
+
+absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure,
+                                      const Progress& progress) {
+  Clock::time_point start = Clock::now();
+  LoadReport& report = loaded.report;
+  const auto end_phase = [&](const std::string& name) {
+    const Clock::time_point now = Clock::now();
+    report.phases.emplace_back(name, std::chrono::duration<double>(now - start).count());
+    start = now;
+  };
+  const bool dummy = configure.load_format() == "dummy";
+  const absl::StatusOr<DType> dtype = ParseDType(configure.dtype());
+  if (!dtype.ok()) return dtype.status();
+  const absl::StatusOr<ModelConfig> config = LoadModelConfig(configure.model_path());
+  if (!config.ok()) return config.status();
+  if (absl::Status servable = CheckServable(*config, BackendKind::kCpu); !servable.ok()) {
+    return servable;
+  }
+  const absl::StatusOr<ShardPlan> plan =
+      MakeShardPlan(*config, configure.tp_size(), configure.rank());
+  if (!plan.ok()) return plan.status();
+  std::unique_ptr<Checkpoint> checkpoint;
+  if (!dummy) {
+    absl::StatusOr<std::unique_ptr<Checkpoint>> opened = Checkpoint::Open(configure.model_path());
+    if (!opened.ok()) return opened.status();
+    checkpoint = *std::move(opened);
+  }
+  const absl::StatusOr<uint64_t> digest = DigestModel(configure.model_path(), checkpoint.get());
+  if (!digest.ok()) return digest.status();
+  report.model_digest = *digest;
+  if (configure.model_digest() != 0 && configure.model_digest() != *digest) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(configure.model_path(),
+                     ": not the model that the coordinator has (config.json or the "
+                     "tensor index differ)"));
+  }
+  uint32_t threads = threads_ != 0 ? threads_ : configure.cpu_threads();
+  if (threads == 0) threads = ReadDeviceInfo().num_threads;
+  loaded.pool = std::make_unique<ThreadPool>(static_cast<int>(threads));
+  end_phase("open");
+
+  WeightOptions options;
+  options.dtype = *dtype;
+  options.progress = [&](int64_t done, int64_t total) {
+    progress(static_cast<uint64_t>(done), static_cast<uint64_t>(total));
+  };
+  absl::StatusOr<std::unique_ptr<Weights>> weights =
+      dummy ? Weights::Dummy(*plan, *config, options, loaded.pool.get())
+            : Weights::Load(*checkpoint, *plan, options, loaded.pool.get());
+  if (!weights.ok()) return weights.status();
+  report.checkpoint_bytes = static_cast<uint64_t>((*weights)->checkpoint_bytes());
+  end_phase("load");
+
+  BackendLimits limits;
+  limits.max_num_seqs = configure.max_num_seqs();
+  limits.max_batched_tokens = configure.max_batched_tokens();
+  limits.max_model_len = configure.max_model_len();
+  limits.block_size = configure.block_size();
+  limits.num_kv_blocks = configure.num_kv_blocks();
+  absl::StatusOr<std::unique_ptr<Backend>> backend =
+      MakeCpuBackend(*config, *plan, *std::move(weights), limits, *dtype, loaded.pool.get());
+  if (!backend.ok()) return backend.status();
+  report.weight_bytes = static_cast<uint64_t>((*backend)->weight_bytes());
+  report.kv_bytes = static_cast<uint64_t>((*backend)->kv_bytes());
+  report.shard = DescribeShard(*config, *plan);
+  loaded.limits = {limits.max_num_seqs,  limits.max_batched_tokens,
+                   limits.max_model_len, limits.block_size,
+                   limits.num_kv_blocks, static_cast<uint32_t>(config->vocab_size)};
+  loaded.decoder = std::make_unique<Decoder>(*config, *plan, *std::move(backend));
+  end_phase("buffers");
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+std::unique_ptr<ModelHost> MakeCheckpointHost(uint32_t threads) {
+  return std::make_unique<CheckpointHost>(threads);
+}
+
+}  // namespace lockstep

@@ -1,0 +1,194 @@
+// lockstep-worker: one rank. It needs to know nothing but where the coordinator
+// is. Exit codes: 0 when told to end, 1 when refused or unable to start, 2 for a
+// bad command line, 75 when a closed epoch could not be let go of (start it
+// again). The last line on stderr says why.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "common/version.h"
+#include "coordinator/options.h"
+#include "coordinator/process_events.h"
+#include "worker/checkpoint_host.h"
+#include "worker/comm/gloo_communicator.h"
+#include "worker/device_info.h"
+#include "worker/fault_injection.h"
+#include "worker/grpc_plane.h"
+#include "worker/session.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int kStuckExitCode = 75;  // EX_TEMPFAIL
+
+struct WorkerOptions {
+  std::string coordinator = "127.0.0.1:50052";
+  std::string backend = "cpu";
+  uint32_t threads = 0;
+  int32_t preferred_rank = -1;
+  std::string comm_address;
+  bool insecure = false;
+  std::string log_format = "text";
+  std::string log_level = "info";
+  bool exit_with_parent = false;
+  std::string inject;
+  bool print_config = false;
+  std::string config;
+};
+
+void AddFlags(CLI::App& app, WorkerOptions* o) {
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.set_version_flag("--version", absl::StrCat("lockstep-worker ", kVersion));
+  const char* g = "Network";
+  app.add_option("--coordinator", o->coordinator,
+                 "HOST:PORT or unix:PATH that the coordinator has as --worker-address")
+      ->capture_default_str()
+      ->group(g);
+  app.add_option(
+         "--comm-address", o->comm_address,
+         "Address of this host for the other ranks; default: the one that leads to the coordinator")
+      ->group(g);
+  app.add_flag("--insecure", o->insecure, "Dial beyond this host in plain text")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
+      ->group(g);
+  g = "Compute";
+  app.add_option("--backend", o->backend, "cpu")->capture_default_str()->group(g);
+  app.add_option("--threads", o->threads, "Compute threads; 0: what the coordinator says")
+      ->capture_default_str()
+      ->group(g);
+  app.add_option("--preferred-rank", o->preferred_rank, "Rank to ask for; -1: any")
+      ->capture_default_str()
+      ->group(g);
+  g = "Operations";
+  app.add_option("--log-format", o->log_format, "text or json")->capture_default_str()->group(g);
+  app.add_option("--log-level", o->log_level, "debug, info, warning or error")
+      ->capture_default_str()
+      ->group(g);
+  app.add_flag("--exit-with-parent", o->exit_with_parent, "End when the parent process ends")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
+      ->group(g);
+  app.add_flag("--print-config", o->print_config, "Print the resulting configuration and exit")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
+      ->group(g);
+  app.add_option("--config", o->config, "File of flags: key = value lines")->group(g);
+  app.add_option("--inject", o->inject, "Faults, for tests")->group("");  // not in --help
+}
+
+int Fail(const absl::Status& status, int code) {
+  std::fprintf(stderr, "lockstep-worker: %s\n",
+               EscapeControl(std::string(status.message())).c_str());
+  return code;
+}
+
+absl::Status Validate(const WorkerOptions& o) {
+  if (o.coordinator.empty()) {
+    return absl::InvalidArgumentError("--coordinator: expected HOST:PORT or unix:PATH");
+  }
+  if (o.backend != "cpu") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--backend ", o.backend, ": this build has cpu alone"));
+  }
+  if (o.threads > 4'096) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--threads ", o.threads, ": expected 0 to 4096"));
+  }
+  if (o.preferred_rank < -1 || o.preferred_rank > 255) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--preferred-rank ", o.preferred_rank, ": expected -1 to 255"));
+  }
+  if (o.log_format != "text" && o.log_format != "json") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--log-format ", o.log_format, ": expected text or json"));
+  }
+  if (const absl::StatusOr<LogLevel> level = ParseLogLevel(o.log_level); !level.ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--log-level: ", std::string(level.status().message())));
+  }
+  return ParseFaults(o.inject).status();
+}
+
+SessionOptions MakeSessionOptions(const WorkerOptions& o) {
+  const DeviceInfo device = ReadDeviceInfo();
+  SessionOptions options;
+  worker::v1::Hello& hello = options.hello;
+  hello.set_protocol_version(wire::kProtocolVersion);
+  hello.set_build_version(kVersion);
+  hello.set_host(device.host);
+  hello.set_pid(static_cast<uint32_t>(getpid()));
+  hello.set_instance(NewInstanceName());
+  hello.set_backend(o.backend);
+  hello.set_device(device.processor);
+  hello.set_collective_library(GlooVersion());
+  hello.set_preferred_rank(o.preferred_rank);
+  hello.set_num_cpu_threads(device.num_threads);
+  options.read_memory = [] {
+    const DeviceInfo now = ReadDeviceInfo();
+    return std::pair(now.memory_total_bytes, now.memory_free_bytes);
+  };
+  options.comm_address = o.comm_address;
+  options.runner.collective_library = GlooVersion();
+  options.runner.terminal = isatty(STDERR_FILENO) == 1;
+  options.runner.make_communicator = MakeGlooCommunicator;
+  return options;
+}
+
+int Run(const WorkerOptions& o, const ProcessEvents& events) {
+  SessionOptions options = MakeSessionOptions(o);
+  std::unique_ptr<ModelHost> host = InjectFaults(
+      *ParseFaults(o.inject), MakeCheckpointHost(o.threads), &options.runner.make_communicator);
+  Session session(std::move(options), MakeGrpcPlane(o.coordinator, o.insecure), std::move(host));
+  std::thread signals([&] {
+    if (events.Wait() == ProcessEvents::Event::kTerminate) session.Stop();
+  });
+  const SessionEnd end = session.Run();
+  events.Wake();
+  signals.join();
+  const int code = end == SessionEnd::kStuck ? kStuckExitCode : end == SessionEnd::kRefused ? 1 : 0;
+  // Whatever computes still is not waited for.
+  if (!session.idle()) _exit(code);
+  return code;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app{"One rank of a model: computes what the coordinator plans.", "lockstep-worker"};
+  WorkerOptions options;
+  AddFlags(app, &options);
+  const absl::Status parsed = ParseWithSources(app, {argv + 1, argv + argc});
+  if (absl::IsNotFound(parsed)) {
+    std::fputs(std::string(parsed.message()).c_str(), stdout);
+    return 0;
+  }
+  if (!parsed.ok()) return Fail(parsed, 2);
+  if (options.print_config) {
+    std::fputs(PrintConfig(app).c_str(), stdout);
+    return 0;
+  }
+  if (const absl::Status valid = Validate(options); !valid.ok()) return Fail(valid, 2);
+  // gRPC's own lines would come between ours; what it has to say is in our errors.
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
+  InitLog({.level = *ParseLogLevel(options.log_level),
+           .json = options.log_format == "json",
+           .source = absl::StrCat("worker ", getpid())});
+  // Before any thread: they inherit the blocked signals.
+  const absl::StatusOr<ProcessEvents> events = ProcessEvents::Install();
+  if (!events.ok()) return Fail(events.status(), 1);
+  if (options.exit_with_parent && !DieWithParent()) {
+    return Fail(absl::UnavailableError("--exit-with-parent: the parent is gone"), 1);
+  }
+  return Run(options, *events);
+}
+
+}  // namespace
+}  // namespace lockstep
+
+int main(int argc, char** argv) { return lockstep::Main(argc, argv); }
