@@ -1,8 +1,6 @@
 #include "model/families.h"
 
 #include <cmath>
-#include <cstring>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -180,15 +178,6 @@ void ReadQwen3(ConfigReader& reader, ModelConfig& config) {
   ReadQwenWindow(reader, config);
 }
 
-// As a tensor of that dtype holds it.
-double RoundTo(DType dtype, double value) {
-  if (dtype == DType::kFloat32) return static_cast<float>(value);
-  const int mantissa_bits = dtype == DType::kFloat16 ? 11 : 8;
-  int exponent = 0;
-  const double fraction = std::frexp(static_cast<float>(value), &exponent);
-  return std::ldexp(std::nearbyint(std::ldexp(fraction, mantissa_bits)), exponent - mantissa_bits);
-}
-
 void ReadGemma3(ConfigReader& reader, ModelConfig& config) {
   ReadSizes(reader, config, 131072, 4, 256);
   ReadModernCommon(reader, config);
@@ -202,8 +191,7 @@ void ReadGemma3(ConfigReader& reader, ModelConfig& config) {
   config.qk_norm = true;
   config.sandwich_norms = true;
   config.norm_weight_plus_one = true;
-  config.embedding_scale =
-      RoundTo(config.dtype, std::sqrt(static_cast<double>(config.hidden_size)));
+  config.embedding_scale = std::sqrt(static_cast<double>(config.hidden_size));
   config.attention_scale = 1.0 / std::sqrt(reader.Number("query_pre_attn_scalar", 256.0, 0, 1e9));
   reader.RequireNull("attn_logit_softcapping", "soft-capping is not supported");
   reader.RequireNull("final_logit_softcapping", "soft-capping is not supported");

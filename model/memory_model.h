@@ -1,10 +1,17 @@
 // Bytes per rank, from a ModelConfig alone. The same code sizes the KV cache at
 // start and answers `lockstep plan`.
 //
-//   weights       every LocalTensor of the shard plan at its dtype
+//   weights       every LocalTensor of the shard plan: matrices in the serving
+//                 dtype (fp8: one byte and a float32 scale a row), vectors float32
 //   KV            2 (K and V) x layers x local_kv_heads x head_dim x bytes a token
-//   activations   of the largest step (max_batched_tokens, max_num_seqs logits rows)
+//   activations   of the largest step: max_batched_tokens rows of every buffer
+//                 between two matrices, the logits of a chunk of rows, and, on
+//                 rank 0, those of the whole vocabulary
 //   communication buffers of the collectives
+//   runtime       what libraries take for themselves
+//
+// Every rank of a group has the same shapes; rank 0 holds a little more than
+// the others, because it samples.
 #ifndef LOCKSTEP_MODEL_MEMORY_MODEL_H_
 #define LOCKSTEP_MODEL_MEMORY_MODEL_H_
 
@@ -21,11 +28,15 @@ namespace lockstep {
 
 struct ServingShape {
   DType dtype = DType::kFloat32;  // of weights and KV in memory
-  std::string quantization;       // "" or "fp8": matrices of one byte and per-channel scales
-  int64_t block_size = 16;        // tokens
+  // "" or "fp8": the matrices of the layers in one byte an element, with a
+  // float32 scale a row; embedding, head, norms and biases as without it.
+  std::string quantization;
+  int64_t block_size = 16;  // tokens
   int64_t max_num_seqs = 24;
   int64_t max_batched_tokens = 2048;
   int64_t max_model_len = 8192;
+  // Share of the memory that serving may use; read by PlanForMemory alone.
+  double memory_utilization = 0.9;
 };
 
 struct RankMemory {
@@ -33,9 +44,13 @@ struct RankMemory {
   int64_t kv_bytes_per_token = 0;
   int64_t activation_bytes = 0;
   int64_t communication_bytes = 0;
-  int64_t runtime_bytes = 0;  // library contexts (CUDA, NCCL); 0 on cpu
+  int64_t runtime_bytes = 0;  // library contexts (CUDA, cuBLAS); 0 on cpu
+
+  int64_t overhead_bytes() const { return activation_bytes + communication_bytes + runtime_bytes; }
+  int64_t fixed_bytes() const { return weight_bytes + overhead_bytes(); }  // all but KV
 };
 
+// InvalidArgument: a tp_size that cannot work, or a shape out of bounds.
 absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const ServingShape& shape,
                                              int64_t tp_size, int64_t rank, BackendKind backend);
 
@@ -52,20 +67,25 @@ absl::StatusOr<int64_t> KvBlocksThatFit(const ModelConfig& config, const Serving
 // One line of `lockstep plan`.
 struct PlanRow {
   int64_t tp_size = 1;
+  // One sequence of max_model_len fits within memory_utilization.
   bool fits = false;
-  std::string reason;         // why not, or what is left
-  RankMemory memory;          // of the largest rank
-  int64_t kv_tokens = 0;      // that fit after weights and overhead
+  std::string reason;  // why not, or what is left
+  RankMemory memory;   // of the largest rank; zero where tp_size cannot work
+  // KV of max_num_seqs x max_model_len tokens.
+  int64_t peak_kv_bytes = 0;
+  int64_t kv_tokens = 0;      // that memory_utilization leaves room for
   int64_t max_model_len = 0;  // largest for one sequence, capped by the model's
-  bool headroom = false;      // weights + peak KV + overhead <= 85 % of the memory
+  // weights + peak KV + overhead <= 85 % of the memory. Implies fits.
+  bool headroom = false;
 };
 
 struct PlanReport {
-  std::vector<PlanRow> rows;  // tp 1, 2, 4, 8
-  std::optional<int64_t> minimum_tp_size;
+  std::vector<PlanRow> rows;               // tp 1, 2, 4, 8
+  std::optional<int64_t> minimum_tp_size;  // of the first row with headroom
 };
 
-// Peak KV is max_num_seqs x max_model_len tokens.
+constexpr double kPlanHeadroom = 0.15;
+
 absl::StatusOr<PlanReport> PlanForMemory(const ModelConfig& config, const ServingShape& shape,
                                          BackendKind backend, int64_t memory_bytes);
 

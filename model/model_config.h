@@ -77,8 +77,9 @@ struct ModelConfig {
   bool norm_weight_plus_one = false;  // Gemma: scale by 1 + w
   Activation activation = Activation::kSilu;
   PositionKind position = PositionKind::kRope;
-  int64_t position_offset = 0;   // OPT: 2
-  double embedding_scale = 1.0;  // Gemma: sqrt(hidden_size), rounded to the checkpoint's dtype
+  int64_t position_offset = 0;  // OPT: 2
+  // Gemma: sqrt(hidden_size), exact. A backend whose activations have 16 bits rounds it to them.
+  double embedding_scale = 1.0;
   double attention_scale = 0.0;  // 1/sqrt(head_dim) or 1/sqrt(query_pre_attn_scalar)
 
   RopeConfig rope;             // of full-attention layers

@@ -1,0 +1,274 @@
+#include "model/memory_model.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "absl/status/status.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "model/byte_size.h"
+#include "model/strings.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int64_t>::max();
+constexpr int64_t kMiB = 1 << 20;
+
+// The cpu backend computes logits for at most this many rows at once.
+constexpr int64_t kCpuLogitChunkBytes = 32 * kMiB;
+constexpr int64_t kCpuMaxLogitRows = 256;
+// Threads of a rank are chosen later; their scratch is small beside the rest.
+constexpr int64_t kCpuThreads = 16;
+// Sixteen segments of 128 KiB each way, for every peer.
+constexpr int64_t kCpuBytesPerPeer = 4 * kMiB;
+
+// A CUDA context with our kernels and those of cuBLASLt loaded, its workspaces,
+// and the graphs of the decode step. What such processes show when idle.
+constexpr int64_t kCudaRuntimeBytes = 1024 * kMiB;
+// NCCL's channels and their buffers inside one host.
+constexpr int64_t kNcclBytes = 512 * kMiB;
+// Rows whose logits a step of the cuda backend may ask for at once: one a
+// sequence; longer lists of prompt log-probabilities are computed in turns.
+constexpr int64_t kCudaMaxLogitRows = 1024;
+
+struct Bound {
+  const char* name;
+  int64_t value, max;
+};
+
+absl::Status CheckShape(const ModelConfig& config, const ServingShape& shape) {
+  const Bound bounds[] = {
+      {"block size", shape.block_size, 1 << 16},
+      {"max-num-seqs", shape.max_num_seqs, 1 << 20},
+      {"max-num-batched-tokens", shape.max_batched_tokens, 1 << 24},
+      {"max-model-len", shape.max_model_len, config.max_position_embeddings},
+  };
+  for (const Bound& bound : bounds) {
+    if (bound.value < 1 || bound.value > bound.max) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          bound.name, " is ", bound.value, "; expected 1 to ", bound.max, " for this model"));
+    }
+  }
+  if (shape.dtype == DType::kFloat8E4M3) {
+    return absl::InvalidArgumentError(
+        "dtype is float8_e4m3fn; expected float32, float16 or bfloat16 (with quantization fp8 "
+        "for matrices of one byte)");
+  }
+  if (!shape.quantization.empty() && shape.quantization != "fp8") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("quantization is ", shape.quantization, "; supported: fp8"));
+  }
+  return absl::OkStatus();
+}
+
+// The matrices of the layers. The embedding and the head are looked up and
+// multiplied in the serving dtype by every fp8 checkpoint there is.
+bool IsQuantized(const LocalTensor& tensor) {
+  return tensor.is_matrix && absl::StartsWith(tensor.name, "layers.");
+}
+
+// Widths of a rank's rows between two matrices, in elements.
+struct Widths {
+  int64_t hidden, embedding, q, qkv, mlp, up;
+  Widths(const ModelConfig& config, const ShardPlan& plan)
+      : hidden(config.hidden_size),
+        embedding(config.embedding_dim == config.hidden_size ? 0 : config.embedding_dim),
+        q(plan.local_heads * config.head_dim),
+        qkv(q + 2 * plan.local_kv_heads * config.head_dim),
+        mlp(plan.local_intermediate),
+        up(config.gated_mlp ? 2 * mlp : mlp) {}
+};
+
+// The cpu backend's buffers, all float32.
+int64_t CpuActivationBytes(const ModelConfig& config, const ServingShape& shape,
+                           const ShardPlan& plan) {
+  const Widths w(config, plan);
+  const bool samples = plan.rank == 0 && plan.tp_size > 1;
+  // Residual, normed, partial; q, k and v; heads; gate and up; the packed input
+  // of the widest product.
+  const int64_t row =
+      3 * w.hidden + w.embedding + w.qkv + w.q + w.up + std::max({w.hidden, w.q, w.mlp});
+  const int64_t logit_rows =
+      std::clamp<int64_t>(kCpuLogitChunkBytes / (plan.padded_vocab * 4), 1,
+                          std::min(kCpuMaxLogitRows, shape.max_batched_tokens));
+  const int64_t logit_row =
+      w.hidden + w.embedding + plan.local_vocab + (samples ? plan.padded_vocab : 0);
+  // Scores of the heads that share a KV head; one row of logits.
+  const int64_t thread = plan.local_heads / plan.local_kv_heads * shape.max_model_len +
+                         (samples ? plan.padded_vocab : 0);
+  return 4 * (shape.max_batched_tokens * row + logit_rows * logit_row + kCpuThreads * thread);
+}
+
+// Activations in the serving dtype, residual and logits in float32.
+int64_t CudaActivationBytes(const ModelConfig& config, const ServingShape& shape,
+                            const ShardPlan& plan) {
+  const Widths w(config, plan);
+  const int64_t row = 4 * w.hidden + DTypeBytes(shape.dtype) *
+                                         (2 * w.hidden + w.embedding + w.qkv + w.q + w.up + w.mlp);
+  const int64_t logit_rows = std::min(shape.max_num_seqs, kCudaMaxLogitRows);
+  // Its share; on rank 0 the gathered rows and a copy for the sampler.
+  const int64_t logit_row = 4 * (plan.local_vocab + (plan.rank == 0 ? 2 * plan.padded_vocab : 0));
+  return shape.max_batched_tokens * row + logit_rows * logit_row;
+}
+
+int64_t CommunicationBytes(const ModelConfig& config, const ServingShape& shape,
+                           const ShardPlan& plan, BackendKind backend) {
+  if (plan.tp_size == 1) return 0;
+  if (backend == BackendKind::kCpu) return (plan.tp_size - 1) * kCpuBytesPerPeer;
+  // Two all-reduces in flight that peers read and write directly.
+  return kNcclBytes + 2 * shape.max_batched_tokens * config.hidden_size * DTypeBytes(shape.dtype);
+}
+
+// Tokens of whole blocks that fit into `bytes`.
+int64_t KvTokens(int64_t bytes, const RankMemory& memory, const ServingShape& shape) {
+  if (bytes <= 0) return 0;
+  return bytes / (memory.kv_bytes_per_token * shape.block_size) * shape.block_size;
+}
+
+int64_t SaturatingMul(int64_t a, int64_t b) {
+  int64_t product = 0;
+  return __builtin_mul_overflow(a, b, &product) ? kMaxInt : product;
+}
+
+int64_t SaturatingAdd(int64_t a, int64_t b) {
+  int64_t sum = 0;
+  return __builtin_add_overflow(a, b, &sum) ? kMaxInt : sum;
+}
+
+int64_t Percent(int64_t part, int64_t whole) {
+  return static_cast<int64_t>(100.0 * static_cast<double>(part) / static_cast<double>(whole) + 0.5);
+}
+
+std::string Needs(const ServingShape& shape) {
+  return absl::StrCat(shape.max_num_seqs, " x ", shape.max_model_len, " tokens");
+}
+
+// Fills in what follows from row.memory, and says it in words.
+void Judge(const ModelConfig& config, const ServingShape& shape, int64_t memory_bytes,
+           PlanRow* row) {
+  const auto usable =
+      static_cast<int64_t>(shape.memory_utilization * static_cast<double>(memory_bytes));
+  const int64_t fixed = row->memory.fixed_bytes();
+  const int64_t kv_per_token = row->memory.kv_bytes_per_token;
+  row->kv_tokens = KvTokens(usable - fixed, row->memory, shape);
+  row->max_model_len = std::min(row->kv_tokens, config.max_position_embeddings);
+  row->fits = row->kv_tokens >= shape.max_model_len;
+  row->peak_kv_bytes =
+      SaturatingMul(SaturatingMul(shape.max_num_seqs, shape.max_model_len), kv_per_token);
+  const int64_t peak = SaturatingAdd(fixed, row->peak_kv_bytes);
+  row->headroom = row->fits && static_cast<double>(peak) <=
+                                   (1.0 - kPlanHeadroom) * static_cast<double>(memory_bytes);
+  const std::string limit =
+      absl::StrCat(FormatBytes(usable), " (", Percent(usable, memory_bytes), " % of the memory)");
+  if (row->headroom) {
+    row->reason = absl::StrCat("weights, overhead and ", Needs(shape), " use ", FormatBytes(peak),
+                               ", ", Percent(peak, memory_bytes), " % of the memory");
+  } else if (row->fits) {
+    row->reason =
+        absl::StrCat("runs, but ", Needs(shape), " would need ", FormatBytes(peak), ", ",
+                     Percent(peak, memory_bytes), " % of the memory; at most ",
+                     100 - static_cast<int64_t>(100 * kPlanHeadroom), " % leaves headroom");
+  } else if (row->memory.weight_bytes > usable) {
+    row->reason =
+        absl::StrCat("weights alone need ", FormatBytes(row->memory.weight_bytes), " of ", limit);
+  } else if (row->kv_tokens == 0) {
+    row->reason = absl::StrCat("weights and overhead need ", FormatBytes(fixed), " of ", limit,
+                               ", which leaves no KV cache");
+  } else {
+    row->reason = absl::StrCat("KV cache for ", row->kv_tokens, " tokens is left of ", limit,
+                               ", less than one sequence of ", shape.max_model_len);
+  }
+}
+
+}  // namespace
+
+int64_t WeightBytes(const ShardPlan& plan, DType dtype, const std::string& quantization) {
+  int64_t bytes = 0;
+  for (const LocalTensor& tensor : plan.tensors) {
+    const int64_t elements = tensor.rows * tensor.cols;
+    if (!tensor.is_matrix) {
+      bytes += elements * 4;
+    } else if (!quantization.empty() && IsQuantized(tensor)) {
+      bytes += elements + tensor.rows * 4;
+    } else {
+      bytes += elements * DTypeBytes(dtype);
+    }
+  }
+  return bytes;
+}
+
+absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const ServingShape& shape,
+                                             int64_t tp_size, int64_t rank, BackendKind backend) {
+  const absl::StatusOr<ShardPlan> plan = MakeShardPlan(config, tp_size, rank);
+  if (!plan.ok()) return plan.status();
+  if (absl::Status status = CheckShape(config, shape); !status.ok()) return status;
+  RankMemory memory;
+  memory.weight_bytes = WeightBytes(*plan, shape.dtype, shape.quantization);
+  memory.kv_bytes_per_token =
+      2 * config.num_layers * plan->local_kv_heads * config.head_dim * DTypeBytes(shape.dtype);
+  const bool cpu = backend == BackendKind::kCpu;
+  memory.activation_bytes =
+      cpu ? CpuActivationBytes(config, shape, *plan) : CudaActivationBytes(config, shape, *plan);
+  memory.communication_bytes = CommunicationBytes(config, shape, *plan, backend);
+  memory.runtime_bytes = cpu ? 0 : kCudaRuntimeBytes;
+  return memory;
+}
+
+absl::StatusOr<int64_t> KvBlocksThatFit(const ModelConfig& config, const ServingShape& shape,
+                                        int64_t tp_size, BackendKind backend,
+                                        int64_t available_bytes) {
+  // Rank 0 needs most (see the header), so the blocks that fit there fit everywhere.
+  const absl::StatusOr<RankMemory> memory = PredictRankMemory(config, shape, tp_size, 0, backend);
+  if (!memory.ok()) return memory.status();
+  const int64_t tokens = KvTokens(available_bytes - memory->fixed_bytes(), *memory, shape);
+  if (tokens >= shape.max_model_len) return tokens / shape.block_size;
+
+  const int64_t one_sequence = SaturatingMul(memory->kv_bytes_per_token, shape.max_model_len);
+  const std::string required = absl::StrCat(
+      "a rank needs ", FormatBytes(SaturatingAdd(memory->fixed_bytes(), one_sequence)),
+      " (weights ", FormatBytes(memory->weight_bytes), ", activations and communication ",
+      FormatBytes(memory->overhead_bytes()), ", KV of one sequence of ", shape.max_model_len,
+      " tokens ", FormatBytes(one_sequence), "), but ",
+      FormatBytes(std::max<int64_t>(0, available_bytes)), " are available; ");
+  const bool shorter_helps = tokens > 0;
+  std::string larger;
+  for (const int64_t size : ValidTpSizes(config, 64)) {
+    if (size > tp_size && larger.empty()) larger = absl::StrCat("--tensor-parallel-size ", size);
+  }
+  std::string help;
+  if (shorter_helps) help = absl::StrCat("--max-model-len ", tokens, " would fit");
+  if (!larger.empty()) {
+    absl::StrAppend(&help, help.empty() ? "" : ", or try ", larger,
+                    help.empty() ? " needs less on each rank" : "");
+  }
+  if (help.empty()) help = "a smaller --max-num-batched-tokens or more memory is needed";
+  return absl::ResourceExhaustedError(absl::StrCat(required, help));
+}
+
+absl::StatusOr<PlanReport> PlanForMemory(const ModelConfig& config, const ServingShape& shape,
+                                         BackendKind backend, int64_t memory_bytes) {
+  if (absl::Status status = CheckShape(config, shape); !status.ok()) return status;
+  if (memory_bytes < 1 || !(shape.memory_utilization > 0 && shape.memory_utilization <= 1)) {
+    return absl::InvalidArgumentError(
+        "memory and its utilization must be above 0, and the "
+        "utilization at most 1");
+  }
+  PlanReport report;
+  for (const int64_t tp_size : {1, 2, 4, 8}) {
+    PlanRow row;
+    row.tp_size = tp_size;
+    const absl::StatusOr<RankMemory> memory = PredictRankMemory(config, shape, tp_size, 0, backend);
+    if (memory.ok()) {
+      row.memory = *memory;
+      Judge(config, shape, memory_bytes, &row);
+    } else {
+      row.reason = std::string(memory.status().message());
+    }
+    if (row.headroom && !report.minimum_tp_size.has_value()) report.minimum_tp_size = tp_size;
+    report.rows.push_back(std::move(row));
+  }
+  return report;
+}
+
+}  // namespace lockstep
