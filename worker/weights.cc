@@ -145,9 +145,9 @@ absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
                                                    absl::StrJoin(info->shape, ", "),
                                                    "]; config.json asks for [", expected, "]"));
   }
-  if (!IsWeightDType(info->dtype)) {
+  if (!info->loadable || !IsWeightDType(info->dtype)) {
     return absl::InvalidArgumentError(
-        absl::StrCat(file, ": tensor \"", found, "\" is ", std::string(DTypeName(info->dtype)),
+        absl::StrCat(file, ": tensor \"", found, "\" is ", std::string(info->dtype_name),
                      "; the cpu backend reads float32, float16 and bfloat16"));
   }
   const int64_t bytes = slice.rows * slice.cols * DTypeBytes(info->dtype);

@@ -29,6 +29,12 @@ using cpu::SlotState;
 constexpr int64_t kLogitChunkBytes = 32 << 20;
 constexpr int64_t kMaxLogitRows = 256;
 
+// A rank's slices of K. A tp_size that does not divide them (3, say) sums each
+// rank's share as one: right, but not bit for bit what other sizes give.
+int64_t LocalSlices(int64_t slices, int64_t tp_size) {
+  return slices % tp_size == 0 ? slices / tp_size : 1;
+}
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(const ModelConfig& config, const ShardPlan& plan, std::unique_ptr<Weights> weights,
@@ -167,8 +173,8 @@ CpuBackend::CpuBackend(const ModelConfig& config, const ShardPlan& plan,
     for (std::vector<float>& row : row_logits_) row.resize(plan.padded_vocab);
   }
   workspace_.Reserve(rows, hidden, 1);
-  workspace_.Reserve(rows, q_width_, plan.attention_slices / plan.tp_size);
-  workspace_.Reserve(rows, plan.local_intermediate, plan.mlp_slices / plan.tp_size);
+  workspace_.Reserve(rows, q_width_, LocalSlices(plan.attention_slices, plan.tp_size));
+  workspace_.Reserve(rows, plan.local_intermediate, LocalSlices(plan.mlp_slices, plan.tp_size));
   workspace_.Reserve(rows, config.embedding_dim, 1);
 }
 
@@ -329,7 +335,7 @@ void CpuBackend::Attention(const AttentionOp& op) {
 void CpuBackend::AttentionOutput(int64_t layer) {
   if (!status_.ok()) return;
   Gemm(heads_.data(), q_width_, num_rows(), model_.layers[layer].o.weight,
-       plan_.attention_slices / plan_.tp_size, partial_.data(), config_.hidden_size);
+       LocalSlices(plan_.attention_slices, plan_.tp_size), partial_.data(), config_.hidden_size);
 }
 
 void CpuBackend::ReduceResidualNorm(const ReduceOp& op) {
@@ -371,7 +377,7 @@ void CpuBackend::GateUp(int64_t layer) {
 void CpuBackend::Down(int64_t layer) {
   if (!status_.ok()) return;
   Gemm(up_.data(), up_width_, num_rows(), model_.layers[layer].down.weight,
-       plan_.mlp_slices / plan_.tp_size, partial_.data(), config_.hidden_size);
+       LocalSlices(plan_.mlp_slices, plan_.tp_size), partial_.data(), config_.hidden_size);
 }
 
 void CpuBackend::Logits(absl::Span<const LogitRow> rows) {

@@ -8,8 +8,8 @@ namespace {
 // Looks names up, and keeps the first thing that is wrong.
 class Resolver {
  public:
-  Resolver(const ModelConfig& config, const Weights& weights)
-      : config_(config), weights_(weights) {}
+  Resolver(const ModelConfig& config, const Weights& weights, const ModelWeights& model)
+      : config_(config), weights_(weights), model_(model) {}
 
   WeightTensor Matrix(const std::string& name, int64_t rows, int64_t cols) {
     const WeightTensor* tensor = weights_.Find(name);
@@ -36,6 +36,7 @@ class Resolver {
   }
 
   NormWeights Norm(const std::string& name) {
+    if (!config_.norm_affine) return {model_.identity.data(), model_.zeros.data()};
     NormWeights norm{Vector(name + ".weight", config_.hidden_size), nullptr};
     if (config_.norm == NormKind::kLayer) {
       norm.bias = Vector(name + ".bias", config_.hidden_size);
@@ -50,6 +51,7 @@ class Resolver {
 
   const ModelConfig& config_;
   const Weights& weights_;
+  const ModelWeights& model_;
   absl::Status status_;
 };
 
@@ -75,13 +77,15 @@ const NormWeights* ModelWeights::Find(const NormRef& norm) const {
 
 absl::StatusOr<ModelWeights> ResolveWeights(const ModelConfig& config, const ShardPlan& plan,
                                             const Weights& weights) {
-  Resolver resolve(config, weights);
   const int64_t hidden = config.hidden_size;
   const int64_t heads = plan.local_heads * config.head_dim;
   const int64_t kv_heads = plan.local_kv_heads * config.head_dim;
   const int64_t up_rows = plan.local_intermediate * (config.gated_mlp ? 2 : 1);
 
   ModelWeights model;
+  model.identity.assign(hidden, config.norm_weight_plus_one ? 0.0f : 1.0f);
+  model.zeros.assign(hidden, 0.0f);
+  Resolver resolve(config, weights, model);
   model.embedding = resolve.Matrix("embedding.weight", plan.local_vocab, config.embedding_dim);
   model.head = config.tie_word_embeddings
                    ? model.embedding

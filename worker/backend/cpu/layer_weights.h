@@ -36,6 +36,7 @@ struct ModelWeights {
   WeightTensor project_in, project_out;
   NormWeights final_norm;
   std::vector<LayerWeights> layers;
+  std::vector<float> identity, zeros;  // stand in for norms that have no tensors
 
   // Null for kNone.
   const NormWeights* Find(const NormRef& norm) const;
