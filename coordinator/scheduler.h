@@ -45,6 +45,8 @@ struct SchedulerConfig {
   uint32_t vocab_size = 0;  // a sampled token at or above it is a lying worker
   bool enable_prefix_caching = true;
   int max_plans_in_flight = 2;
+  uint64_t cache_hash_key =
+      0;  // of the prefix cache's hash; drawn at random where clients are not trusted
 };
 
 // What happened to sequences, in order. Token index i of a sequence appears
@@ -79,7 +81,7 @@ using SchedulerEvent =
 
 struct SchedulerStats {
   uint64_t received = 0, completed = 0, failed = 0, cancelled = 0, rejected = 0;  // requests, ever
-  uint32_t waiting = 0, running = 0;                                             // requests, now
+  uint32_t waiting = 0, running = 0;                                              // requests, now
   uint64_t preemptions = 0;
   uint64_t prompt_tokens = 0, generated_tokens = 0;
   uint64_t prefix_cache_queries = 0, prefix_cache_hits = 0;  // tokens
