@@ -80,7 +80,8 @@ void AddFlags(CLI::App& app, WorkerOptions* o) {
   app.add_flag("--print-config", o->print_config, "Print the resulting configuration and exit")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
       ->group(g);
-  app.add_option("--config", o->config, "File of flags: key = value lines")->group(g);
+  app.add_option("--config", o->config, "File of flags: key = value lines (LOCKSTEP_WORKER_CONFIG)")
+      ->group(g);
   app.add_option("--inject", o->inject, "Faults, for tests")->group("");  // not in --help
 }
 
@@ -160,6 +161,15 @@ int Run(const WorkerOptions& o, const ProcessEvents& events) {
 }
 
 int Main(int argc, char** argv) {
+  // A child of `lockstep serve` inherits its environment: the file that
+  // LOCKSTEP_CONFIG names is the coordinator's, and faults are for the command
+  // line alone.
+  unsetenv("LOCKSTEP_INJECT");
+  if (const char* own = std::getenv("LOCKSTEP_WORKER_CONFIG")) {
+    setenv("LOCKSTEP_CONFIG", own, /*overwrite=*/1);
+  } else {
+    unsetenv("LOCKSTEP_CONFIG");
+  }
   CLI::App app{"One rank of a model: computes what the coordinator plans.", "lockstep-worker"};
   WorkerOptions options;
   AddFlags(app, &options);
