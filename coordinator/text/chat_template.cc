@@ -18,9 +18,9 @@ using Json = nlohmann::ordered_json;
 
 // Templates are a few KiB; one of a MiB is not a chat template.
 constexpr size_t kMaxTemplateBytes = size_t{1} << 20;
-// Ordinary templates take some hundred steps a message and write each once or twice.
+// Known templates take up to 70 steps a message, and write each once.
 constexpr uint64_t kBaseSteps = 200'000;
-constexpr uint64_t kStepsPerMessage = 5'000;
+constexpr uint64_t kStepsPerMessage = 500;
 constexpr size_t kBaseOutputBytes = size_t{1} << 20;
 constexpr size_t kOutputPerContextByte = 8;
 

@@ -5,7 +5,11 @@
 //
 // A template is a program from the model's directory. Its steps, recursion and
 // output are bounded, and it reaches no file, clock (but strftime_now) or
-// network. Thread-safe; copies share the compiled template.
+// network; the memory of a value that it keeps doubling is not bounded, so it is
+// to be trusted as the model is. Thread-safe; copies share the compiled template.
+//
+// Not as in Jinja: the % operator does not format strings, a tuple is written as
+// a list, round() rounds halves away from zero.
 #ifndef LOCKSTEP_COORDINATOR_TEXT_CHAT_TEMPLATE_H_
 #define LOCKSTEP_COORDINATOR_TEXT_CHAT_TEMPLATE_H_
 

@@ -19,6 +19,12 @@ absl::StatusOr<std::shared_ptr<const Tokenizer>> Tokenizer::Load(const std::stri
   LOCKSTEP_CHECK(lockstep_text_abi() == LOCKSTEP_TEXT_ABI);
   const std::string path = absl::StrCat(model_dir, "/tokenizer.json");
   absl::StatusOr<std::string> json = ReadModelFile(path, kMaxTokenizerBytes);
+  if (absl::IsNotFound(json.status())) {
+    return absl::NotFoundError(absl::StrCat(
+        std::string(json.status().message()),
+        " (the model needs a Hugging Face tokenizer.json; tokenizer.model and vocab.json are not "
+        "read)"));
+  }
   if (!json.ok()) return json.status();
   absl::StatusOr<TokenizerConfig> config = TokenizerConfig::Load(model_dir);
   if (!config.ok()) return config.status();

@@ -90,7 +90,7 @@ LockstepTextStatus lockstep_template_new(const char* source, size_t source_size,
 void lockstep_template_free(LockstepTemplate* chat_template);
 // `context`: a JSON object, the template's variables. `unix_seconds`: what
 // strftime_now reads, shown in the process's time zone. `max_steps`: template
-// instructions; `max_output`: bytes.
+// instructions, of which 500,000 is the most allowed; `max_output`: bytes.
 LockstepTextStatus lockstep_template_render(const LockstepTemplate* chat_template,
                                             const char* context, size_t context_size,
                                             int64_t unix_seconds, uint64_t max_steps,

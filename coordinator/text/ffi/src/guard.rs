@@ -36,6 +36,9 @@ pub fn guarded<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
         // A payload can be anything, and so can its destructor.
         let _ = catch_unwind(AssertUnwindSafe(|| drop(payload)));
         let message = MESSAGE.with(|m| std::mem::take(&mut *m.borrow_mut()));
-        Err(Failure { status: Status::Bug, message: format!("the text library failed: {message}") })
+        Err(Failure {
+            status: Status::Bug,
+            message: format!("the text library failed: {message}"),
+        })
     })
 }

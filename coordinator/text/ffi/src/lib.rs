@@ -33,7 +33,10 @@ pub struct Failure {
 
 impl Failure {
     pub fn invalid(message: impl std::fmt::Display) -> Self {
-        Failure { status: Status::Invalid, message: message.to_string() }
+        Failure {
+            status: Status::Invalid,
+            message: message.to_string(),
+        }
     }
 }
 
@@ -61,7 +64,10 @@ pub struct LockstepTokenTable {
 }
 
 impl LockstepText {
-    const EMPTY: LockstepText = LockstepText { data: std::ptr::null_mut(), size: 0 };
+    const EMPTY: LockstepText = LockstepText {
+        data: std::ptr::null_mut(),
+        size: 0,
+    };
 
     fn new(text: String) -> Self {
         if text.is_empty() {
@@ -74,14 +80,20 @@ impl LockstepText {
 }
 
 impl LockstepIds {
-    const EMPTY: LockstepIds = LockstepIds { data: std::ptr::null_mut(), size: 0 };
+    const EMPTY: LockstepIds = LockstepIds {
+        data: std::ptr::null_mut(),
+        size: 0,
+    };
 
     fn new(ids: Vec<u32>) -> Self {
         if ids.is_empty() {
             return Self::EMPTY;
         }
         let size = ids.len();
-        LockstepIds { data: Box::into_raw(ids.into_boxed_slice()) as *mut u32, size }
+        LockstepIds {
+            data: Box::into_raw(ids.into_boxed_slice()) as *mut u32,
+            size,
+        }
     }
 }
 
@@ -124,7 +136,11 @@ unsafe fn deliver<T, C>(
         }
         Err(failure) => {
             if !error.is_null() {
-                let line = failure.message.split_whitespace().collect::<Vec<_>>().join(" ");
+                let line = failure
+                    .message
+                    .split_whitespace()
+                    .collect::<Vec<_>>()
+                    .join(" ");
                 error.write(LockstepText::new(line));
             }
             failure.status
@@ -135,7 +151,9 @@ unsafe fn deliver<T, C>(
 /// # Safety
 /// `handle` came from the matching `_new` and has not been freed.
 unsafe fn borrow<'a, T>(handle: *const T) -> Outcome<&'a T> {
-    handle.as_ref().ok_or_else(|| Failure::invalid("null handle"))
+    handle
+        .as_ref()
+        .ok_or_else(|| Failure::invalid("null handle"))
 }
 
 unsafe fn release<T>(handle: *mut T) {
@@ -158,7 +176,10 @@ pub extern "C" fn lockstep_text_abi() -> u32 {
 #[no_mangle]
 pub unsafe extern "C" fn lockstep_text_free(text: LockstepText) {
     if !text.data.is_null() {
-        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(text.data as *mut u8, text.size)));
+        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(
+            text.data as *mut u8,
+            text.size,
+        )));
     }
 }
 
@@ -167,7 +188,9 @@ pub unsafe extern "C" fn lockstep_text_free(text: LockstepText) {
 #[no_mangle]
 pub unsafe extern "C" fn lockstep_ids_free(ids: LockstepIds) {
     if !ids.data.is_null() {
-        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(ids.data, ids.size)));
+        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(
+            ids.data, ids.size,
+        )));
     }
 }
 
@@ -264,11 +287,17 @@ pub unsafe extern "C" fn lockstep_tokenizer_token_to_id(
     token_size: usize,
     out: *mut u32,
 ) -> Status {
-    deliver(out, std::ptr::null_mut(), 0, |id| id, || {
-        borrow(tokenizer)?
-            .token_to_id(utf8(token, token_size)?)
-            .ok_or_else(|| Failure::invalid("no such token"))
-    })
+    deliver(
+        out,
+        std::ptr::null_mut(),
+        0,
+        |id| id,
+        || {
+            borrow(tokenizer)?
+                .token_to_id(utf8(token, token_size)?)
+                .ok_or_else(|| Failure::invalid("no such token"))
+        },
+    )
 }
 
 /// # Safety
@@ -281,7 +310,9 @@ pub unsafe extern "C" fn lockstep_template_new(
     error: *mut LockstepText,
 ) -> Status {
     let boxed = |t| Box::into_raw(Box::new(t));
-    deliver(out, error, std::ptr::null_mut(), boxed, || ChatTemplate::new(utf8(source, source_size)?))
+    deliver(out, error, std::ptr::null_mut(), boxed, || {
+        ChatTemplate::new(utf8(source, source_size)?)
+    })
 }
 
 /// # Safety
@@ -305,7 +336,10 @@ pub unsafe extern "C" fn lockstep_template_render(
     out: *mut LockstepText,
     error: *mut LockstepText,
 ) -> Status {
-    let limits = template::Limits { max_steps, max_output };
+    let limits = template::Limits {
+        max_steps,
+        max_output,
+    };
     deliver(out, error, LockstepText::EMPTY, LockstepText::new, || {
         borrow(chat_template)?.render(utf8(context, context_size)?, unix_seconds, limits)
     })

@@ -52,7 +52,9 @@ impl TokenTable {
             let end = u32::try_from(table.bytes.len())
                 .map_err(|_| Failure::invalid("the vocabulary holds more than 4 GiB of text"))?;
             table.offsets.push(end);
-            table.special.push(token.is_some_and(|t| added.is_special_token(&t)) as u8);
+            table
+                .special
+                .push(token.is_some_and(|t| added.is_special_token(&t)) as u8);
         }
         Ok(table)
     }
@@ -69,10 +71,15 @@ impl<'a> Rule<'a> {
         if let Some(decoder) = decoder {
             flatten(decoder, &mut parts);
         }
-        if parts.iter().any(|d| matches!(d, DecoderWrapper::ByteLevel(_))) {
+        if parts
+            .iter()
+            .any(|d| matches!(d, DecoderWrapper::ByteLevel(_)))
+        {
             return Rule::ByteLevel(Box::new(ByteLetters::new()));
         }
-        let byte_fallback = parts.iter().any(|d| matches!(d, DecoderWrapper::ByteFallback(_)));
+        let byte_fallback = parts
+            .iter()
+            .any(|d| matches!(d, DecoderWrapper::ByteFallback(_)));
         Rule::Between(Between::new(decoder, byte_fallback))
     }
 
@@ -149,11 +156,18 @@ struct Between<'a> {
 
 impl<'a> Between<'a> {
     fn new(decoder: Option<&'a DecoderWrapper>, byte_fallback: bool) -> Self {
-        let mut between =
-            Between { decoder, byte_fallback, left: String::new(), right: String::new() };
+        let mut between = Between {
+            decoder,
+            byte_fallback,
+            left: String::new(),
+            right: String::new(),
+        };
         between.left = between.decode(&[LEFT]);
         let both = between.decode(&[LEFT, RIGHT]);
-        between.right = both.strip_prefix(&between.left).unwrap_or_default().to_owned();
+        between.right = both
+            .strip_prefix(&between.left)
+            .unwrap_or_default()
+            .to_owned();
         between
     }
 
@@ -162,7 +176,9 @@ impl<'a> Between<'a> {
             return tokens.join(" ");
         };
         let tokens = tokens.iter().map(|t| t.to_string()).collect();
-        decoder.decode_chain(tokens).map_or_else(|_| String::new(), |parts| parts.concat())
+        decoder
+            .decode_chain(tokens)
+            .map_or_else(|_| String::new(), |parts| parts.concat())
     }
 
     fn append(&self, token: &str, out: &mut Vec<u8>) {
@@ -172,7 +188,9 @@ impl<'a> Between<'a> {
             }
         }
         let text = self.decode(&[LEFT, token, RIGHT]);
-        let inner = text.strip_prefix(&self.left).and_then(|t| t.strip_suffix(&self.right));
+        let inner = text
+            .strip_prefix(&self.left)
+            .and_then(|t| t.strip_suffix(&self.right));
         match inner {
             Some(inner) => out.extend_from_slice(inner.as_bytes()),
             None => out.extend_from_slice(self.decode(&[token]).as_bytes()),

@@ -13,7 +13,9 @@ fn invalid(message: impl Into<String>) -> Error {
 }
 
 fn too_deep() -> Error {
-    invalid(format!("a value nested more than {MAX_DEPTH} levels cannot be written"))
+    invalid(format!(
+        "a value nested more than {MAX_DEPTH} levels cannot be written"
+    ))
 }
 
 pub struct JsonStyle {
@@ -31,7 +33,12 @@ pub fn to_json(value: &Value, style: &JsonStyle) -> Result<String, Error> {
     Ok(out)
 }
 
-fn write_json(value: &Value, style: &JsonStyle, depth: usize, out: &mut String) -> Result<(), Error> {
+fn write_json(
+    value: &Value,
+    style: &JsonStyle,
+    depth: usize,
+    out: &mut String,
+) -> Result<(), Error> {
     if depth > MAX_DEPTH {
         return Err(too_deep());
     }
@@ -64,7 +71,11 @@ fn write_json(value: &Value, style: &JsonStyle, depth: usize, out: &mut String) 
                 write_json(&value.get_item(key)?, style, depth + 1, out)
             })?;
         }
-        kind => return Err(invalid(format!("tojson: a value of kind {kind} is not JSON"))),
+        kind => {
+            return Err(invalid(format!(
+                "tojson: a value of kind {kind} is not JSON"
+            )))
+        }
     }
     Ok(())
 }
@@ -132,7 +143,14 @@ fn number(value: &Value) -> String {
 /// 1e16 on, with a sign and two digits.
 fn float(x: f64) -> String {
     if !x.is_finite() {
-        return if x.is_nan() { "NaN" } else if x > 0.0 { "Infinity" } else { "-Infinity" }.into();
+        return if x.is_nan() {
+            "NaN"
+        } else if x > 0.0 {
+            "Infinity"
+        } else {
+            "-Infinity"
+        }
+        .into();
     }
     let exponential = format!("{x:e}");
     let (digits, exponent) = exponential.split_once('e').unwrap_or((&exponential, "0"));
@@ -194,7 +212,11 @@ fn write_repr(value: &Value, depth: usize, out: &mut String) -> Result<(), Error
 }
 
 fn write_quoted(text: &str, out: &mut String) {
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     out.push(quote);
     for c in text.chars() {
         match c {

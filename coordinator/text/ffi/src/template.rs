@@ -14,9 +14,10 @@ use crate::{Failure, Outcome, Status};
 
 const NAME: &str = "chat_template";
 
-/// Templates can nest values about as deep as they run steps, and values are
-/// shown and dropped by recursion: the stack is sized for that, and is only
-/// touched as far as it is used.
+/// A template can nest values one level a step, and values are compared, shown
+/// and dropped by recursion, at up to 440 bytes of stack a level: the stack holds
+/// as many levels as there may be steps. It is only touched as far as it is used.
+const MAX_STEPS: u64 = 500_000;
 const STACK_BYTES: usize = 256 << 20;
 
 #[derive(Clone, Copy)]
@@ -55,11 +56,16 @@ impl ChatTemplate {
             let context: serde_json::Value = serde_json::from_str(context)
                 .map_err(|e| Failure::invalid(format!("context: {e}")))?;
             let mut environment = self.environment.clone();
-            environment.set_fuel(Some(limits.max_steps));
-            let mut out = Bounded { text: Vec::new(), left: limits.max_output, overflow: false };
-            let result = environment
-                .get_template(NAME)
-                .and_then(|t| t.render_captured_to(Value::from_serialize(context), &mut out).map(|_| ()));
+            environment.set_fuel(Some(limits.max_steps.min(MAX_STEPS)));
+            let mut out = Bounded {
+                text: Vec::new(),
+                left: limits.max_output,
+                overflow: false,
+            };
+            let result = environment.get_template(NAME).and_then(|t| {
+                t.render_captured_to(Value::from_serialize(context), &mut out)
+                    .map(|_| ())
+            });
             match result {
                 Ok(()) => String::from_utf8(out.text).map_err(Failure::invalid),
                 Err(_) if out.overflow || WRITABLE.with(Cell::get) == 0 => Err(Failure {
@@ -77,10 +83,16 @@ fn on_large_stack<T: Send>(work: impl FnOnce() -> Outcome<T> + Send) -> Outcome<
         std::thread::Builder::new()
             .stack_size(STACK_BYTES)
             .spawn_scoped(scope, || guarded(work))
-            .map_err(|e| Failure { status: Status::Limit, message: format!("no thread: {e}") })?
+            .map_err(|e| Failure {
+                status: Status::Limit,
+                message: format!("no thread: {e}"),
+            })?
             .join()
             .unwrap_or_else(|_| {
-                Err(Failure { status: Status::Bug, message: "the template thread died".into() })
+                Err(Failure {
+                    status: Status::Bug,
+                    message: "the template thread died".into(),
+                })
             })
     })
 }
@@ -163,10 +175,18 @@ fn failure(error: &Error) -> Failure {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(e) = cause {
         if let Some(raised) = e.downcast_ref::<Raised>() {
-            return Failure { status: Status::Raised, message: raised.0.clone() };
+            return Failure {
+                status: Status::Raised,
+                message: raised.0.clone(),
+            };
         }
-        if e.downcast_ref::<Error>().is_some_and(|e| e.kind() == ErrorKind::OutOfFuel) {
-            return Failure { status: Status::Limit, message: "it ran too many steps".into() };
+        if e.downcast_ref::<Error>()
+            .is_some_and(|e| e.kind() == ErrorKind::OutOfFuel)
+        {
+            return Failure {
+                status: Status::Limit,
+                message: "it ran too many steps".into(),
+            };
         }
         cause = e.source();
     }
@@ -191,14 +211,22 @@ fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
         Some(v) => match (v.as_usize(), v.as_str()) {
             (Some(n), _) => Some(" ".repeat(n.min(16))),
             (_, Some(s)) => Some(s.chars().take(16).collect()),
-            _ => return Err(Error::new(ErrorKind::InvalidOperation, "tojson: bad indent")),
+            _ => {
+                return Err(Error::new(
+                    ErrorKind::InvalidOperation,
+                    "tojson: bad indent",
+                ))
+            }
         },
     };
     let mut item_separator = if indent.is_some() { "," } else { ", " }.to_owned();
     let mut key_separator = ": ".to_owned();
     if let Some(separators) = kwargs.get::<Option<Vec<String>>>("separators")? {
         let [item, key] = <[String; 2]>::try_from(separators).map_err(|_| {
-            Error::new(ErrorKind::InvalidOperation, "tojson: separators must be two strings")
+            Error::new(
+                ErrorKind::InvalidOperation,
+                "tojson: separators must be two strings",
+            )
         })?;
         (item_separator, key_separator) = (item, key);
     }
@@ -229,7 +257,12 @@ fn strftime_now(format: &str) -> Result<String, Error> {
         if libc::localtime_r(&now, &mut time).is_null() {
             return Err(bad());
         }
-        libc::strftime(buffer.as_mut_ptr() as *mut _, buffer.len(), format.as_ptr(), &time)
+        libc::strftime(
+            buffer.as_mut_ptr() as *mut _,
+            buffer.len(),
+            format.as_ptr(),
+            &time,
+        )
     };
     Ok(String::from_utf8_lossy(&buffer[..size]).into_owned())
 }
@@ -252,7 +285,9 @@ fn method(state: &State, value: &Value, name: &str, args: &[Value]) -> Result<Va
                     return Err(Error::new(ErrorKind::InvalidOperation, "empty separator"));
                 }
                 let parts = match max.and_then(|n| usize::try_from(n).ok()) {
-                    Some(n) => s.rsplitn(n.saturating_add(1), separator).collect::<Vec<_>>(),
+                    Some(n) => s
+                        .rsplitn(n.saturating_add(1), separator)
+                        .collect::<Vec<_>>(),
                     None => s.rsplit(separator).collect(),
                 };
                 return Ok(parts.into_iter().rev().map(Value::from).collect());
@@ -283,7 +318,9 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
+        let Some(length) = rest[start..].find("%}") else {
+            break;
+        };
         let tag = &rest[start + 2..start + length];
         let name = tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let replacement = match name {

@@ -48,8 +48,11 @@ impl TextTokenizer {
                 .map_err(|e| Failure::invalid(format!("added tokens: {e}")))?,
         };
         let known = inner.get_added_vocabulary().get_vocab();
-        let missing: Vec<AddedToken> =
-            added.iter().filter(|t| !known.contains_key(&t.content)).map(Added::token).collect();
+        let missing: Vec<AddedToken> = added
+            .iter()
+            .filter(|t| !known.contains_key(&t.content))
+            .map(Added::token)
+            .collect();
         if !missing.is_empty() {
             inner.add_tokens(&missing);
         }
@@ -62,13 +65,17 @@ impl TextTokenizer {
     }
 
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Outcome<Vec<u32>> {
-        let encoding =
-            self.inner.encode_fast(text, add_special_tokens).map_err(Failure::invalid)?;
+        let encoding = self
+            .inner
+            .encode_fast(text, add_special_tokens)
+            .map_err(Failure::invalid)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Outcome<String> {
-        self.inner.decode(ids, skip_special_tokens).map_err(Failure::invalid)
+        self.inner
+            .decode(ids, skip_special_tokens)
+            .map_err(Failure::invalid)
     }
 
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
