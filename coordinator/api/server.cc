@@ -1,12 +1,16 @@
 #include "coordinator/api/server.h"
 
+#include <algorithm>
 #include <chrono>
+#include <mutex>
 #include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/address.h"
 #include "coordinator/api/grpc_door.h"
+#include "coordinator/api/http/http_server.h"
+#include "coordinator/api/http/routes.h"
 #include "coordinator/api/metrics.h"
 #include "coordinator/api/request_path.h"
 
@@ -28,6 +32,8 @@ struct ApiServer::Impl {
   std::vector<std::pair<std::string, double>> startup;  // guarded by mutex, as what follows
   std::unique_ptr<RequestPath> path;
   std::unique_ptr<GrpcDoor> grpc;
+  std::unique_ptr<Routes> routes;
+  std::unique_ptr<HttpServer> http;
 };
 
 // Health follows the state as it is now, not as it was when the news was sent.
@@ -69,17 +75,33 @@ absl::Status ApiServer::Start(EngineClient* engine) {
     absl::Status status = grpc->Start(options.host, options.grpc_port, options.reflection);
     if (!status.ok()) return status;
   }
+  std::unique_ptr<Routes> routes;
+  std::unique_ptr<HttpServer> http;
+  if (options.http_port >= 0) {
+    routes = std::make_unique<Routes>(path.get());
+    http = std::make_unique<HttpServer>(
+        HttpServerOptions{.host = options.host,
+                          .port = options.http_port,
+                          .max_connections = options.max_http_connections},
+        routes.get());
+    if (absl::Status status = http->Start(); !status.ok()) return status;
+  }
   {
     const std::lock_guard lock(impl_->mutex);
     if (!impl_->startup.empty()) path->SetStartup(std::move(impl_->startup));
     impl_->path = std::move(path);
     impl_->grpc = std::move(grpc);
+    impl_->routes = std::move(routes);
+    impl_->http = std::move(http);
   }
   impl_->FollowState();
   return absl::OkStatus();
 }
 
-int ApiServer::http_port() const { return -1; }
+int ApiServer::http_port() const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->http == nullptr ? -1 : impl_->http->port();
+}
 
 int ApiServer::grpc_port() const {
   const std::lock_guard lock(impl_->mutex);
@@ -96,16 +118,25 @@ void ApiServer::BeginDrain() {
 }
 
 void ApiServer::Stop(int64_t grace_ms) {
-  std::unique_ptr<GrpcDoor> grpc;
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point deadline = Clock::now() + std::chrono::milliseconds(grace_ms);
   std::unique_ptr<RequestPath> path;
+  std::unique_ptr<GrpcDoor> grpc;
+  std::unique_ptr<Routes> routes;
+  std::unique_ptr<HttpServer> http;
   {
     const std::lock_guard lock(impl_->mutex);
-    grpc = std::move(impl_->grpc);
     path = std::move(impl_->path);
+    grpc = std::move(impl_->grpc);
+    routes = std::move(impl_->routes);
+    http = std::move(impl_->http);
   }
   if (path == nullptr) return;
   path->BeginDrain();
-  if (grpc != nullptr) grpc->Stop(grace_ms);
+  if (http != nullptr) http->Stop(grace_ms);
+  const auto left =
+      std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+  if (grpc != nullptr) grpc->Stop(std::max<int64_t>(left, 0));
   path->Stop();
 }
 

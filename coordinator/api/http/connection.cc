@@ -1,0 +1,374 @@
+#include "coordinator/api/http/connection.h"
+
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/detached.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/redirect_error.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <boost/beast/http.hpp>
+#include <ctime>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "coordinator/api/limits.h"
+
+namespace lockstep {
+namespace {
+
+namespace asio = boost::asio;
+namespace http = boost::beast::http;
+using asio::ip::tcp;
+using boost::system::error_code;
+using Parser = http::request_parser<http::string_body>;
+
+// Read while an exchange runs, so that a pipelining client cannot fill memory.
+constexpr size_t kMaxPipelinedBytes = 64 * 1024;
+// After an early refusal the rest of the request is read away, so that the
+// client sees the refusal and not a reset.
+constexpr size_t kMaxLingerBytes = 32 * 1024 * 1024;
+constexpr auto kLingerTime = std::chrono::seconds(2);
+
+std::chrono::milliseconds Ms(int64_t ms) { return std::chrono::milliseconds(ms); }
+
+std::string HttpDate() {
+  const std::time_t now = std::time(nullptr);
+  std::tm utc;
+  gmtime_r(&now, &utc);
+  char text[64];
+  const size_t size = std::strftime(text, sizeof text, "%a, %d %b %Y %H:%M:%S GMT", &utc);
+  return {text, size};
+}
+
+// "http://host/path?query" and "/path?query" -> "/path".
+std::string PathOf(std::string target) {
+  if (target.starts_with("http://") || target.starts_with("https://")) {
+    const size_t slash = target.find('/', target.find("://") + 3);
+    target = slash == std::string::npos ? "/" : target.substr(slash);
+  }
+  return target.substr(0, target.find('?'));
+}
+
+std::string ToString(boost::beast::string_view view) { return {view.data(), view.size()}; }
+
+std::string HeadLines(const HttpReply& reply, bool keep_alive) {
+  const auto reason = http::obsolete_reason(static_cast<http::status>(reply.status));
+  std::string head = absl::StrCat("HTTP/1.1 ", reply.status, " ", ToString(reason),
+                                  "\r\nDate: ", HttpDate(), "\r\nServer: lockstep\r\n");
+  absl::StrAppend(&head, "Content-Type: ", reply.content_type, "\r\n");
+  for (const auto& [name, value] : reply.headers) {
+    absl::StrAppend(&head, name, ": ", value, "\r\n");
+  }
+  absl::StrAppend(&head, "Connection: ", keep_alive ? "keep-alive" : "close", "\r\n");
+  return head;
+}
+
+std::string StreamHead(const HttpReply& reply, bool keep_alive, bool chunked) {
+  return absl::StrCat(HeadLines(reply, keep_alive),
+                      chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n");
+}
+
+void AppendChunk(const std::string& body, bool chunked, std::string* out) {
+  if (body.empty()) return;
+  if (chunked) absl::StrAppendFormat(out, "%x\r\n", body.size());
+  *out += body;
+  if (chunked) *out += "\r\n";
+}
+
+}  // namespace
+
+// What became of reading a request.
+struct Connection::Received {
+  enum class Kind { kRequest, kGone, kMalformed };
+  Kind kind = Kind::kGone;
+  HttpRequest request;
+  int status = 400;  // of a malformed one
+  std::string message;
+  bool keep_alive = false;
+  bool http10 = false;
+  bool head_only = false;
+
+  static void Fill(Received* out, Parser* parser) {
+    out->kind = Received::Kind::kRequest;
+    out->keep_alive = parser->keep_alive();
+    auto message = parser->release();
+    out->http10 = message.version() < 11;
+    out->head_only = message.method() == http::verb::head;
+    HttpRequest& request = out->request;
+    request.method = ToString(message.method_string());
+    request.path = PathOf(ToString(message.target()));
+    request.content_type = ToString(message[http::field::content_type]);
+    request.request_id = ToString(message["x-request-id"]);
+    request.body = std::move(message.body());
+  }
+
+  static Received Malformed(const error_code& ec, const Parser& parser) {
+    Received out;
+    out.kind = Received::Kind::kMalformed;
+    if (ec == http::error::header_limit) {
+      out.status = 431;
+      out.message = absl::StrCat("the header is above ", limits::kHttpHeaderBytes, " bytes");
+    } else if (ec == http::error::body_limit) {
+      out.status = 413;
+      out.message = absl::StrCat("the body is above ", limits::kBodyBytes, " bytes");
+    } else {
+      out.message = absl::StrCat("not an HTTP/1.1 request: ", ec.message());
+    }
+    out.head_only = parser.is_header_done() && parser.get().method() == http::verb::head;
+    return out;
+  }
+
+  static std::string FixedReply(const HttpReply& reply, const Received& received, bool keep_alive) {
+    return absl::StrCat(HeadLines(reply, keep_alive), "Content-Length: ", reply.body.size(),
+                        "\r\n\r\n", received.head_only ? "" : reply.body);
+  }
+};
+
+// Bytes of bodies that are held, of all connections together.
+class Connection::BodyLease {
+ public:
+  explicit BodyLease(std::shared_ptr<ServerState> state) : state_(std::move(state)) {}
+  ~BodyLease() { state_->body_bytes -= held_; }
+  bool Resize(size_t bytes) {
+    if (bytes <= held_) return true;
+    const size_t more = bytes - std::exchange(held_, bytes);
+    return (state_->body_bytes += more) <= limits::kBodyBytesInFlight;
+  }
+
+ private:
+  const std::shared_ptr<ServerState> state_;
+  size_t held_ = 0;
+};
+
+// Counts exchanges under way, for Stop.
+class Connection::BusyGuard {
+ public:
+  explicit BusyGuard(std::shared_ptr<ServerState> state) : state_(std::move(state)) {
+    const std::lock_guard lock(state_->mutex);
+    ++state_->exchanges;
+  }
+  ~BusyGuard() {
+    const std::lock_guard lock(state_->mutex);
+    --state_->exchanges;
+    state_->changed.notify_all();
+  }
+  BusyGuard(const BusyGuard&) = delete;
+  BusyGuard& operator=(const BusyGuard&) = delete;
+
+ private:
+  const std::shared_ptr<ServerState> state_;
+};
+
+Connection::Connection(tcp::socket socket, std::shared_ptr<ServerState> state)
+    : socket_(std::move(socket)),
+      wake_(socket_.get_executor()),
+      write_limit_(socket_.get_executor()),
+      state_(std::move(state)) {
+  const std::lock_guard lock(state_->mutex);
+  state_->connections.insert(this);
+}
+
+Connection::~Connection() {
+  const std::lock_guard lock(state_->mutex);
+  state_->connections.erase(this);
+  state_->changed.notify_all();
+}
+
+void Connection::Start() {
+  asio::co_spawn(
+      socket_.get_executor(), [self = shared_from_this()] { return self->Run(); }, asio::detached);
+}
+
+void Connection::CloseSoon() {
+  asio::post(socket_.get_executor(), [weak = weak_from_this()] {
+    if (const auto self = weak.lock()) self->Close();
+  });
+}
+
+asio::awaitable<void> Connection::Run() {
+  error_code ignored;
+  socket_.set_option(tcp::no_delay(true), ignored);
+  socket_.set_option(asio::socket_base::keep_alive(true), ignored);
+  while (!closed_ && !state_->stopping) {
+    Received received = co_await ReadRequest();
+    if (received.kind == Received::Kind::kGone) break;
+    if (received.kind == Received::Kind::kMalformed) {
+      HttpReply reply = state_->handler->RefuseMalformed(received.status, received.message);
+      co_await Write(Received::FixedReply(reply, received, /*keep_alive=*/false));
+      co_await Linger();
+      break;
+    }
+    const bool keep = co_await Answer(std::move(received));
+    if (!keep) {
+      co_await Linger();
+      break;
+    }
+  }
+  Close();
+}
+
+asio::awaitable<Connection::Received> Connection::ReadRequest() {
+  Received out;
+  Parser parser;
+  parser.header_limit(limits::kHttpHeaderBytes);
+  parser.body_limit(limits::kBodyBytes);
+  parser.eager(true);
+  auto lease = std::make_shared<BodyLease>(state_);
+  bool began = false, header_done = false;
+  Clock::time_point deadline = Clock::now() + Ms(state_->options.idle_timeout_ms);
+  for (;;) {
+    if (!in_.empty() && !began) {
+      began = true;
+      deadline = Clock::now() + Ms(state_->options.header_timeout_ms);
+    }
+    while (!in_.empty() && !parser.is_done()) {
+      error_code ec;
+      const size_t used = parser.put(asio::buffer(in_), ec);
+      in_.erase(0, used);
+      if (ec == http::error::need_more) break;
+      if (ec) co_return Received::Malformed(ec, parser);
+      if (!lease->Resize(parser.get().body().size())) {
+        out.kind = Received::Kind::kMalformed;
+        out.status = 503;
+        out.message = "too many large bodies at once";
+        co_return out;
+      }
+    }
+    if (parser.is_header_done() && !std::exchange(header_done, true)) {
+      deadline = Clock::now() + Ms(state_->options.body_timeout_ms);
+      const auto expect = parser.get().find(http::field::expect);
+      if (!parser.is_done() && expect != parser.get().end() &&
+          boost::beast::iequals(expect->value(), "100-continue")) {
+        if (!co_await Write("HTTP/1.1 100 Continue\r\n\r\n")) co_return out;
+      }
+    }
+    if (parser.is_done()) break;
+    if (closed_ || eof_) co_return out;
+    // A client that drips bytes is as late as one that sends none.
+    if (Clock::now() >= deadline) {
+      if (!began) co_return out;
+      out.kind = Received::Kind::kMalformed;
+      out.status = 408;
+      out.message = header_done ? "the body took too long" : "the header took too long";
+      co_return out;
+    }
+    StartRead(header_done ? 64 * 1024 : 4 * 1024);
+    co_await Wait(deadline);
+  }
+  Received::Fill(&out, &parser);
+  out.request.body_lease = std::move(lease);
+  co_return out;
+}
+
+asio::awaitable<bool> Connection::Answer(Received received) {
+  const BusyGuard busy(state_);
+  const bool keep_alive = received.keep_alive;
+  const std::shared_ptr<Exchange> exchange = state_->handler->Handle(std::move(received.request));
+  // Wakes are only hints: what is true is asked again.
+  exchange->SetWaker([weak = weak_from_this(), executor = socket_.get_executor()] {
+    asio::post(executor, [weak] {
+      if (const auto self = weak.lock()) self->Wake();
+    });
+  });
+  bool chunked = false;
+  for (;;) {
+    std::optional<Exchange::Part> part = exchange->Next();
+    if (!part) {
+      if (closed_ || (eof_ && exchange->EndsWithClient())) {
+        exchange->Abandon();
+        co_return false;
+      }
+      if (in_.size() < kMaxPipelinedBytes) StartRead(4 * 1024);
+      co_await Wait(Clock::time_point::max());
+      continue;
+    }
+    const bool keep = keep_alive && !part->close && !closed_;
+    std::string bytes;
+    if (part->head && part->last) {
+      bytes = Received::FixedReply(*part->head, received, keep);
+    } else if (part->head) {
+      chunked = !received.http10;
+      bytes = StreamHead(*part->head, keep && chunked, chunked);
+      AppendChunk(part->head->body, chunked, &bytes);
+    } else {
+      AppendChunk(part->body, chunked, &bytes);
+    }
+    if (chunked && part->last) bytes += "0\r\n\r\n";
+    const bool is_stream = chunked || (received.http10 && !part->head);
+    if (!co_await Write(std::move(bytes))) {
+      if (!part->last) exchange->Abandon();
+      co_return false;
+    }
+    if (part->last) co_return keep && !(is_stream && received.http10);
+  }
+}
+
+asio::awaitable<bool> Connection::Write(std::string bytes) {
+  if (closed_) co_return false;
+  size_t written = 0;
+  while (written < bytes.size()) {
+    write_limit_.expires_after(Ms(state_->options.write_timeout_ms));
+    write_limit_.async_wait([weak = weak_from_this()](const error_code& ec) {
+      const auto self = weak.lock();
+      if (!ec && self && Clock::now() >= self->write_limit_.expiry()) self->Close();
+    });
+    error_code ec;
+    written += co_await socket_.async_write_some(
+        asio::buffer(bytes.data() + written, bytes.size() - written),
+        asio::redirect_error(asio::use_awaitable, ec));
+    write_limit_.expires_at(Clock::time_point::max());
+    if (ec || closed_) co_return false;
+  }
+  co_return true;
+}
+
+asio::awaitable<void> Connection::Linger() {
+  error_code ignored;
+  socket_.shutdown(tcp::socket::shutdown_send, ignored);
+  const Clock::time_point deadline = Clock::now() + kLingerTime;
+  size_t discarded = 0;
+  while (!eof_ && !closed_ && discarded < kMaxLingerBytes && Clock::now() < deadline) {
+    discarded += in_.size();
+    in_.clear();
+    StartRead(64 * 1024);
+    co_await Wait(deadline);
+  }
+}
+
+void Connection::StartRead(size_t size) {
+  if (reading_ || eof_ || closed_) return;
+  reading_ = true;
+  chunk_.resize(size);
+  socket_.async_read_some(asio::buffer(chunk_),
+                          [self = shared_from_this()](const error_code& ec, size_t count) {
+                            self->reading_ = false;
+                            self->in_.append(self->chunk_.data(), count);
+                            if (ec) self->eof_ = true;
+                            self->Wake();
+                          });
+}
+
+void Connection::Wake() {
+  woken_ = true;
+  wake_.cancel();
+}
+
+asio::awaitable<void> Connection::Wait(Clock::time_point deadline) {
+  if (!woken_) {
+    wake_.expires_at(deadline);
+    error_code ignored;
+    co_await wake_.async_wait(asio::redirect_error(asio::use_awaitable, ignored));
+  }
+  woken_ = false;
+}
+
+void Connection::Close() {
+  if (std::exchange(closed_, true)) return;
+  error_code ignored;
+  socket_.close(ignored);
+  write_limit_.cancel();
+  Wake();
+}
+
+}  // namespace lockstep

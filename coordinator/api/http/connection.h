@@ -1,0 +1,91 @@
+// One connection of the HTTP server: reads requests, pulls their answers, keeps
+// time. Private to http_server.cc.
+#ifndef LOCKSTEP_COORDINATOR_API_HTTP_CONNECTION_H_
+#define LOCKSTEP_COORDINATOR_API_HTTP_CONNECTION_H_
+
+// Boost 1.74 uses std::exchange without including this.
+#include <atomic>
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "coordinator/api/http/exchange.h"
+#include "coordinator/api/http/http_server.h"
+
+namespace lockstep {
+
+class Connection;
+
+// What connections share with the server.
+struct ServerState {
+  explicit ServerState(HttpServerOptions o, HttpHandler* h) : options(std::move(o)), handler(h) {}
+
+  const HttpServerOptions options;
+  HttpHandler* const handler;
+  std::atomic<size_t> body_bytes = 0;
+  std::atomic<bool> stopping = false;
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::set<Connection*> connections;  // guarded by mutex, as what follows
+  size_t exchanges = 0;
+};
+
+// Everything of a connection happens on its strand, which is the socket's
+// executor. One coroutine reads requests and writes answers; one read may be
+// pending beside it and only ever appends to in_.
+class Connection : public std::enable_shared_from_this<Connection> {
+ public:
+  Connection(boost::asio::ip::tcp::socket socket, std::shared_ptr<ServerState> state);
+  ~Connection();
+
+  void Start();
+  // From any thread.
+  void CloseSoon();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  template <typename T>
+  using Awaitable = boost::asio::awaitable<T>;
+  struct Received;
+  class BodyLease;
+  class BusyGuard;
+
+  Awaitable<void> Run();
+  Awaitable<Received> ReadRequest();
+  // Whether the connection may go on.
+  Awaitable<bool> Answer(Received received);
+  // False when the client is gone, or reads nothing for too long.
+  Awaitable<bool> Write(std::string bytes);
+  // Says that nothing more comes, and lets the client say so too.
+  Awaitable<void> Linger();
+  // Until Wake, one since the last Wait included, or the deadline.
+  Awaitable<void> Wait(Clock::time_point deadline);
+
+  void StartRead(size_t size);
+  void Wake();
+  void Close();
+
+  boost::asio::ip::tcp::socket socket_;
+  boost::asio::steady_timer wake_;
+  boost::asio::steady_timer write_limit_;
+  const std::shared_ptr<ServerState> state_;
+  std::string in_;  // received and not yet parsed
+  std::vector<char> chunk_;
+  bool reading_ = false;
+  bool eof_ = false;
+  bool closed_ = false;
+  bool woken_ = false;
+};
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_COORDINATOR_API_HTTP_CONNECTION_H_
