@@ -184,6 +184,7 @@ void Engine::Impl::Handle(GroupFormed& formed) {
     if (options.scheduler.max_queued_requests == 0) {
       options.scheduler.max_queued_requests = std::max(64u, 4 * formed.max_num_seqs);
     }
+    if (options.scheduler.cache_hash_key == 0) options.scheduler.cache_hash_key = seeds();
     scheduler = std::make_unique<Scheduler>(options.scheduler);
   }
   LOCKSTEP_CHECK(formed.num_kv_blocks == options.scheduler.num_kv_blocks);

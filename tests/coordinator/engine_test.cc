@@ -147,7 +147,6 @@ TEST_F(EngineTest, CancelledRequestIsForgottenAndItsBlocksComeBack) {
   std::weak_ptr<RecordingSink> alive = sink;
   sink.reset();
   control_->Hold(false);
-  control_->Answer(2);
   auto after = Submit(Prompt({9, 9}, 3));
   ExpectAnswer(*after, {9, 9}, 3);
   Settle();
@@ -170,7 +169,6 @@ TEST_F(EngineTest, StoppedSequenceIsCompleteWithoutACall) {
   engine_->Stop({id, 0});
   Settle();
   control_->Hold(false);
-  control_->Answer(2);
   // Only sequence 1 is left: when it ends, the request does, and the sink is let go.
   std::weak_ptr<RecordingSink> alive = sink;
   auto after = Submit(Prompt({9, 9}, 30));
@@ -190,7 +188,6 @@ TEST_F(EngineTest, KeepsTwoPlansInFlightAndNoMore) {
   Settle();
   EXPECT_EQ(control_->plans().size(), 2u);
   control_->Hold(false);
-  control_->Answer(2);
   ExpectAnswer(*sink, {1, 2, 3}, 10);
 }
 
@@ -378,7 +375,6 @@ TEST_F(EngineTest, DrawsASeedWhereNoneWasGiven) {
   control_->Hold(true);
   control_->Answer(1);
   control_->Hold(false);
-  control_->Answer(2);
   for (auto& sink : sinks) ASSERT_TRUE(sink->WaitForTerminal());
   std::vector<int64_t> seeds;
   for (const StepPlan& plan : control_->plans()) {
@@ -398,7 +394,6 @@ TEST_F(EngineTest, DrainLetsRunningRequestsFinishAndTakesNoMore) {
   EXPECT_EQ(engine_->Submit(Prompt({1}, 1), std::make_shared<RecordingSink>()).status().code(),
             absl::StatusCode::kUnavailable);
   control_->Hold(false);
-  control_->Answer(2);
   drain.join();
   ExpectAnswer(*running, {1, 2, 3}, 25);
   EXPECT_TRUE(control_->shut_down());

@@ -53,9 +53,13 @@ class FakeGroupControl {
     sink(std::move(failed));
   }
 
+  // Letting go answers what is held, in order.
   void Hold(bool hold) {
     const std::lock_guard lock(mutex_);
     hold_ = hold;
+    if (hold || !open_) return;
+    for (const StepPlan& plan : held_plans_) AnswerLocked(plan);
+    held_plans_.clear();
   }
 
   // Answers `n` held plans, waiting for them to be sent.
