@@ -3,7 +3,9 @@
 #ifndef LOCKSTEP_COORDINATOR_API_HTTP_CONNECTION_H_
 #define LOCKSTEP_COORDINATOR_API_HTTP_CONNECTION_H_
 
-// Boost 1.74 uses std::exchange without including this.
+// clang-format off
+#include <utility>  // first: Boost 1.74's awaitable.hpp uses std::exchange without it
+// clang-format on
 #include <atomic>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/ip/tcp.hpp>
@@ -15,7 +17,6 @@
 #include <mutex>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "coordinator/api/http/exchange.h"
