@@ -10,9 +10,6 @@ namespace lockstep::ffi {
 #if defined(__SANITIZE_THREAD__)
 Call::Call() { __tsan_ignore_thread_begin(); }
 Call::~Call() { __tsan_ignore_thread_end(); }
-#else
-Call::Call() = default;
-Call::~Call() = default;
 #endif
 
 absl::Status ToStatus(LockstepTextStatus status, std::string_view context, const Text& error) {

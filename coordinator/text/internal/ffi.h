@@ -13,12 +13,14 @@ namespace lockstep::ffi {
 // Stands around each call. ThreadSanitizer sees the library's memory but not the
 // atomics that guard it, because Rust code is not instrumented; it is told to
 // look away until the call returns. Nothing in other builds.
-class Call {
+class [[maybe_unused]] Call {
+#if defined(__SANITIZE_THREAD__)
  public:
   Call();
   ~Call();
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
+#endif
 };
 
 // Frees what the library returned.
