@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -13,6 +16,7 @@
 #include "model/families.h"
 #include "model/file.h"
 #include "model/json.h"
+#include "model/safetensors.h"
 #include "model/strings.h"
 
 namespace lockstep {
@@ -79,6 +83,22 @@ DType ReadDType(ConfigReader& reader) {
     return DType::kFloat32;
   }
   return *dtype;
+}
+
+// The dtype that holds most of a checkpoint's bytes; nothing when there is no
+// checkpoint to look at, which is for its loader to complain about.
+std::optional<DType> DTypeOfTensors(const std::string& model_dir) {
+  const absl::StatusOr<std::unique_ptr<Checkpoint>> checkpoint = Checkpoint::Open(model_dir);
+  if (!checkpoint.ok()) return std::nullopt;
+  std::map<DType, uint64_t> bytes;
+  for (const auto& [name, info] : (*checkpoint)->tensors()) {
+    if (info.loadable && info.dtype != DType::kFloat8E4M3) bytes[info.dtype] += info.num_bytes;
+  }
+  std::optional<DType> most;
+  for (const auto& [dtype, count] : bytes) {
+    if (!most.has_value() || count > bytes[*most]) most = dtype;
+  }
+  return most;
 }
 
 // Every weight matrix counts as one of fp8 bytes, whatever the file exempts:
@@ -166,6 +186,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text, std::string_
   if (family == nullptr) return reader.status();
   config.architecture = family->architecture;
   config.model_type = family->model_type;
+  config.dtype_given = reader.HasValue("dtype") || reader.HasValue("torch_dtype");
   config.dtype = ReadDType(reader);
   config.quantization = ReadQuantization(reader);
   config.eos_token_ids = reader.TokenIds("eos_token_id");
@@ -186,7 +207,11 @@ absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& model_dir) {
                                : model_dir;
   const absl::StatusOr<std::string> text = ReadSmallFile(path, kMaxConfigBytes);
   if (!text.ok()) return text.status();
-  return ParseModelConfig(*text, path);
+  absl::StatusOr<ModelConfig> config = ParseModelConfig(*text, path);
+  if (config.ok() && !config->dtype_given) {
+    config->dtype = DTypeOfTensors(model_dir).value_or(config->dtype);
+  }
+  return config;
 }
 
 absl::Status CheckServable(const ModelConfig& config, BackendKind backend) {

@@ -45,10 +45,13 @@ struct RopeConfig {
 };
 
 struct ModelConfig {
-  std::string architecture;       // "LlamaForCausalLM"
-  std::string model_type;         // "llama"
-  DType dtype = DType::kFloat32;  // of the checkpoint
-  std::string quantization;       // "" or "fp8" (per-tensor or per-channel; recognised for sizing)
+  std::string architecture;  // "LlamaForCausalLM"
+  std::string model_type;    // "llama"
+  // Of the checkpoint. Where config.json names none, LoadModelConfig looks at
+  // the tensors beside it, and ParseModelConfig says float32.
+  DType dtype = DType::kFloat32;
+  bool dtype_given = false;  // by config.json
+  std::string quantization;  // "" or "fp8" (per-tensor or per-channel; recognised for sizing)
 
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;

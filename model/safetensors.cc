@@ -279,7 +279,7 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   for (const std::string& name : names) {
     absl::Status status = impl->AddFile((dir / name).string());
     if (absl::IsNotFound(status) && !weight_map.empty()) {
-      return absl::NotFoundError(
+      return absl::FailedPreconditionError(
           absl::StrCat(index_path, ": names ", name, ", which is not in the directory"));
     }
     if (!status.ok()) return status;
