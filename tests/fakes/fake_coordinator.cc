@@ -32,7 +32,7 @@ struct FakeCoordinator::Impl final : public WorkerPlane::Service {
     std::mutex write_mutex;
     std::optional<worker::v1::Hello> hello;
     std::deque<WorkerMessage> inbox;
-    uint64_t epoch = 0;  // of the last Configure sent
+    uint64_t epoch = 0;  // of the last Configure sent; guarded by relay_mutex
     size_t heartbeats = 0;
   };
 
@@ -71,11 +71,15 @@ struct FakeCoordinator::Impl final : public WorkerPlane::Service {
     if (to.stream != nullptr) to.stream->Write(message);
   }
 
+  // To every rank that was sent the epoch's Configure; those that follow get it
+  // then. (A real coordinator configures all ranks before it reads on.)
   void Relay(const Stream& from, const worker::v1::CommKey& key) {
+    const std::lock_guard<std::mutex> relay_lock(relay_mutex);
     std::vector<std::shared_ptr<Stream>> others;
     {
       const std::lock_guard<std::mutex> lock(mutex);
       if (silent) return;
+      keys.push_back({&from, key});
       for (const auto& other : streams) {
         if (other.get() != &from && other->epoch == key.epoch()) others.push_back(other);
       }
@@ -83,6 +87,18 @@ struct FakeCoordinator::Impl final : public WorkerPlane::Service {
     CoordinatorMessage message;
     *message.mutable_comm_key() = key;
     for (const auto& other : others) Write(*other, message);
+  }
+
+  void SendConfigure(Stream& to, const CoordinatorMessage& configure) {
+    const std::lock_guard<std::mutex> relay_lock(relay_mutex);
+    Write(to, configure);
+    to.epoch = configure.configure().epoch();
+    for (const auto& [from, key] : keys) {
+      if (from == &to || key.epoch() != to.epoch) continue;
+      CoordinatorMessage message;
+      *message.mutable_comm_key() = key;
+      Write(to, message);
+    }
   }
 
   void Beat() {
@@ -110,6 +126,8 @@ struct FakeCoordinator::Impl final : public WorkerPlane::Service {
   int64_t heartbeat_ms = 0;
   std::unique_ptr<grpc::Server> server;
   std::thread heart;
+  std::mutex relay_mutex;                                           // taken before the others
+  std::vector<std::pair<const Stream*, worker::v1::CommKey>> keys;  // guarded by relay_mutex
   std::mutex mutex;
   std::condition_variable changed;
   std::vector<std::shared_ptr<Stream>> streams;
@@ -158,10 +176,7 @@ std::optional<worker::v1::Hello> FakeCoordinator::AwaitHello(size_t stream) {
 void FakeCoordinator::Send(size_t stream, const CoordinatorMessage& message) {
   const std::shared_ptr<Impl::Stream> s = impl_->Get(stream);
   if (s == nullptr) return;
-  if (message.has_configure()) {
-    const std::lock_guard<std::mutex> lock(impl_->mutex);
-    s->epoch = message.configure().epoch();
-  }
+  if (message.has_configure()) return impl_->SendConfigure(*s, message);
   impl_->Write(*s, message);
 }
 
