@@ -24,17 +24,6 @@ namespace {
 
 // Blocks that a newcomer leaves for everybody's growth, itself included.
 constexpr uint32_t kGrowthBlocks = 2;
-// Added per index of n: a large odd number, so that seeds of neighbouring
-// requests do not meet; then mixed.
-constexpr uint64_t kSeedStride = 0x9e3779b97f4a7c15u;
-
-int64_t SequenceSeed(int64_t seed, uint32_t index) {
-  if (index == 0) return seed;
-  uint64_t z = static_cast<uint64_t>(seed) + index * kSeedStride;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return static_cast<int64_t>(z ^ (z >> 31));
-}
 
 SlotSampling MakeSampling(const Sequence& s, bool wants_prompt_logprobs) {
   const Request& request = s.request->request;

@@ -100,6 +100,17 @@ struct AdmittedFirst {
   }
 };
 
+// Of sequence `index` of a request: the request's own for the first. Neighbouring
+// requests' seeds do not meet: the step between indices is a large odd number,
+// and the sum is mixed (the finaliser of splitmix64).
+inline int64_t SequenceSeed(int64_t seed, uint32_t index) {
+  if (index == 0) return seed;
+  uint64_t z = static_cast<uint64_t>(seed) + index * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return static_cast<int64_t>(z ^ (z >> 31));
+}
+
 uint32_t Sequence::num_prompt() const {
   return static_cast<uint32_t>(request->request.prompt.size());
 }
