@@ -111,6 +111,8 @@ absl::StatusOr<json> ParseJsonObject(std::string_view text, std::string_view whe
   const auto bad = [&](std::string_view what) {
     return absl::InvalidArgumentError(absl::StrCat(AbslView(where), ": ", AbslView(what)));
   };
+  // The parser takes a NUL byte for the end of its input.
+  if (text.find('\0') != text.npos) return bad("not JSON: has a NUL byte");
   DocumentBuilder builder;
   try {
     json::sax_parse(text.begin(), text.end(), &builder);

@@ -323,6 +323,8 @@ absl::StatusOr<std::vector<Entry>> ParseSafetensorsHeader(std::string_view heade
     return absl::InvalidArgumentError(absl::StrCat(AbslView(where), ": ", AbslView(what)));
   };
   if (!header.starts_with('{')) return bad("header does not begin with {");
+  // The parser takes a NUL byte for the end of its input.
+  if (header.find('\0') != header.npos) return bad("header is not JSON: has a NUL byte");
   const uint64_t data_begin = kSafetensorsLengthBytes + header.size();
   if (data_begin > file_bytes) return bad("header is longer than the file");
   HeaderReader reader;

@@ -425,6 +425,7 @@ TEST(ModelConfigTest, HostileTextIsRefusedInOneLine) {
                                           "{\"hidden_size\":NaN}",
                                           "{\"hidden_size\":1e999}",
                                           std::string("{\"a\":\0 1}", 9),
+                                          TinyLlamaJson().dump() + std::string("\0x", 2),
                                           "{\"a\":\"\xff\xfe\"}",
                                           "{\"architectures\":\"LlamaForCausalLM\"}",
                                           "{\"architectures\":[\"a\\nb\\u0000c\"]}"};
