@@ -66,8 +66,11 @@ LocalServer::~LocalServer() {
 }
 
 int LocalServer::Stop(int seconds) {
-  if (Ended()) return status_;
-  kill(pid_, SIGTERM);
+  if (!Ended()) kill(pid_, SIGTERM);
+  return AwaitEnd(seconds);
+}
+
+int LocalServer::AwaitEnd(int seconds) {
   const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
   while (!Ended() && std::chrono::steady_clock::now() < until) std::this_thread::sleep_for(kPoll);
   if (pid_ != 0) {

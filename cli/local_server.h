@@ -30,6 +30,8 @@ class LocalServer {
   // Asks it to drain and end, waits (at most `seconds`, then kills it), and
   // returns its wait status.
   int Stop(int seconds = 10);
+  // The same without asking: somebody has.
+  int AwaitEnd(int seconds);
 
  private:
   LocalServer() = default;

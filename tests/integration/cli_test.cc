@@ -11,7 +11,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
-#include "tests/integration/served_model.h"
+#include "tests/integration/test_server.h"
 
 namespace lockstep {
 namespace {
@@ -25,7 +25,7 @@ struct Shell {
   std::string out;  // stdout and stderr together
 };
 
-Shell Run(const std::string& arguments) {
+Shell Lockstep(const std::string& arguments) {
   const std::string command =
       absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep ", arguments, " 2>&1");
   Shell shell;
@@ -40,7 +40,7 @@ Shell Run(const std::string& arguments) {
 class CliTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
-    served_ = ServedModel::Start(DemoModel(), 2, {"--dtype", "float32"}).release();
+    served_ = TestServer::Start(DemoModel(), 2, {"--dtype", "float32"}).release();
     ASSERT_NE(served_, nullptr);
   }
   static void TearDownTestSuite() { delete served_; }
@@ -57,13 +57,14 @@ class CliTest : public ::testing::Test {
     return {std::istreambuf_iterator<char>(file), {}};
   }
 
-  static ServedModel* served_;
+  static TestServer* served_;
 };
 
-ServedModel* CliTest::served_ = nullptr;
+TestServer* CliTest::served_ = nullptr;
 
 TEST_F(CliTest, GenerateStreamsAnAnswerAndSaysWhoHoldsWhat) {
-  const Shell shell = Run("generate --chat --temperature 0 -v " + At() + " 'What is 35 + 28?'");
+  const Shell shell =
+      Lockstep("generate --chat --temperature 0 -v " + At() + " 'What is 35 + 28?'");
   EXPECT_EQ(shell.code, 0) << shell.out;
   EXPECT_THAT(shell.out, HasSubstr("35 + 28 = 63"));
   EXPECT_THAT(shell.out, HasSubstr("rank 0"));
@@ -72,20 +73,20 @@ TEST_F(CliTest, GenerateStreamsAnAnswerAndSaysWhoHoldsWhat) {
 }
 
 TEST_F(CliTest, GenerateReadsThePromptFromStdin) {
-  const Shell shell = Run("generate --chat --temperature 0 " + At() + " < " +
-                          File("prompt.txt", "What is 35 + 28?"));
+  const Shell shell = Lockstep("generate --chat --temperature 0 " + At() + " < " +
+                               File("prompt.txt", "What is 35 + 28?"));
   EXPECT_THAT(shell.out, HasSubstr("35 + 28 = 63"));
 }
 
 TEST_F(CliTest, GenerateNamesTheFieldAtFault) {
-  const Shell shell = Run("generate --temperature 3 " + At() + " hello");
+  const Shell shell = Lockstep("generate --temperature 3 " + At() + " hello");
   EXPECT_EQ(shell.code, 1);
   EXPECT_THAT(shell.out, HasSubstr("temperature"));
 }
 
 TEST_F(CliTest, ChatKeepsTheConversation) {
   const std::string lines = File("chat.txt", "I am Sara from Paris.\nWhat is my name?\n");
-  const Shell shell = Run("chat --temperature 0 " + At() + " < " + lines);
+  const Shell shell = Lockstep("chat --temperature 0 " + At() + " < " + lines);
   EXPECT_EQ(shell.code, 0) << shell.out;
   EXPECT_THAT(shell.out, HasSubstr("Nice to meet you, Sara from Paris."));
   EXPECT_THAT(shell.out, HasSubstr("Your name is Sara."));
@@ -102,7 +103,7 @@ TEST_F(CliTest, BatchAnswersEveryLineAndResumes) {
   const std::string out = File("out.jsonl",
                                "{\"custom_id\":\"q3\",\"text\":\"kept\"}\n"
                                "{\"custom_id\":\"q4\",\"text\":\"kept\"}\n{\"custom_id\":\"q5");
-  const Shell shell = Run("batch " + At() + " " + in + " " + out);
+  const Shell shell = Lockstep("batch " + At() + " " + in + " " + out);
   EXPECT_EQ(shell.code, 0) << shell.out;
   EXPECT_THAT(shell.out, HasSubstr("2 of 20 requests are answered already"));
   std::istringstream lines(Read(out));
@@ -122,7 +123,7 @@ TEST_F(CliTest, BatchWritesAnErrorLineForABadRequestAndAnswersTheRest) {
                               "{\"prompt\":\"b\",\"temperature\":9,\"max_tokens\":3}\n");
   const std::string out = ::testing::TempDir() + "/bad-out.jsonl";
   std::remove(out.c_str());
-  const Shell shell = Run("batch " + At() + " " + in + " " + out);
+  const Shell shell = Lockstep("batch " + At() + " " + in + " " + out);
   EXPECT_EQ(shell.code, 1);
   EXPECT_THAT(shell.out, HasSubstr("2 of 3 requests failed"));
   EXPECT_THAT(Read(out), HasSubstr("line 2: not a JSON object"));
@@ -134,22 +135,24 @@ TEST_F(CliTest, BatchRunsOfflineWithAModelOfItsOwn) {
   const std::string out = ::testing::TempDir() + "/offline-out.jsonl";
   std::remove(out.c_str());
   const Shell shell =
-      Run("batch --model " + DemoModel() + " --tensor-parallel-size 2 " + in + " " + out);
+      Lockstep("batch --model " + DemoModel() + " --tensor-parallel-size 2 " + in + " " + out);
   EXPECT_EQ(shell.code, 0) << shell.out;
   EXPECT_EQ(json::parse(Read(out))["completion_tokens"], 4);
 }
 
 TEST_F(CliTest, PlanAnswersFromTheConfigAlone) {
-  const Shell shell = Run("plan " + DemoModel() + " --gpu-memory 80GiB --json");
+  const Shell shell = Lockstep("plan " + DemoModel() + " --gpu-memory 80GiB --json");
   EXPECT_EQ(shell.code, 0) << shell.out;
   const json report = json::parse(shell.out);
   EXPECT_EQ(report["minimum_tensor_parallel_size"], 1);
 }
 
-TEST_F(CliTest, DoctorLooksAtTheHost) { EXPECT_THAT(Run("doctor").out, HasSubstr("processor")); }
+TEST_F(CliTest, DoctorLooksAtTheHost) {
+  EXPECT_THAT(Lockstep("doctor").out, HasSubstr("processor"));
+}
 
 TEST_F(CliTest, HelpGroupsTheCommands) {
-  const Shell shell = Run("--help");
+  const Shell shell = Lockstep("--help");
   EXPECT_EQ(shell.code, 0);
   for (const char* group : {"Serve", "Ask", "Look"}) EXPECT_THAT(shell.out, HasSubstr(group));
 }

@@ -11,7 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "tests/integration/served_model.h"
+#include "tests/integration/test_server.h"
 
 namespace lockstep {
 namespace {
@@ -24,7 +24,7 @@ class FaultTest : public ::testing::Test {
  protected:
   void Serve(int tp_size, std::vector<std::string> flags = {}) {
     flags.insert(flags.end(), {"--dtype", "float32"});
-    served_ = ServedModel::Start(DemoModel(), tp_size, flags);
+    served_ = TestServer::Start(DemoModel(), tp_size, flags);
     ASSERT_NE(served_, nullptr);
   }
 
@@ -48,7 +48,7 @@ class FaultTest : public ::testing::Test {
               served_->Info().num_kv_blocks());
   }
 
-  std::unique_ptr<ServedModel> served_;
+  std::unique_ptr<TestServer> served_;
 };
 
 class KilledRankTest : public FaultTest, public ::testing::WithParamInterface<int> {};
@@ -187,7 +187,7 @@ TEST_F(FaultTest, SigtermDrainsRunningStreams) {
     ASSERT_TRUE(stream->Await().ok()) << stream->Await();
     EXPECT_EQ(stream->token_ids(), expected);
   }
-  const int status = served_->server().Stop();
+  const int status = served_->server().AwaitEnd(30);
   EXPECT_TRUE(WIFEXITED(status));
   EXPECT_EQ(WEXITSTATUS(status), 0) << served_->server().Log();
 }

@@ -20,7 +20,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
-#include "tests/integration/served_model.h"
+#include "tests/integration/test_server.h"
 
 namespace lockstep {
 namespace {
@@ -203,7 +203,7 @@ TEST_F(StartTest, NanWeightsFailRequestsNotTheServer) {
   const unsigned char nan[2] = {0xc0, 0x7f};
   file.write(reinterpret_cast<const char*>(nan), 2);
   file.close();
-  auto served = ServedModel::Start(model, 2);
+  auto served = TestServer::Start(model, 2);
   ASSERT_NE(served, nullptr);
   for (int round = 0; round < 2; ++round) {
     StreamedAnswer answer(&served->client(), LongGreedy("hello", 5));

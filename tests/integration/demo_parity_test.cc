@@ -8,7 +8,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
-#include "tests/integration/served_model.h"
+#include "tests/integration/test_server.h"
 
 namespace lockstep {
 namespace {
@@ -43,7 +43,7 @@ void ExpectCase(const json& expected_case, StreamedAnswer& answer) {
 }
 
 // All cases at once.
-void ExpectAllTogether(ServedModel& served) {
+void ExpectAllTogether(TestServer& served) {
   std::vector<std::unique_ptr<StreamedAnswer>> answers;
   for (const json& each : Expected()["cases"]) {
     answers.push_back(std::make_unique<StreamedAnswer>(&served.client(), RequestFor(each)));
@@ -56,7 +56,7 @@ TEST(DemoModelTest, HasVisiblyLearnedItsTask) {
   for (const auto& [task, figures] : Expected()["accuracy"].items()) {
     EXPECT_GE(figures["right"].get<double>(), 0.95) << task;
   }
-  auto served = ServedModel::Start(DemoModel(), 1, {"--dtype", "float32"});
+  auto served = TestServer::Start(DemoModel(), 1, {"--dtype", "float32"});
   ASSERT_NE(served, nullptr);
   int right = 0;
   for (const json& each : Expected()["cases"]) {
@@ -70,7 +70,7 @@ TEST(DemoModelTest, HasVisiblyLearnedItsTask) {
 class ParityTest : public ::testing::TestWithParam<int> {};
 
 TEST_P(ParityTest, TogetherAndAlone) {
-  auto served = ServedModel::Start(DemoModel(), GetParam(), {"--dtype", "float32"});
+  auto served = TestServer::Start(DemoModel(), GetParam(), {"--dtype", "float32"});
   ASSERT_NE(served, nullptr);
   ExpectAllTogether(*served);
   for (size_t i = 0; i < Expected()["cases"].size(); i += 7) {
@@ -81,10 +81,10 @@ TEST_P(ParityTest, TogetherAndAlone) {
 
 TEST_P(ParityTest, InSmallChunksAndPreempted) {
   auto served =
-      ServedModel::Start(DemoModel(), GetParam(),
-                         {"--dtype", "float32", "--max-num-batched-tokens", "16", "--max-num-seqs",
-                          "12", "--num-kv-blocks", "64", "--max-model-len", "512", "--block-size",
-                          "8", "--max-queued-requests", "200"});
+      TestServer::Start(DemoModel(), GetParam(),
+                        {"--dtype", "float32", "--max-num-batched-tokens", "16", "--max-num-seqs",
+                         "12", "--num-kv-blocks", "64", "--max-model-len", "512", "--block-size",
+                         "8", "--max-queued-requests", "200"});
   ASSERT_NE(served, nullptr);
   ExpectAllTogether(*served);
   // Long answers together want more blocks than there are.
@@ -123,7 +123,7 @@ v1::GenerateRequest Seeded(const std::string& prompt, int64_t seed) {
 TEST(SeedTest, ResultDependsNeitherOnBatchMatesNorOnTheSplit) {
   std::vector<std::vector<uint32_t>> reference;
   for (int tp : {1, 2, 4}) {
-    auto served = ServedModel::Start(DemoModel(), tp, {"--dtype", "float32"});
+    auto served = TestServer::Start(DemoModel(), tp, {"--dtype", "float32"});
     ASSERT_NE(served, nullptr);
     std::vector<std::unique_ptr<StreamedAnswer>> mates;
     for (int i = 0; i < 8; ++i) {

@@ -1,7 +1,7 @@
 // A running `lockstep serve` for tests: the real programs, on loopback, with
 // ports of the kernel's choosing. Gone with the object.
-#ifndef LOCKSTEP_TESTS_INTEGRATION_SERVED_MODEL_H_
-#define LOCKSTEP_TESTS_INTEGRATION_SERVED_MODEL_H_
+#ifndef LOCKSTEP_TESTS_INTEGRATION_TEST_SERVER_H_
+#define LOCKSTEP_TESTS_INTEGRATION_TEST_SERVER_H_
 
 #include <sys/types.h>
 
@@ -22,11 +22,11 @@ std::string GoldenModel(const std::string& name);
 // LOCKSTEP_PROGRAMS for everything this test starts.
 void UseBuiltPrograms();
 
-class ServedModel {
+class TestServer {
  public:
   // Fails the current test, and returns null, when the server does not start.
-  static std::unique_ptr<ServedModel> Start(const std::string& model, int tp_size,
-                                            std::vector<std::string> flags = {});
+  static std::unique_ptr<TestServer> Start(const std::string& model, int tp_size,
+                                           std::vector<std::string> flags = {});
 
   Client& client() { return *client_; }
   LocalServer& server() { return *server_; }
@@ -76,4 +76,4 @@ std::string HttpRequest(int port, const std::string& method, const std::string& 
 
 }  // namespace lockstep
 
-#endif  // LOCKSTEP_TESTS_INTEGRATION_SERVED_MODEL_H_
+#endif  // LOCKSTEP_TESTS_INTEGRATION_TEST_SERVER_H_

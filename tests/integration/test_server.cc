@@ -1,4 +1,4 @@
-#include "tests/integration/served_model.h"
+#include "tests/integration/test_server.h"
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -31,8 +31,8 @@ void UseBuiltPrograms() {
   setenv("LOCKSTEP_PROGRAMS", (std::string(LOCKSTEP_BINARY_DIR) + "/bin").c_str(), 1);
 }
 
-std::unique_ptr<ServedModel> ServedModel::Start(const std::string& model, int tp_size,
-                                                std::vector<std::string> flags) {
+std::unique_ptr<TestServer> TestServer::Start(const std::string& model, int tp_size,
+                                              std::vector<std::string> flags) {
   UseBuiltPrograms();
   std::vector<std::string> args = {"--model", model, "--tensor-parallel-size",
                                    std::to_string(tp_size)};
@@ -42,7 +42,7 @@ std::unique_ptr<ServedModel> ServedModel::Start(const std::string& model, int tp
     ADD_FAILURE() << "serve did not start: " << server.status();
     return nullptr;
   }
-  auto served = std::make_unique<ServedModel>();
+  auto served = std::make_unique<TestServer>();
   served->server_ = *std::move(server);
   served->client_ = std::make_unique<Client>(served->server_->address());
   const absl::StatusOr<v1::GetModelInfoResponse> info = served->client_->WaitReady(10'000);
@@ -53,12 +53,12 @@ std::unique_ptr<ServedModel> ServedModel::Start(const std::string& model, int tp
   return served;
 }
 
-v1::GetModelInfoResponse ServedModel::Info() {
+v1::GetModelInfoResponse TestServer::Info() {
   absl::StatusOr<v1::GetModelInfoResponse> info = client_->GetModelInfo();
   return info.ok() ? *info : v1::GetModelInfoResponse();
 }
 
-v1::GetModelInfoResponse ServedModel::AwaitEpochAbove(uint64_t epoch) {
+v1::GetModelInfoResponse TestServer::AwaitEpochAbove(uint64_t epoch) {
   v1::GetModelInfoResponse info;
   EXPECT_TRUE(Eventually([&] {
     info = Info();
@@ -69,7 +69,7 @@ v1::GetModelInfoResponse ServedModel::AwaitEpochAbove(uint64_t epoch) {
   return info;
 }
 
-pid_t ServedModel::WorkerPid(int rank) {
+pid_t TestServer::WorkerPid(int rank) {
   const v1::GetModelInfoResponse info = Info();
   for (const v1::RankInfo& each : info.ranks()) {
     if (static_cast<int>(each.rank()) == rank) return static_cast<pid_t>(each.pid());
@@ -77,7 +77,7 @@ pid_t ServedModel::WorkerPid(int rank) {
   return 0;
 }
 
-pid_t ServedModel::CoordinatorPid() {
+pid_t TestServer::CoordinatorPid() {
   for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
     const std::string name = entry.path().filename();
     if (name.find_first_not_of("0123456789") != std::string::npos) continue;
@@ -97,7 +97,7 @@ pid_t ServedModel::CoordinatorPid() {
   return 0;
 }
 
-double ServedModel::Metric(const std::string& name) {
+double TestServer::Metric(const std::string& name) {
   std::istringstream text(HttpRequest(server_->http_port(), "GET", "/metrics"));
   for (std::string line; std::getline(text, line);) {
     if (line.rfind(name + " ", 0) == 0) return std::strtod(line.c_str() + name.size(), nullptr);
