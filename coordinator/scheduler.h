@@ -45,8 +45,8 @@ struct SchedulerConfig {
   uint32_t vocab_size = 0;  // a sampled token at or above it is a lying worker
   bool enable_prefix_caching = true;
   int max_plans_in_flight = 2;
-  uint64_t cache_hash_key =
-      0;  // of the prefix cache's hash; drawn at random where clients are not trusted
+  // Of the prefix cache's hash; 0: the engine draws one.
+  uint64_t cache_hash_key = 0;
 };
 
 // What happened to sequences, in order. Token index i of a sequence appears

@@ -20,7 +20,8 @@ SchedulerConfig DrawConfig(Scenario scenario, Random* random) {
   const uint32_t longest = BlocksForTokens(c.max_model_len, c.block_size);
   // From too small for the longest request to plenty for all.
   c.num_kv_blocks = random->Between(std::max(1u, longest / 2), longest * c.max_num_seqs + 1);
-  if (random->Percent(30)) c.num_kv_blocks = longest;
+  if (random->Percent(20)) c.num_kv_blocks = longest;
+  if (random->Percent(40)) c.num_kv_blocks = longest + random->Below(longest / 2 + 1);
   c.max_queued_requests = random->OneOf({1, 4, 16, 64});
   c.enable_prefix_caching = random->Percent(75);
   c.max_plans_in_flight = random->Percent(85) ? 2 : 1;
@@ -89,13 +90,15 @@ Ledger::Entry ClientMix::Draw(int64_t now_ms, PoisonSet* poison) {
     entry.outputs.resize(1);
     return entry;
   }
-  r.prompt = DrawPrompt(config_.max_model_len);
+  // Half of them begin short, so that many run at once and then grow.
+  r.prompt = DrawPrompt(random_->Percent(50) ? config_.max_model_len : 6);
   const uint32_t room = config_.max_model_len - static_cast<uint32_t>(r.prompt.size());
   p.max_tokens = random_->Percent(90) ? random_->Below(room + 1) : random_->Below(room + 10);
   p.n = random_->Percent(80) ? 1 : random_->Between(2, 4);
   if (random_->Percent(15)) p.prompt_logprobs = 0;
   if (random_->Percent(20)) p.logprobs = 2;
-  for (TokenId token = 0; token < kVocab; ++token) {
+  const bool may_end = random_->Percent(60);
+  for (TokenId token = 0; may_end && token < kVocab; ++token) {
     if (random_->Percent(3)) r.ending_ids.push_back(token);
   }
   if (random_->Percent(20)) p.min_tokens = random_->Below(8);
