@@ -21,6 +21,8 @@ int64_t NowMs() {
   return int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1'000'000;
 }
 
+constexpr int kBadCommandLine = 2;  // the daemons' exit code for it
+
 void Say(const std::string& line) { std::fprintf(stderr, "serve: %s\n", line.c_str()); }
 
 struct Child {
@@ -31,6 +33,7 @@ struct Child {
   int64_t started_ms = 0;
   int quick_deaths = 0;                  // in a row
   std::optional<int64_t> restart_at_ms;  // when a restart is due
+  std::optional<int64_t> kill_at_ms;     // stopped by a signal: when to replace it
 };
 
 class Supervisor {
@@ -62,6 +65,7 @@ class Supervisor {
       Reap();
       StartDue();
       KillOverdue();
+      KillStopped();
     }
     return exit_code_;
   }
@@ -74,6 +78,7 @@ class Supervisor {
 
   void Start(Child& child) {
     child.restart_at_ms.reset();
+    child.kill_at_ms.reset();
     child.started_ms = NowMs();
     absl::StatusOr<pid_t> pid = StartChild(child.argv, child.options);
     if (!pid.ok()) {
@@ -114,7 +119,11 @@ class Supervisor {
 
   void Reap() {
     int status = 0;
-    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
+    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG | WUNTRACED | WCONTINUED)) > 0;) {
+      if (WIFSTOPPED(status) || WIFCONTINUED(status)) {
+        OnPause(pid, WIFSTOPPED(status));
+        continue;
+      }
       if (pid == coordinator_.pid) {
         OnCoordinatorExit(status);
         continue;
@@ -122,6 +131,26 @@ class Supervisor {
       for (Child& worker : workers_) {
         if (worker.pid == pid) OnWorkerExit(worker, status);
       }
+    }
+  }
+
+  // A stopped worker can do nothing for itself, not even end; its group has left
+  // it behind by the time it is replaced. Who continues it earlier keeps it.
+  void OnPause(pid_t pid, bool stopped) {
+    for (Child& worker : workers_) {
+      if (worker.pid != pid) continue;
+      worker.kill_at_ms.reset();
+      if (stopped) worker.kill_at_ms = NowMs() + options_.kill_stopped_after_ms;
+    }
+  }
+
+  void KillStopped() {
+    for (Child& worker : workers_) {
+      if (worker.pid == 0 || !worker.kill_at_ms || NowMs() < *worker.kill_at_ms) continue;
+      Say(absl::StrCat(worker.name, " has been stopped for ", options_.kill_stopped_after_ms,
+                       " ms: killing it"));
+      kill(worker.pid, SIGKILL);
+      worker.kill_at_ms.reset();
     }
   }
 
@@ -143,6 +172,8 @@ class Supervisor {
     const bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
     // A clean exit answers the coordinator's own word; it is about to end too.
     if (clean && draining_) return;
+    // A command line that is refused once is refused always; the worker has said why.
+    if (WIFEXITED(status) && WEXITSTATUS(status) == kBadCommandLine) return End(kBadCommandLine);
     ScheduleRestart(worker, status);
   }
 
@@ -188,6 +219,7 @@ class Supervisor {
     int64_t at = NowMs() + 60'000;
     auto consider = [&](const Child& child) {
       if (child.restart_at_ms) at = std::min(at, *child.restart_at_ms);
+      if (child.kill_at_ms) at = std::min(at, *child.kill_at_ms);
     };
     consider(coordinator_);
     for (const Child& worker : workers_) consider(worker);

@@ -19,6 +19,7 @@ struct SupervisorOptions {
   int crash_loop_deaths = 6;                      // quick deaths in a row
   int64_t max_pause_ms = 5'000;                   // between restarts
   int64_t kill_after_ms = 2'000;                  // SIGTERM to SIGKILL for workers at the end
+  int64_t kill_stopped_after_ms = 2'500;          // a worker that a signal stopped is replaced
 };
 
 // Returns when every child is gone, with the exit code of the whole. SIGTERM

@@ -98,6 +98,15 @@ TEST_F(SupervisorTest, NamesACrashLoopAndEnds) {
   EXPECT_EQ(Starts("w0").size(), 3u);
 }
 
+TEST_F(SupervisorTest, DoesNotRetryABadCommandLine) {
+  SupervisorOptions options;
+  options.coordinator = Shell("exec sleep 60");
+  options.workers = {Shell(Note("w0") + "exit 2")};
+  Launch(options);
+  EXPECT_EQ(Wait(), 2);
+  EXPECT_EQ(Starts("w0").size(), 1u);
+}
+
 TEST_F(SupervisorTest, StartsAKilledCoordinatorAgain) {
   SupervisorOptions options;
   options.coordinator = Shell(Note("c") + "exec sleep 60");

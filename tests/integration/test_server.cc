@@ -29,6 +29,11 @@ std::string GoldenModel(const std::string& name) {
 
 void UseBuiltPrograms() {
   setenv("LOCKSTEP_PROGRAMS", (std::string(LOCKSTEP_BINARY_DIR) + "/bin").c_str(), 1);
+  WatchForSanitizerReports();
+}
+
+TestServer::~TestServer() {
+  if (server_ != nullptr) server_->Stop(10 * kSlowdown);
 }
 
 std::unique_ptr<TestServer> TestServer::Start(const std::string& model, int tp_size,
@@ -45,7 +50,8 @@ std::unique_ptr<TestServer> TestServer::Start(const std::string& model, int tp_s
   auto served = std::make_unique<TestServer>();
   served->server_ = *std::move(server);
   served->client_ = std::make_unique<Client>(served->server_->address());
-  const absl::StatusOr<v1::GetModelInfoResponse> info = served->client_->WaitReady(10'000);
+  const absl::StatusOr<v1::GetModelInfoResponse> info =
+      served->client_->WaitReady(10'000 * kSlowdown);
   if (!info.ok()) {
     ADD_FAILURE() << "not ready: " << info.status() << "\n" << served->server_->Log();
     return nullptr;
@@ -157,16 +163,14 @@ bool StreamedAnswer::done() const {
 
 void StreamedAnswer::AwaitTokens(size_t count) {
   std::unique_lock lock(impl_->mutex);
-  EXPECT_TRUE(
-      impl_->changed.wait_for(lock, std::chrono::seconds(60),
-                              [&] { return impl_->done || impl_->token_ids.size() >= count; }))
+  EXPECT_TRUE(impl_->changed.wait_for(
+      lock, Bound(60), [&] { return impl_->done || impl_->token_ids.size() >= count; }))
       << "no " << count << " tokens came";
 }
 
 absl::Status StreamedAnswer::Await() {
   std::unique_lock lock(impl_->mutex);
-  const bool done =
-      impl_->changed.wait_for(lock, std::chrono::seconds(120), [&] { return impl_->done; });
+  const bool done = impl_->changed.wait_for(lock, Bound(120), [&] { return impl_->done; });
   return done ? impl_->status : absl::DeadlineExceededError("the stream hangs");
 }
 
@@ -199,7 +203,7 @@ v1::GenerateRequest LongGreedy(const std::string& prompt, uint32_t max_tokens) {
 }
 
 bool Eventually(const std::function<bool()>& condition, int seconds) {
-  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+  const auto until = std::chrono::steady_clock::now() + Bound(seconds);
   while (std::chrono::steady_clock::now() < until) {
     if (condition()) return true;
     std::this_thread::yield();
@@ -216,7 +220,7 @@ bool ProcessGone(pid_t pid) {
 std::string HttpRequest(int port, const std::string& method, const std::string& path,
                         const std::string& body) {
   const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  timeval timeout{60, 0};
+  timeval timeout{60 * kSlowdown, 0};
   setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
   sockaddr_in address{};
   address.sin_family = AF_INET;

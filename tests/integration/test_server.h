@@ -13,17 +13,21 @@
 #include "cli/client.h"
 #include "cli/local_server.h"
 #include "proto/inference.pb.h"
+#include "tests/integration/sanitizer_reports.h"
 
 namespace lockstep {
 
 // The demo model's folder and a golden model's.
 std::string DemoModel();
 std::string GoldenModel(const std::string& name);
-// LOCKSTEP_PROGRAMS for everything this test starts.
+// LOCKSTEP_PROGRAMS for everything this test starts, whose sanitizer reports
+// then fail the test.
 void UseBuiltPrograms();
 
 class TestServer {
  public:
+  // Ends the server with time for what a sanitizer says at exit.
+  ~TestServer();
   // Fails the current test, and returns null, when the server does not start.
   static std::unique_ptr<TestServer> Start(const std::string& model, int tp_size,
                                            std::vector<std::string> flags = {});
@@ -67,7 +71,7 @@ class StreamedAnswer {
 // Greedy, `max_tokens` long, past the end token: a stream of known length.
 v1::GenerateRequest LongGreedy(const std::string& prompt, uint32_t max_tokens);
 
-// Spins on the condition, at most `seconds`.
+// Spins on the condition, at most `seconds` times kSlowdown.
 bool Eventually(const std::function<bool()>& condition, int seconds = 20);
 bool ProcessGone(pid_t pid);
 // GET or POST on loopback with one connection; returns the whole answer, head and body.

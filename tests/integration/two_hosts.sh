@@ -53,13 +53,13 @@ for ns in "$a" "$b"; do ip -n "$ns" link set lo up; done
 ip -n "$a" link set "va$id" up
 ip -n "$b" link set "vb$id" up
 
-on() { ip netns exec "$@"; }
+# Never through a function in the background: $! must be the program's own id.
 start_worker() {  # start_worker NAMESPACE LOG
-  on "$1" "$bin/lockstep-worker" --coordinator 10.77.0.1:50052 --insecure >"$work/$2" 2>&1 &
+  ip netns exec "$1" "$bin/lockstep-worker" --coordinator 10.77.0.1:50052 --insecure >"$work/$2" 2>&1 &
   pids+=("$!")
 }
 
-on "$a" "$bin/lockstep-coordinator" --model "$model" --dtype float32 --tensor-parallel-size 2 \
+ip netns exec "$a" "$bin/lockstep-coordinator" --model "$model" --dtype float32 --tensor-parallel-size 2 \
   --worker-address 10.77.0.1:50052 --insecure --http-port 0 --grpc-port 50051 \
   >"$work/stdout" 2>"$work/coordinator.log" &
 coordinator=$!
@@ -69,7 +69,7 @@ start_worker "$b" worker-b1.log
 remote=${pids[-1]}
 await "the coordinator never said ready" grep -qx ready "$work/stdout"
 
-ask() { on "$a" "$bin/lockstep" generate --chat --temperature 0 "$@"; }
+ask() { ip netns exec "$a" "$bin/lockstep" generate --chat --temperature 0 "$@"; }
 answer=$(ask "What is 35 + 28?")
 [ "$answer" = "35 + 28 = 63" ] || fail "unexpected answer: $answer"
 ask --verbose "What is 35 + 28?" 2>"$work/info.log" >/dev/null
@@ -87,4 +87,9 @@ wait "$stream" || fail "the stream broke: $(cat "$work/paused.log")"
 
 kill -TERM "$coordinator"
 wait "$coordinator" || fail "the coordinator did not drain cleanly"
+# The workers end with it; in a sanitizer's build that is when they report leaks.
+await "a worker outlived the coordinator" workers_gone
+if grep -qE "ERROR: (Address|Leak)Sanitizer|WARNING: ThreadSanitizer|runtime error:" "$work"/*; then
+  fail "a sanitizer has a report"
+fi
 echo "PASSED two_hosts: one model over two hosts, a worker lost and replaced under a stream"
