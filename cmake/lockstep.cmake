@@ -126,9 +126,18 @@ function(lockstep_cc_test)
   if(NOT A_TIMEOUT)
     set(A_TIMEOUT 120)
   endif()
-  set_tests_properties(${A_NAME} PROPERTIES TIMEOUT ${A_TIMEOUT} LABELS "${A_LABELS}")
+  set_tests_properties(${A_NAME} PROPERTIES LABELS "${A_LABELS}")
+  lockstep_test_limits(${A_NAME} ${A_TIMEOUT})
+endfunction()
+
+# The seconds an ordinary build may take, and what a sanitizer's run time reads.
+function(lockstep_test_limits name seconds)
+  if(LOCKSTEP_SANITIZE)
+    math(EXPR seconds "${seconds} * 5")
+  endif()
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${seconds})
   if(LOCKSTEP_SANITIZE STREQUAL "thread")
-    set_tests_properties(${A_NAME} PROPERTIES
+    set_tests_properties(${name} PROPERTIES
       ENVIRONMENT "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp")
   endif()
 endfunction()
