@@ -40,13 +40,13 @@ LOCKSTEP_INLINE void Scores(const AttentionTask& t, int64_t head, int64_t ld) {
     float dots[HR * 4];
     for (; n + 4 <= count; n += 4, k += 4 * t.head_dim) {
       const T* rows[4] = {k, k + t.head_dim, k + 2 * t.head_dim, k + 3 * t.head_dim};
-      DotTile<V, T, HR, 4, 0>(q, t.head_dim, rows, t.head_dim, dots);
+      DotTile<V, T, HR, 4>(q, t.head_dim, rows, t.head_dim, dots, nullptr);
       for (int h = 0; h < HR; ++h) {
         for (int j = 0; j < 4; ++j) out[h * ld + n + j] = dots[h * 4 + j] * t.scale;
       }
     }
     for (; n < count; ++n, k += t.head_dim) {
-      DotTile<V, T, HR, 1, 0>(q, t.head_dim, &k, t.head_dim, dots);
+      DotTile<V, T, HR, 1>(q, t.head_dim, &k, t.head_dim, dots, nullptr);
       for (int h = 0; h < HR; ++h) out[h * ld + n] = dots[h] * t.scale;
     }
   });

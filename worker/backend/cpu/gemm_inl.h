@@ -8,6 +8,7 @@
 #ifndef LOCKSTEP_WORKER_BACKEND_CPU_GEMM_INL_H_
 #define LOCKSTEP_WORKER_BACKEND_CPU_GEMM_INL_H_
 
+#include <cstddef>
 #include <cstdint>
 
 #include "worker/backend/cpu/half.h"
@@ -30,11 +31,16 @@ LOCKSTEP_INLINE void SumLanes(const typename V::F* acc, float* out) {
   }
 }
 
-// out[i][j] = x row i . w row j over k elements, rows of out NR apart.
-// PREFETCH: bytes ahead in each row of w; 0: none.
-template <class V, class W, int MR, int NR, int PREFETCH>
-LOCKSTEP_INLINE void DotTile(const float* x, int64_t ldx, const W* const* w, int64_t k,
-                             float* out) {
+// Weights are asked for this far ahead, into the second-level cache: a tile reads
+// NR rows at once, and the processor's own prefetch takes long to see NR streams.
+inline constexpr int64_t kPrefetchBytes = 32 * 1024;
+inline constexpr int64_t kCacheLine = 64;
+
+// out[i][j] = x row i . w row j over k elements, rows of out NR apart. `ahead`:
+// not null where w is streamed from memory: advanced by as many bytes as are read.
+template <class V, class W, int MR, int NR>
+LOCKSTEP_INLINE void DotTile(const float* x, int64_t ldx, const W* const* w, int64_t k, float* out,
+                             const char** ahead) {
   typename V::F acc[MR][NR];
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < NR; ++j) acc[i][j] = V::Zero();
@@ -42,11 +48,12 @@ LOCKSTEP_INLINE void DotTile(const float* x, int64_t ldx, const W* const* w, int
   int64_t kk = 0;
   for (; kk + kLanes <= k; kk += kLanes) {
     typename V::F wv[NR];
-    for (int j = 0; j < NR; ++j) {
-      wv[j] = V::Load(w[j] + kk);
-      if constexpr (PREFETCH > 0) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w[j] + kk) + PREFETCH, 0, 3);
+    for (int j = 0; j < NR; ++j) wv[j] = V::Load(w[j] + kk);
+    if (ahead != nullptr) {
+      for (size_t line = 0; line < NR * kLanes * sizeof(W); line += kCacheLine) {
+        __builtin_prefetch(*ahead + line, /*rw=*/0, /*locality=*/2);
       }
+      *ahead += NR * kLanes * sizeof(W);
     }
     for (int i = 0; i < MR; ++i) {
       const typename V::F xv = V::Load(x + i * ldx + kk);
@@ -77,18 +84,20 @@ LOCKSTEP_INLINE int CarryLeaf(int depth, int64_t leaf, int64_t leaves, Add add) 
 }
 
 // One register tile through all slices, to y.
-template <class V, class W, int MR, int NR, int PREFETCH>
+template <class V, class W, int MR, int NR, bool STREAM>
 LOCKSTEP_INLINE void SlicedTile(const DirectTask& t, const float* x, const W* w, float* y) {
+  const char* at = reinterpret_cast<const char*>(w) + kPrefetchBytes;
+  const char** ahead = STREAM ? &at : nullptr;
   const W* rows[NR];
   for (int j = 0; j < NR; ++j) rows[j] = w + j * t.ldw;
   float stack[kMaxLevels][MR * NR];
   if (t.slices == 1) {
-    DotTile<V, W, MR, NR, PREFETCH>(x, t.ldx, rows, t.k, stack[0]);
+    DotTile<V, W, MR, NR>(x, t.ldx, rows, t.k, stack[0], ahead);
   } else {
     const int64_t part = t.k / t.slices;
     int depth = 0;
     for (int64_t s = 0; s < t.slices; ++s) {
-      DotTile<V, W, MR, NR, PREFETCH>(x + s * part, t.ldx, rows, part, stack[depth++]);
+      DotTile<V, W, MR, NR>(x + s * part, t.ldx, rows, part, stack[depth++], ahead);
       for (int j = 0; j < NR; ++j) rows[j] += part;
       depth = CarryLeaf(depth, s, t.slices, [&](int to, int from) {
         for (int e = 0; e < MR * NR; ++e) stack[to][e] = stack[to][e] + stack[from][e];
@@ -103,8 +112,12 @@ LOCKSTEP_INLINE void SlicedTile(const DirectTask& t, const float* x, const W* w,
 // Rows [i, i + MR) against NR rows of w, then what is left with smaller MR.
 template <class V, class W, int MR, int NR>
 LOCKSTEP_INLINE void DirectRows(const DirectTask& t, int64_t i, const W* w, float* y) {
+  if (i == 0 && t.m >= MR) {
+    SlicedTile<V, W, MR, NR, true>(t, t.x, w, y);
+    i = MR;
+  }
   for (; i + MR <= t.m; i += MR) {
-    SlicedTile<V, W, MR, NR, 0>(t, t.x + i * t.ldx, w, y + i * t.ldy);
+    SlicedTile<V, W, MR, NR, false>(t, t.x + i * t.ldx, w, y + i * t.ldy);
   }
   if constexpr (MR > 1) {
     if (i < t.m) DirectRows<V, W, MR - 1, NR>(t, i, w, y);
@@ -117,7 +130,7 @@ void GemmDirectOf(const DirectTask& t) {
   int64_t j = 0;
   if (t.m == 1) {
     for (; j + V::kGemvN <= t.n; j += V::kGemvN) {
-      SlicedTile<V, W, 1, V::kGemvN, 1024>(t, t.x, w + j * t.ldw, t.y + j);
+      SlicedTile<V, W, 1, V::kGemvN, true>(t, t.x, w + j * t.ldw, t.y + j);
     }
   } else {
     for (; j + V::kDirectN <= t.n; j += V::kDirectN) {
