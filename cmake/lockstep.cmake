@@ -41,6 +41,11 @@ endif()
 if(LOCKSTEP_SANITIZE STREQUAL "address")
   add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
   add_link_options(-fsanitize=address,undefined)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # As two shared libraries, only one of them would heed log_path, by which
+    # the integration tests learn of reports (clang links statically anyway).
+    add_link_options(-static-libasan -static-libubsan)
+  endif()
 elseif(LOCKSTEP_SANITIZE STREQUAL "thread")
   add_compile_options(-fsanitize=thread -fno-omit-frame-pointer)
   add_link_options(-fsanitize=thread)
