@@ -1,17 +1,13 @@
 #include "worker/comm/gloo_communicator.h"
 
 #include <gloo/config.h>
-#include <gloo/transport/context.h>
-#include <gloo/transport/tcp/device.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstring>
 #include <exception>
 #include <limits>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -19,17 +15,16 @@
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
 #include "worker/comm/gloo_link.h"
+#include "worker/comm/gloo_mesh.h"
 
 namespace lockstep {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-enum Kind : uint32_t { kGreeting, kAllReduce, kGather, kBroadcast, kBarrier };
-constexpr const char* kKindNames[] = {"joining", "all-reduce", "gather", "broadcast", "barrier"};
+enum Kind : uint32_t { kNone, kAllReduce, kGather, kBroadcast, kBarrier };
+constexpr const char* kKindNames[] = {"nothing", "all-reduce", "gather", "broadcast", "barrier"};
 
-constexpr int kMaxSize = 256;
-constexpr size_t kMaxIdBytes = 240;  // with a rank, a greeting
 constexpr int64_t kDefaultMaxSkewMs = 30'000;
 // Above one segment, a message begins with this little, so that a peer's
 // arrival is seen before its bulk.
@@ -56,17 +51,6 @@ size_t SegmentStart(size_t bytes, size_t i) {
   return std::min(bytes, kFirstBytes + (i - 1) * GlooLink::kSegmentBytes);
 }
 
-// What gloo says, without the place in its sources.
-std::string Words(const std::exception& e) {
-  std::string what = e.what();
-  if (!what.empty() && what.front() == '[') {
-    const size_t end = what.find("] ");
-    if (end != std::string::npos) what = what.substr(end + 2);
-  }
-  std::replace(what.begin(), what.end(), '\n', ' ');
-  return what;
-}
-
 // Thrown inside this file for a peer that breaks the protocol.
 struct Mismatch : std::exception {};
 
@@ -77,44 +61,41 @@ absl::Span<std::byte> AsWritableBytes(absl::Span<float> values) {
   return {reinterpret_cast<std::byte*>(values.data()), values.size() * sizeof(float)};
 }
 
+CommunicatorOptions WithDefaults(CommunicatorOptions options) {
+  if (options.max_skew_ms <= 0) options.max_skew_ms = kDefaultMaxSkewMs;
+  return options;
+}
+
 class GlooCommunicator final : public RankCommunicator {
  public:
-  explicit GlooCommunicator(const CommunicatorOptions& options) : options_(options) {
-    LOCKSTEP_CHECK(options.size >= 1 && options.size <= kMaxSize);
-    LOCKSTEP_CHECK(options.rank >= 0 && options.rank < options.size);
-    LOCKSTEP_CHECK(options.id.size() <= kMaxIdBytes);
-    if (options_.max_skew_ms <= 0) options_.max_skew_ms = kDefaultMaxSkewMs;
+  explicit GlooCommunicator(const CommunicatorOptions& options)
+      : options_(WithDefaults(options)), mesh_(options_) {
     struct sigaction action;
     if (sigaction(SIGPIPE, nullptr, &action) == 0 && action.sa_handler == SIG_DFL) {
       std::signal(SIGPIPE, SIG_IGN);
     }
   }
 
-  ~GlooCommunicator() override { BreakLinks(); }
-
   int rank() const override { return options_.rank; }
   int size() const override { return options_.size; }
-  absl::Status Join(AddressExchange& exchange) override;
+  absl::Status Join(AddressExchange& exchange) override {
+    if (options_.size == 1) return absl::OkStatus();
+    const absl::Status status = mesh_.Join(exchange);
+    joined_ = status.ok();
+    return status;
+  }
   absl::Status AllReduceSum(absl::Span<float> values) override;
   absl::Status Gather(absl::Span<const float> mine, absl::Span<float> all, int root) override;
   absl::Status Broadcast(absl::Span<std::byte> data, int root) override;
   absl::Status Barrier() override;
 
-  void Abort() override {
-    aborted_ = true;
-    BreakLinks();
-  }
+  void Abort() override { mesh_.Abort(); }
 
  private:
   // Runs one collective: counts, times, and turns what is thrown into a status.
   template <typename Body>
   absl::Status Run(Kind kind, size_t bytes, Body body);
   absl::Status Fail(Kind kind, const std::string& what, absl::StatusCode code);
-
-  absl::Status CreateLinks();
-  absl::Status Connect(AddressExchange& exchange);
-  void Greet();
-  void BreakLinks();
 
   void SendSegment(int to, absl::Span<const std::byte> message, size_t i);
   // Checks the header against the collective under way.
@@ -132,18 +113,12 @@ class GlooCommunicator final : public RankCommunicator {
   void ReduceByDoubling(absl::Span<float> values);
   void ReduceByHalving(absl::Span<float> values);
 
-  CommunicatorOptions options_;
-  std::shared_ptr<gloo::transport::Device> device_;
-  std::shared_ptr<gloo::transport::Context> context_;  // after device_: destroyed first
-
-  std::mutex mutex_;                              // guards the creation of links_ against Abort
-  std::vector<std::unique_ptr<GlooLink>> links_;  // by rank; null for one's own
-
-  std::atomic<bool> aborted_{false};
+  const CommunicatorOptions options_;
+  GlooMesh mesh_;
   bool joined_ = false;
   bool dead_ = false;
   uint32_t collective_ = 0;
-  Kind kind_ = kGreeting;
+  Kind kind_ = kNone;
   int peer_ = -1;         // who is being spoken to, for the message of a failure
   std::string mismatch_;  // what a Mismatch was about
   Clock::time_point blocked_since_;
@@ -151,9 +126,9 @@ class GlooCommunicator final : public RankCommunicator {
 
 absl::Status GlooCommunicator::Fail(Kind kind, const std::string& what, absl::StatusCode code) {
   dead_ = true;
-  BreakLinks();  // the other ranks fail now instead of at their own time limit
+  mesh_.Break();  // the other ranks fail now instead of at their own time limit
   std::string message = absl::StrCat(kKindNames[kind], " ", collective_, " of ", options_.id);
-  if (aborted_) return absl::AbortedError(absl::StrCat(message, ": aborted"));
+  if (mesh_.aborted()) return absl::AbortedError(absl::StrCat(message, ": aborted"));
   if (peer_ >= 0) absl::StrAppend(&message, ", rank ", peer_);
   return absl::Status(code, absl::StrCat(message, ": ", what));
 }
@@ -162,7 +137,7 @@ template <typename Body>
 absl::Status GlooCommunicator::Run(Kind kind, size_t bytes, Body body) {
   kind_ = kind;
   peer_ = -1;
-  if (aborted_ || dead_ || (!joined_ && options_.size > 1)) {
+  if (mesh_.aborted() || dead_ || (!joined_ && options_.size > 1)) {
     return Fail(kind, "the communicator is not usable", absl::StatusCode::kUnavailable);
   }
   if (bytes > std::numeric_limits<uint32_t>::max()) {
@@ -183,98 +158,11 @@ absl::Status GlooCommunicator::Run(Kind kind, size_t bytes, Body body) {
       return Fail(kind, absl::StrCat("did not arrive within ", options_.max_skew_ms, " ms"),
                   absl::StatusCode::kDeadlineExceeded);
     }
-    return Fail(kind, Words(e), absl::StatusCode::kUnavailable);
+    return Fail(kind, GlooMesh::Words(e), absl::StatusCode::kUnavailable);
   }
   const uint64_t total = NanosSince(start);
   stats_.transfer_ns += total - std::min(total, stats_.wait_ns - wait_before);
   return absl::OkStatus();
-}
-
-absl::Status GlooCommunicator::Join(AddressExchange& exchange) {
-  if (options_.size == 1) return absl::OkStatus();
-  LOCKSTEP_CHECK(!joined_);
-  blocked_since_ = Clock::now();
-  absl::Status status;
-  try {
-    status = CreateLinks();
-    if (status.ok()) status = Connect(exchange);
-    if (status.ok()) Greet();
-  } catch (const Mismatch&) {
-    status = Fail(kGreeting, mismatch_, absl::StatusCode::kFailedPrecondition);
-  } catch (const std::exception& e) {
-    status = Fail(kGreeting,
-                  absl::StrCat(Words(e), " (this rank offers ", options_.bind_address,
-                               "; --comm-address chooses another)"),
-                  absl::StatusCode::kUnavailable);
-  }
-  joined_ = status.ok();
-  return status;
-}
-
-absl::Status GlooCommunicator::CreateLinks() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (aborted_) return absl::AbortedError(absl::StrCat("joining ", options_.id, ": aborted"));
-  gloo::transport::tcp::attr attr;
-  attr.hostname = options_.bind_address;
-  device_ = gloo::transport::tcp::CreateDevice(attr);
-  context_ = device_->createContext(options_.rank, options_.size);
-  context_->setTimeout(std::chrono::milliseconds(options_.max_skew_ms));
-  links_.resize(options_.size);
-  for (int peer = 0; peer < options_.size; ++peer) {
-    if (peer == options_.rank) continue;
-    links_[peer] = std::make_unique<GlooLink>(context_->createPair(peer).get());
-  }
-  return absl::OkStatus();
-}
-
-// A rank publishes, under its number, the address of its end of each pair in
-// rank order (its own left out), all of equal length.
-absl::Status GlooCommunicator::Connect(AddressExchange& exchange) {
-  std::string mine;
-  for (int peer = 0; peer < options_.size; ++peer) {
-    if (peer == options_.rank) continue;
-    const std::vector<char> address = context_->getPair(peer)->address().bytes();
-    mine.append(address.begin(), address.end());
-  }
-  const size_t length = mine.size() / (options_.size - 1);
-  absl::Status published = exchange.Publish(absl::StrCat("rank/", options_.rank), mine);
-  if (!published.ok()) return published;
-  for (int peer = 0; peer < options_.size; ++peer) {
-    if (peer == options_.rank) continue;
-    peer_ = peer;
-    absl::StatusOr<std::string> theirs = exchange.Await(absl::StrCat("rank/", peer));
-    if (!theirs.ok()) return theirs.status();
-    if (theirs->size() != mine.size()) {
-      return Fail(kGreeting, "its addresses have another length: is it the same build?",
-                  absl::StatusCode::kFailedPrecondition);
-    }
-    const size_t at = (options_.rank > peer ? options_.rank - 1 : options_.rank) * length;
-    context_->getPair(peer)->connect({theirs->begin() + at, theirs->begin() + at + length});
-  }
-  return absl::OkStatus();
-}
-
-// Both ends say who they are, so that a stranger's connection, or one of
-// another epoch, is an error.
-void GlooCommunicator::Greet() {
-  const auto greeting = [&](int rank) { return absl::StrCat(options_.id, "/", rank); };
-  for (peer_ = 0; peer_ < options_.size; ++peer_) {
-    if (peer_ != options_.rank) links_[peer_]->SendGreeting(greeting(options_.rank));
-  }
-  for (peer_ = 0; peer_ < options_.size; ++peer_) {
-    if (peer_ == options_.rank) continue;
-    if (links_[peer_]->ReceiveGreeting() != greeting(peer_)) {
-      mismatch_ = absl::StrCat("did not greet as \"", greeting(peer_), "\"");
-      throw Mismatch();
-    }
-  }
-}
-
-void GlooCommunicator::BreakLinks() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& link : links_) {
-    if (link != nullptr) link->Break();
-  }
 }
 
 void GlooCommunicator::SendSegment(int to, absl::Span<const std::byte> message, size_t i) {
@@ -286,7 +174,7 @@ void GlooCommunicator::SendSegment(int to, absl::Span<const std::byte> message, 
   header.collective = collective_;
   header.kind = kind_;
   header.total_bytes = static_cast<uint32_t>(message.size());
-  links_[to]->Send(header, message.subspan(begin, end - begin));
+  mesh_.link(to).Send(header, message.subspan(begin, end - begin));
   stats_.bytes_sent += end - begin;
 }
 
@@ -294,7 +182,7 @@ absl::Span<const std::byte> GlooCommunicator::ReceiveSegment(int from, size_t me
                                                              size_t i) {
   peer_ = from;
   blocked_since_ = Clock::now();
-  const GlooLink::Segment segment = links_[from]->Receive();
+  const GlooLink::Segment segment = mesh_.link(from).Receive();
   if (i == 0) stats_.wait_ns += NanosSince(blocked_since_);
   const SegmentHeader& h = segment.header;
   const size_t expected = SegmentStart(message_bytes, i + 1) - SegmentStart(message_bytes, i);
@@ -324,7 +212,7 @@ void GlooCommunicator::Exchange(absl::Span<const int> to, int from, absl::Span<c
     }
     if (received == num_in) continue;
     consume(SegmentStart(in_bytes, received), ReceiveSegment(from, in_bytes, received));
-    links_[from]->Consumed();
+    mesh_.link(from).Consumed();
     ++received;
   }
 }
@@ -415,7 +303,7 @@ absl::Status GlooCommunicator::Gather(absl::Span<const float> mine, absl::Span<f
         const absl::Span<const std::byte> piece = ReceiveSegment(peer, bytes, i);
         std::byte* into = AsWritableBytes(all).data() + peer * bytes + SegmentStart(bytes, i);
         if (!piece.empty()) std::memcpy(into, piece.data(), piece.size());
-        links_[peer]->Consumed();
+        mesh_.link(peer).Consumed();
       }
     }
   });

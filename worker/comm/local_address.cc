@@ -1,6 +1,7 @@
 #include "worker/comm/local_address.h"
 
 #include <netdb.h>
+#include <netinet/in.h>
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -63,6 +64,13 @@ absl::StatusOr<std::string> LocalName(const addrinfo& to) {
   return result;
 }
 
+bool IsWildcard(const sockaddr_storage& address) {
+  if (address.ss_family == AF_INET) {
+    return reinterpret_cast<const sockaddr_in&>(address).sin_addr.s_addr == htonl(INADDR_ANY);
+  }
+  return IN6_IS_ADDR_UNSPECIFIED(&reinterpret_cast<const sockaddr_in6&>(address).sin6_addr);
+}
+
 }  // namespace
 
 absl::StatusOr<std::string> LocalAddressTowards(const std::string& target) {
@@ -91,6 +99,32 @@ absl::StatusOr<std::string> LocalAddressTowards(const std::string& target) {
   }
   return absl::NotFoundError(
       absl::StrCat("address \"", target, "\": no route from this host: ", last.message()));
+}
+
+absl::StatusOr<sockaddr_storage> ResolveLocalAddress(const std::string& host) {
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  const int rc = getaddrinfo(host.c_str(), nullptr, &hints, &found);
+  if (rc != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--comm-address ", host, ": ", gai_strerror(rc)));
+  }
+  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, freeaddrinfo);
+  for (const addrinfo* it = found; it != nullptr; it = it->ai_next) {
+    if (it->ai_family != AF_INET && it->ai_family != AF_INET6) continue;
+    sockaddr_storage address{};
+    std::memcpy(&address, it->ai_addr, it->ai_addrlen);
+    if (IsWildcard(address)) continue;
+    const int fd = socket(it->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) continue;
+    const bool bound = bind(fd, it->ai_addr, it->ai_addrlen) == 0;
+    close(fd);
+    if (bound) return address;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("--comm-address ", host,
+                   ": not an address of this host that others can reach; name one of its own"));
 }
 
 }  // namespace lockstep

@@ -4,6 +4,8 @@
 #ifndef LOCKSTEP_WORKER_COMM_LOCAL_ADDRESS_H_
 #define LOCKSTEP_WORKER_COMM_LOCAL_ADDRESS_H_
 
+#include <sys/socket.h>
+
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -15,6 +17,10 @@ namespace lockstep {
 // unix socket. Sends nothing. NotFound: the name does not resolve or nothing
 // leads there.
 absl::StatusOr<std::string> LocalAddressTowards(const std::string& target);
+
+// `host`, numeric or a name, as something that this host can bind and others can
+// dial; port 0. InvalidArgument when it is not an address of this host, or any.
+absl::StatusOr<sockaddr_storage> ResolveLocalAddress(const std::string& host);
 
 }  // namespace lockstep
 
