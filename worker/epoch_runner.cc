@@ -1,5 +1,7 @@
 #include "worker/epoch_runner.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <utility>
@@ -164,6 +166,7 @@ uint64_t EpochRunner::last_step() const {
 }
 
 void EpochRunner::Loop() {
+  pthread_setname_np(pthread_self(), "runner");
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
     changed_.wait(lock, [this] {
@@ -247,7 +250,7 @@ absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
   const absl::StatusOr<LoadReport> loaded = host_->Load(
       epoch.configure, [&](uint64_t done, uint64_t total) { progress.Update(done, total); });
   CommunicatorOptions options;
-  options.id = absl::StrCat(epoch.configure.communicator(), "/e", epoch.number);
+  options.id = epoch.configure.communicator();
   options.rank = static_cast<int>(epoch.configure.rank());
   options.size = static_cast<int>(epoch.configure.tp_size());
   options.bind_address = epoch.bind_address;

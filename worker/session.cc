@@ -1,5 +1,7 @@
 #include "worker/session.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -100,6 +102,7 @@ struct Session::Impl {
   std::atomic<int64_t> heard_ns{0};
   std::atomic<bool> heard_any{false};  // on this stream
   int64_t pause_ms = 0;                // Run's thread alone, as what follows
+  bool attached = false;               // once
   Clock::time_point complained;
   std::minstd_rand jitter{std::random_device{}()};
   std::string silence;  // why Watch gave up on a stream that is still there
@@ -141,6 +144,7 @@ void Session::Impl::Handle(const CoordinatorMessage& message, PlaneStream& s,
 }
 
 void Session::Impl::Read(PlaneStream& s, EpochRunner::StreamId id) {
+  pthread_setname_np(pthread_self(), "reader");
   CoordinatorMessage message;
   while (s.Read(&message)) {
     heard_ns = NowNs();
@@ -153,6 +157,7 @@ void Session::Impl::Read(PlaneStream& s, EpochRunner::StreamId id) {
 }
 
 void Session::Impl::Beat() {
+  pthread_setname_np(pthread_self(), "heartbeat");
   std::unique_lock<std::mutex> lock(mutex);
   while (!stopping) {
     if (const std::shared_ptr<PlaneStream> to = stream; to != nullptr) {
@@ -258,7 +263,10 @@ std::optional<SessionEnd> Session::Impl::Attach() {
   reader.join();
   if (end) return end;
   const std::string why = silence.empty() ? mine->Ending() : silence;
-  if (heard_any) pause_ms = 0;  // it was there: come back quickly
+  if (heard_any) {  // it was there: come back quickly
+    pause_ms = 0;
+    attached = true;
+  }
   Pause(absl::UnavailableError(absl::StrCat("lost the coordinator: ", why)));
   return std::nullopt;
 }
@@ -272,8 +280,11 @@ void Session::Impl::Pause(const absl::Status& why) {
   pause_ms = std::clamp(2 * pause_ms, options.min_pause_ms, options.max_pause_ms);
   const Clock::time_point now = Clock::now();
   if (grows || now - complained >= kComplainEvery) {
-    LogWarning(absl::StrCat(std::string(why.message()), "; dialling again every ", pause_ms, " ms",
-                            pause_ms < options.max_pause_ms ? ", then less often" : ""));
+    // The first two tries of a fresh start are commonplace: both start at once.
+    const bool usual = !attached && pause_ms <= 2 * options.min_pause_ms;
+    Log(usual ? LogLevel::kDebug : LogLevel::kWarning,
+        absl::StrCat(std::string(why.message()), "; dialling again every ", pause_ms, " ms",
+                     pause_ms < options.max_pause_ms ? ", then less often" : ""));
     complained = now;
   }
   // Between half and all of the pause, so that ranks do not come as one.
