@@ -1,21 +1,20 @@
 #include "worker/backend/cpu/cpu_backend.h"
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <cstring>
+#include <new>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
 #include "worker/backend/cpu/gemm.h"
+#include "worker/backend/cpu/head.h"
 #include "worker/backend/cpu/kernels.h"
 #include "worker/backend/cpu/kv_cache.h"
 #include "worker/backend/cpu/layer_weights.h"
 #include "worker/backend/cpu/rotary.h"
 #include "worker/backend/cpu/slot_table.h"
-#include "worker/sampler.h"
 
 namespace lockstep {
 namespace {
@@ -23,11 +22,6 @@ namespace {
 using cpu::kLanes;
 using cpu::NormWeights;
 using cpu::SlotState;
-
-// Logits of one chunk, over the whole vocabulary: beyond this, more rows no
-// longer make the head's product faster.
-constexpr int64_t kLogitChunkBytes = 32 << 20;
-constexpr int64_t kMaxLogitRows = 256;
 
 // A rank's slices of K. A tp_size that does not divide them (3, say) sums each
 // rank's share as one: right, but not bit for bit what other sizes give.
@@ -58,7 +52,7 @@ class CpuBackend final : public Backend {
   void Sample(absl::Span<const LogitRow> rows) override;
   absl::StatusOr<StepOutput> Finish() override;
 
-  int64_t max_logit_rows() const override { return max_logit_rows_; }
+  int64_t max_logit_rows() const override { return head_.max_rows(); }
   int64_t weight_bytes() const override { return weights_->allocated_bytes(); }
   int64_t kv_bytes() const override { return cache_->bytes(); }
   std::string description() const override {
@@ -67,19 +61,8 @@ class CpuBackend final : public Backend {
   }
 
  private:
-  struct Row {
-    SlotState* slot = nullptr;
-    int64_t position = 0;
-  };
-  struct Pending {  // a token sampled in this step
-    SlotState* slot = nullptr;
-    SampledToken result;
-  };
-
   void Norm(const NormWeights& norm, const float* x, float* out) const;
   void NormRow(const NormWeights* norm, int64_t row);
-  void ChooseRow(const LogitRow& row, absl::Span<float> logits, int thread, SampledToken* sampled,
-                 cpu::SlotState* slot);
   void Gemm(const float* x, int64_t ldx, int64_t m, const WeightTensor& w, int64_t slices, float* y,
             int64_t ldy) {
     cpu::Gemm(kernels_, pool_, workspace_, x, ldx, m, w, slices, y, ldy);
@@ -97,7 +80,6 @@ class CpuBackend final : public Backend {
   const std::unique_ptr<Weights> weights_;
   const cpu::ModelWeights model_;
   const std::unique_ptr<cpu::KvCache> cache_;
-  const int64_t max_logit_rows_;
   const int64_t q_width_, kv_width_, qkv_width_, up_width_;
   const int64_t group_;  // query heads a KV head
   Communicator* comm_ = nullptr;
@@ -106,9 +88,7 @@ class CpuBackend final : public Backend {
   // Of the step.
   absl::Status status_;
   std::vector<BatchSpan> spans_;
-  std::vector<Row> rows_;
-  std::vector<Pending> pending_;
-  StepOutput output_;
+  std::vector<cpu::StepRow> rows_;
 
   // Buffers of max_batched_tokens rows.
   std::vector<float> residual_, normed_, partial_;  // [rows, hidden]
@@ -118,13 +98,8 @@ class CpuBackend final : public Backend {
   std::vector<float> up_;                           // [rows, gate + up]
   cpu::RotaryTable rope_, rope_local_;
   std::vector<std::vector<float>> scores_;  // per thread: [group, max_model_len]
-  // Of max_logit_rows_ rows.
-  std::vector<float> head_in_, head_projected_;  // [rows, hidden], [rows, embedding_dim]
-  std::vector<float> local_logits_;              // [rows, local_vocab]
-  std::vector<float> gathered_;                  // rank 0: [ranks, rows, local_vocab]
-  std::vector<std::vector<float>> row_logits_;   // rank 0, per thread: [padded_vocab]
-  std::vector<SamplerScratch> sampler_scratch_;  // per thread
   cpu::GemmWorkspace workspace_;
+  cpu::Head head_;
 };
 
 CpuBackend::CpuBackend(const ModelConfig& config, const ShardPlan& plan,
@@ -139,9 +114,6 @@ CpuBackend::CpuBackend(const ModelConfig& config, const ShardPlan& plan,
       weights_(std::move(weights)),
       model_(std::move(model)),
       cache_(std::move(cache)),
-      max_logit_rows_(
-          std::clamp<int64_t>(kLogitChunkBytes / (plan.padded_vocab * 4), 1,
-                              std::min<int64_t>(kMaxLogitRows, limits.max_batched_tokens))),
       q_width_(plan.local_heads * config.head_dim),
       kv_width_(plan.local_kv_heads * config.head_dim),
       qkv_width_(q_width_ + 2 * kv_width_),
@@ -151,9 +123,8 @@ CpuBackend::CpuBackend(const ModelConfig& config, const ShardPlan& plan,
       rope_(config.rope, config.head_dim),
       rope_local_(config.rope_local, config.head_dim),
       scores_(pool->size()),
-      row_logits_(pool->size()),
-      sampler_scratch_(pool->size()),
-      workspace_(kernels_, pool->size()) {
+      workspace_(kernels_, pool->size()),
+      head_(config_, plan_, model_, kernels_, pool_, workspace_, limits.max_batched_tokens) {
   const int64_t rows = limits.max_batched_tokens, hidden = config.hidden_size;
   for (std::vector<float>* buffer : {&residual_, &normed_, &partial_})
     buffer->resize(rows * hidden);
@@ -163,15 +134,6 @@ CpuBackend::CpuBackend(const ModelConfig& config, const ShardPlan& plan,
   up_.resize(rows * up_width_);
   const int64_t seen = (limits.max_model_len + kLanes - 1) / kLanes * kLanes;
   for (std::vector<float>& scores : scores_) scores.resize(group_ * seen);
-  head_in_.resize(max_logit_rows_ * hidden);
-  if (model_.project_out.data != nullptr) {
-    head_projected_.resize(max_logit_rows_ * config.embedding_dim);
-  }
-  local_logits_.resize(max_logit_rows_ * plan.local_vocab);
-  if (plan.rank == 0 && plan.tp_size > 1) {
-    gathered_.resize(max_logit_rows_ * plan.padded_vocab);
-    for (std::vector<float>& row : row_logits_) row.resize(plan.padded_vocab);
-  }
   workspace_.Reserve(rows, hidden, 1);
   workspace_.Reserve(rows, q_width_, LocalSlices(plan.attention_slices, plan.tp_size));
   workspace_.Reserve(rows, plan.local_intermediate, LocalSlices(plan.mlp_slices, plan.tp_size));
@@ -186,8 +148,6 @@ absl::Status CpuBackend::Attach(Communicator* comm) {
 
 void CpuBackend::Begin(absl::Span<const BatchSpan> spans) {
   status_ = absl::OkStatus();
-  output_ = {};
-  pending_.clear();
   spans_.assign(spans.begin(), spans.end());
   rows_.clear();
   std::vector<int64_t> positions;
@@ -199,6 +159,7 @@ void CpuBackend::Begin(absl::Span<const BatchSpan> spans) {
     }
   }
   LOCKSTEP_CHECK(rows_.size() <= limits_.max_batched_tokens);
+  head_.Begin(spans_, rows_);
   comm_->ResetStats();
   if (config_.position == PositionKind::kRope) {
     rope_.Prepare(positions, pool_);
@@ -381,120 +342,19 @@ void CpuBackend::Down(int64_t layer) {
 }
 
 void CpuBackend::Logits(absl::Span<const LogitRow> rows) {
-  if (!status_.ok()) return;
-  const int64_t count = static_cast<int64_t>(rows.size()), hidden = config_.hidden_size;
-  LOCKSTEP_CHECK(count <= max_logit_rows_);
-  for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(At(head_in_, i, hidden), At(normed_, rows[i].row, hidden), hidden * sizeof(float));
-  }
-  const float* x = head_in_.data();
-  if (model_.project_out.data != nullptr) {
-    Gemm(x, hidden, count, model_.project_out, 1, head_projected_.data(), config_.embedding_dim);
-    x = head_projected_.data();
-  }
-  Gemm(x, config_.embedding_dim, count, model_.head, 1, local_logits_.data(), plan_.local_vocab);
-  if (plan_.tp_size == 1) return;
-  const int64_t floats = count * plan_.local_vocab;
-  status_ = comm_->Gather(absl::MakeConstSpan(local_logits_.data(), floats),
-                          plan_.rank == 0 ? absl::MakeSpan(gathered_.data(), floats * plan_.tp_size)
-                                          : absl::Span<float>(),
-                          /*root=*/0);
-}
-
-// On rank 0: a row's logits to a token, or to the score of the known next one.
-void CpuBackend::ChooseRow(const LogitRow& row, absl::Span<float> logits, int thread,
-                           SampledToken* sampled, SlotState* slot) {
-  SamplerScratch* scratch = &sampler_scratch_[thread];
-  const SlotSampling& sampling = slot->sampling;
-  if (row.samples) {
-    RowSample sample = slot->poisoned
-                           ? RowSample{.token = 0, .poisoned = true, .logprobs = {}}
-                           : SampleRow(kernels_, logits, sampling, slot->counts,
-                                       slot->tokens.size(), slot->num_generated(), scratch);
-    sampled->token = sample.token;
-    sampled->poisoned = sample.poisoned;
-    sampled->has_logprobs = sampling.logprobs >= 0 && !sample.poisoned;
-    sampled->logprobs = std::move(sample.logprobs);
-    return;
-  }
-  const TokenId next = slot->tokens[rows_[row.row].position + 1];
-  if (kernels_.all_finite(logits.data(), static_cast<int64_t>(logits.size()))) {
-    sampled->logprobs =
-        ScoreRow(kernels_, logits, next, static_cast<uint32_t>(sampling.prompt_logprobs), scratch);
-  } else {
-    sampled->poisoned = true;
-  }
+  if (status_.ok()) status_ = head_.Logits(rows, normed_.data(), comm_);
 }
 
 void CpuBackend::Sample(absl::Span<const LogitRow> rows) {
-  if (!status_.ok()) return;
-  const auto start = std::chrono::steady_clock::now();
-  const int64_t count = static_cast<int64_t>(rows.size());
-  std::vector<SampledToken> chosen(rows.size());
-  if (plan_.rank == 0) {
-    pool_.ParallelFor(count, [&](int64_t i, int thread) {
-      float* logits = At(local_logits_, i, plan_.local_vocab);
-      if (plan_.tp_size > 1) {
-        logits = row_logits_[thread].data();
-        for (int64_t rank = 0; rank < plan_.tp_size; ++rank) {
-          std::memcpy(logits + rank * plan_.local_vocab,
-                      At(gathered_, rank * count + i, plan_.local_vocab),
-                      plan_.local_vocab * sizeof(float));
-        }
-      }
-      ChooseRow(rows[i], absl::MakeSpan(logits, config_.vocab_size), thread, &chosen[i],
-                rows_[rows[i].row].slot);
-    });
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const Slot slot = spans_[rows[i].span].slot;
-    SlotState* state = rows_[rows[i].row].slot;
-    chosen[i].slot = slot;
-    if (rows[i].samples) {
-      pending_.push_back({state, std::move(chosen[i])});
-      continue;
-    }
-    if (plan_.rank != 0) continue;
-    // A prompt whose scores are not finite has none to sample from either.
-    if (chosen[i].poisoned) state->poisoned = true;
-    auto& lists = output_.prompt_logprobs;
-    if (lists.empty() || lists.back().slot != slot) {
-      lists.push_back({slot, static_cast<uint32_t>(rows_[rows[i].row].position + 1), {}});
-    }
-    lists.back().entries.push_back(std::move(chosen[i].logprobs));
-  }
-  output_.sampling_ns += static_cast<uint64_t>(
-      std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count());
+  if (status_.ok()) head_.Sample(rows);
 }
 
 absl::StatusOr<StepOutput> CpuBackend::Finish() {
-  if (status_.ok() && !pending_.empty()) {
-    // Token and whether it is poisoned, a pair each.
-    std::vector<uint32_t> words;
-    for (const Pending& p : pending_) {
-      words.push_back(p.result.token);
-      words.push_back(p.result.poisoned ? 1 : 0);
-    }
-    status_ = comm_->Broadcast(
-        absl::MakeSpan(reinterpret_cast<std::byte*>(words.data()), words.size() * sizeof(uint32_t)),
-        /*root=*/0);
-    for (size_t i = 0; status_.ok() && i < pending_.size(); ++i) {
-      const TokenId token = words[2 * i];
-      if (token >= config_.vocab_size) {
-        status_ = absl::InternalError(
-            absl::StrCat("rank 0 sent token ", token, " of a vocabulary of ", config_.vocab_size));
-        break;
-      }
-      pending_[i].slot->AppendGenerated(token);
-      pending_[i].slot->poisoned |= words[2 * i + 1] != 0;
-    }
-  }
+  if (status_.ok()) status_ = head_.Publish(comm_);
   if (!status_.ok()) return status_;
-  if (plan_.rank == 0) {
-    for (Pending& p : pending_) output_.sampled.push_back(std::move(p.result));
-  }
-  output_.collectives = comm_->stats();
-  return std::move(output_);
+  StepOutput output = head_.TakeOutput();
+  output.collectives = comm_->stats();
+  return output;
 }
 
 }  // namespace

@@ -32,6 +32,12 @@ struct SlotState {
   }
 };
 
+// A token of the step being computed.
+struct StepRow {
+  SlotState* slot = nullptr;
+  int64_t position = 0;
+};
+
 class SlotTable {
  public:
   explicit SlotTable(uint32_t slots) : slots_(slots) {}
