@@ -3,11 +3,14 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/server_builder_option.h>
+#include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/impl/service_type.h>
 
 #include <chrono>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/address.h"
@@ -21,6 +24,22 @@ constexpr char kServiceName[] = "lockstep.v1.Inference";
 // An answer with prompt log-probabilities is large; a client's own limit (4 MiB
 // unless it says otherwise) is the one that counts.
 constexpr int kMaxSendBytes = 64 * 1024 * 1024;
+
+// Linking the reflection library turns it on for every server of the process;
+// here it is a decision of each.
+class ReflectionOption : public grpc::ServerBuilderOption {
+ public:
+  explicit ReflectionOption(bool on) : on_(on) {}
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    auto plugin = std::make_unique<grpc::reflection::ProtoServerReflectionPlugin>();
+    std::erase_if(*plugins, [&](const auto& each) { return each->name() == plugin->name(); });
+    if (on_) plugins->push_back(std::move(plugin));
+  }
+
+ private:
+  const bool on_;
+};
 
 void SetLimits(grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(limits::kBodyBytes));
@@ -59,13 +78,9 @@ absl::Status GrpcDoor::Start(const std::string& host, int port, bool reflection)
   absl::Status free = CheckCanBind(host, port, "--grpc-port");
   if (!free.ok()) return free;
   grpc::EnableDefaultHealthCheckService(true);
-  if (reflection) {
-    // The plugin is process-wide, and one door is all a process has.
-    static std::once_flag once;
-    std::call_once(once, grpc::reflection::InitProtoReflectionServerBuilderPlugin);
-  }
   grpc::ServerBuilder builder;
   SetLimits(&builder);
+  builder.SetOption(std::make_unique<ReflectionOption>(reflection));
   builder.RegisterService(impl_->service.get());
   int bound = 0;
   builder.AddListeningPort(HostPort(host, port), grpc::InsecureServerCredentials(), &bound);

@@ -1,6 +1,7 @@
 #include "tests/coordinator/api/raw_http.h"
 
 #include <arpa/inet.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -104,7 +105,8 @@ RawResponse RawClient::Read(bool head_only) {
     buffer_.erase(0, length);
     return response;
   }
-  if (response.headers["transfer-encoding"] != "chunked") {
+  const auto encoding = response.headers.find("transfer-encoding");
+  if (encoding == response.headers.end() || encoding->second != "chunked") {
     while (Fill()) {
     }
     response.body.swap(buffer_);
@@ -130,6 +132,11 @@ bool RawClient::WaitFor(const std::string& text) {
     if (!Fill()) return false;
   }
   return true;
+}
+
+bool RawClient::Readable(int timeout_ms) {
+  pollfd poller = {.fd = fd_, .events = POLLIN, .revents = 0};
+  return poll(&poller, 1, timeout_ms) > 0;
 }
 
 std::optional<std::string> RawClient::ReadToEnd() {

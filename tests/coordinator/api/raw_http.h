@@ -33,6 +33,8 @@ class RawClient {
   RawResponse Read(bool head_only = false);
   // Until `text` has come (what came so far stays readable), the end or 20 s.
   bool WaitFor(const std::string& text);
+  // Whether bytes or the end come within `timeout_ms`.
+  bool Readable(int timeout_ms);
   // Everything until the server closes; nothing when it does not in time.
   std::optional<std::string> ReadToEnd();
   void ShutdownSend();
