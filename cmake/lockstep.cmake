@@ -191,10 +191,18 @@ function(lockstep_rust_library)
   cmake_parse_arguments(A "" "NAME;CRATE;ARCHIVE" "SRCS" ${ARGN})
   set(target_dir ${CMAKE_SOURCE_DIR}/build/cargo)
   set(archive ${target_dir}/release/${A_ARCHIVE})
-  find_program(LOCKSTEP_CARGO NAMES cargo HINTS $ENV{HOME}/.cargo/bin REQUIRED)
+  execute_process(COMMAND ${CMAKE_SOURCE_DIR}/deploy/find_rust
+                  OUTPUT_VARIABLE rust OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE missing)
+  if(missing)
+    message(FATAL_ERROR "no cargo and rustc new enough for the text library: run deploy/setup")
+  endif()
+  string(REPLACE "\n" ";" rust "${rust}")
+  list(GET rust 0 cargo)
+  list(GET rust 1 rustc)
   add_custom_command(
     OUTPUT ${archive}
-    COMMAND ${CMAKE_COMMAND} -E env CARGO_TARGET_DIR=${target_dir} ${rustc} ${LOCKSTEP_CARGO} build --release --locked --quiet
+    COMMAND ${CMAKE_COMMAND} -E env CARGO_TARGET_DIR=${target_dir} RUSTC=${rustc}
+            ${cargo} build --release --locked --quiet
     COMMAND ${CMAKE_COMMAND} -E touch ${archive}
     WORKING_DIRECTORY ${A_CRATE}
     DEPENDS ${A_SRCS} VERBATIM)
