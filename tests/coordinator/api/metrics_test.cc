@@ -1,0 +1,214 @@
+// The numbers equal what was sent, under the names that others read.
+#include "coordinator/api/metrics.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "tests/coordinator/api/api_fixture.h"
+
+namespace lockstep {
+namespace {
+
+using nlohmann::json;
+using ::testing::Contains;
+using ::testing::Key;
+
+constexpr char kLabels[] = R"({engine="0",model_name="demo"})";
+
+// Series to value; "name" alone and "name{labels}" as the text has them.
+std::map<std::string, double> Parse(const std::string& text) {
+  std::map<std::string, double> series;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.empty() || line[0] == '#') continue;
+    const size_t space = line.rfind(' ');
+    series[line.substr(0, space)] = std::stod(line.substr(space + 1));
+  }
+  return series;
+}
+
+class MetricsTest : public ApiFixture {
+ protected:
+  std::map<std::string, double> Scrape() {
+    const RawResponse response = Get(http(), "/metrics");
+    EXPECT_EQ(response.status, 200);
+    EXPECT_EQ(response.headers.at("content-type"), "text/plain; version=0.0.4; charset=utf-8");
+    return Parse(response.body);
+  }
+  static std::string Finished(const std::string& reason) {
+    return "vllm:request_success_total{engine=\"0\",finished_reason=\"" + reason +
+           "\",model_name=\"demo\"}";
+  }
+};
+
+TEST_F(MetricsTest, CountersEqualWhatWasSent) {
+  engine_.script = [](const Request& request) {
+    if (request.prompt[0] == 9) return Script{.tokens = {{70}}};
+    return Script{.tokens = {{70, 71, 72, 2}, {80, 2}}};
+  };
+  uint64_t prompts = 0, completions = 0;
+  for (int i = 0; i < 5; ++i) {
+    const json usage = Complete({{"prompt", {5, 6, 7}}, {"n", 2}}).json()["usage"];
+    prompts += usage["prompt_tokens"].get<uint64_t>();
+    completions += usage["completion_tokens"].get<uint64_t>();
+  }
+  const json stopped =
+      Complete({{"prompt", {9}}, {"stop", model_.tokenizer->TokenText(70)}}).json();
+  EXPECT_EQ(stopped["usage"]["completion_tokens"], 1);
+  completions += 1, prompts += 1;
+  completions += Complete({{"prompt", {9}}, {"max_tokens", 7}})
+                     .json()["usage"]["completion_tokens"]
+                     .get<uint64_t>();
+  prompts += 1;
+
+  std::map<std::string, double> series = Scrape();
+  EXPECT_EQ(series[std::string("vllm:prompt_tokens_total") + kLabels], prompts);
+  EXPECT_EQ(series[std::string("vllm:generation_tokens_total") + kLabels], completions);
+  EXPECT_EQ(series[Finished("stop")], 11);  // 5 x 2 by an ending token, 1 by a stop string
+  EXPECT_EQ(series[Finished("length")], 1);
+  EXPECT_EQ(series[Finished("abort")], 0);
+  const auto count = [&](const std::string& name) {
+    return series["vllm:" + name + "_count" + kLabels];
+  };
+  EXPECT_EQ(count("time_to_first_token_seconds"), 7);
+  EXPECT_EQ(count("e2e_request_latency_seconds"), 7);
+  EXPECT_EQ(count("request_queue_time_seconds"), 7);
+  EXPECT_EQ(count("request_prefill_time_seconds"), 7);
+  EXPECT_EQ(count("request_decode_time_seconds"), 7);
+  EXPECT_EQ(count("inter_token_latency_seconds"), 5 * (3 + 1) + 6);
+  EXPECT_EQ(count("request_time_per_output_token_seconds"), 5 * 2 + 1);
+}
+
+TEST_F(MetricsTest, AClientThatLeavesIsAnAbort) {
+  engine_.Hold();
+  {
+    RawClient client(http());
+    client.Send(PostBytes("/v1/completions", R"({"prompt":[5],"n":2,"stream":true})"));
+    ASSERT_TRUE(engine_.WaitSubmitted(1));
+    engine_.Tick(1);
+    ASSERT_TRUE(client.WaitFor("data: "));
+  }
+  ASSERT_TRUE(engine_.WaitCancelled(1));
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (Scrape()[Finished("abort")] < 2 && std::chrono::steady_clock::now() < deadline) {
+  }
+  EXPECT_EQ(Scrape()[Finished("abort")], 2);
+}
+
+TEST_F(MetricsTest, RejectionsAreCountedOnceByReason) {
+  Complete({{"prompt", "x"}, {"temperature", 9}});
+  Complete({{"prompt", "x"}, {"model", "other"}});
+  engine_.on_submit = [](const Request&) { return absl::ResourceExhaustedError("full"); };
+  Complete({{"prompt", "x"}});
+  engine_.SetState(EngineState::kLoading);
+  Complete({{"prompt", "x"}});
+  const auto series = Scrape();
+  for (const char* reason : {"invalid", "not_found", "full", "unavailable"}) {
+    EXPECT_EQ(series.at("lockstep_rejections_total{reason=\"" + std::string(reason) + "\"}"), 1)
+        << reason;
+  }
+}
+
+TEST_F(MetricsTest, GaugesAreOfNow) {
+  SchedulerStats stats;
+  stats.waiting = 3, stats.running = 2, stats.preemptions = 4;
+  stats.prefix_cache_queries = 100, stats.prefix_cache_hits = 40;
+  stats.blocks_free = 50, stats.blocks_cached = 10, stats.blocks_active = 30;
+  stats.blocks_pending = 10;
+  engine_.SetStats(stats);
+  engine_.SetRanks({{.rank = 0,
+                     .host = {},
+                     .device = {},
+                     .collective_library = {},
+                     .shard = {},
+                     .weight_bytes = 1000,
+                     .phases = {{"load", 0.5}}},
+                    {.rank = 1,
+                     .host = {},
+                     .device = {},
+                     .collective_library = {},
+                     .shard = {},
+                     .weight_bytes = 900,
+                     .phases = {}}});
+  for (int scrape = 0; scrape < 2; ++scrape) {  // totals do not add up over scrapes
+    auto series = Scrape();
+    const auto vllm = [&](const std::string& name) { return series["vllm:" + name + kLabels]; };
+    EXPECT_EQ(vllm("num_requests_running"), 2);
+    EXPECT_EQ(vllm("num_requests_waiting"), 3);
+    EXPECT_EQ(vllm("kv_cache_usage_perc"), 0.4);
+    EXPECT_EQ(vllm("num_preemptions_total"), 4);
+    EXPECT_EQ(vllm("prefix_cache_queries_total"), 100);
+    EXPECT_EQ(vllm("prefix_cache_hits_total"), 40);
+    EXPECT_EQ(series["lockstep_kv_blocks{state=\"free\"}"], 50);
+    EXPECT_EQ(series["lockstep_kv_blocks{state=\"cached\"}"], 10);
+    EXPECT_EQ(series["lockstep_kv_blocks{state=\"active\"}"], 30);
+    EXPECT_EQ(series["lockstep_kv_blocks{state=\"pending\"}"], 10);
+    EXPECT_EQ(series["lockstep_requests{state=\"waiting\"}"], 3);
+    EXPECT_EQ(series["lockstep_epoch"], 1);
+    EXPECT_EQ(series["lockstep_worker_up{rank=\"0\"}"], 1);
+    EXPECT_EQ(series["lockstep_weight_bytes{rank=\"1\"}"], 900);
+    EXPECT_EQ(series["lockstep_load_phase_seconds{phase=\"load\",rank=\"0\"}"], 0.5);
+    EXPECT_EQ(series["vllm:cache_config_info{block_size=\"16\",enable_prefix_caching=\"True\","
+                     "engine=\"0\",model_name=\"demo\",num_gpu_blocks=\"100\"}"],
+              1);
+  }
+  engine_.SetState(EngineState::kRecovering);
+  EXPECT_EQ(Scrape()["lockstep_worker_up{rank=\"0\"}"], 0);
+}
+
+TEST_F(MetricsTest, StepsAreTimedByKindAndRank) {
+  const std::shared_ptr<EngineObserver> observer = server_->observer();
+  StepPlan plan;
+  GroupStep step;
+  step.timings.resize(2);
+  step.timings[1].collective_wait_ns = 2'000'000;
+  step.timings[1].collective_transfer_ns = 1'000'000;
+  step.timings[1].collective_bytes = 512;
+  plan.spans = {{Slot(0), 1}, {Slot(1), 1}};
+  observer->OnStep(plan, step, 1e-5, 0.002);
+  plan.spans[0].num_tokens = 5;
+  observer->OnStep(plan, step, 1e-5, 0.002);
+  plan.spans.pop_back();
+  observer->OnStep(plan, step, 1e-5, 0.002);
+  auto series = Scrape();
+  for (const char* kind : {"decode", "prefill", "mixed"}) {
+    EXPECT_EQ(series["lockstep_step_seconds_count{kind=\"" + std::string(kind) + "\"}"], 1) << kind;
+  }
+  EXPECT_NEAR(series["lockstep_collective_wait_seconds_sum{rank=\"1\"}"], 0.006, 1e-9);
+  EXPECT_NEAR(series["lockstep_collective_transfer_seconds_sum{rank=\"1\"}"], 0.003, 1e-9);
+  EXPECT_EQ(series["lockstep_collective_wait_seconds_count{rank=\"0\"}"], 3);
+  EXPECT_EQ(series["lockstep_collective_bytes_total{rank=\"1\"}"], 3 * 512);
+  EXPECT_EQ(series["lockstep_plan_seconds_count"], 3);
+}
+
+// What dashboards and autoscalers ask for is there before the first request.
+TEST_F(MetricsTest, FixedNamesExistFromTheStart) {
+  const auto series = Scrape();
+  for (const char* name :
+       {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+        "num_preemptions_total", "prompt_tokens_total", "generation_tokens_total",
+        "prefix_cache_queries_total", "prefix_cache_hits_total",
+        "time_to_first_token_seconds_count", "inter_token_latency_seconds_count",
+        "request_time_per_output_token_seconds_count", "e2e_request_latency_seconds_count",
+        "request_queue_time_seconds_count", "request_prefill_time_seconds_count",
+        "request_decode_time_seconds_count"}) {
+    EXPECT_THAT(series, Contains(Key("vllm:" + std::string(name) + kLabels)));
+  }
+  EXPECT_THAT(series, Contains(Key(Finished("stop"))));
+  EXPECT_THAT(series, Contains(Key("lockstep_step_seconds_count{kind=\"decode\"}")));
+  EXPECT_THAT(series, Contains(Key("lockstep_epoch")));
+}
+
+TEST_F(MetricsTest, HttpAnswersAreCountedByCode) {
+  Get(http(), "/nowhere");
+  Get(http(), "/nowhere");
+  EXPECT_EQ(Scrape()["lockstep_http_responses_total{code=\"404\"}"], 2);
+}
+
+}  // namespace
+}  // namespace lockstep
