@@ -11,7 +11,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "common/check.h"
+#include "absl/types/span.h"
 #include "worker/backend/cpu/kernels.h"
 
 namespace lockstep {
@@ -37,6 +37,16 @@ struct Piece {
   int64_t rows = 0;
   int64_t to_row = 0;
   int64_t bytes() const { return rows * to.cols * DTypeBytes(to.dtype); }
+
+  // Where the piece lies in its stored tensor, from its first byte to its last.
+  uint64_t stored_begin() const {
+    const int64_t at = (slice->row_begin + first_row) * slice->cols + slice->col_begin;
+    return static_cast<uint64_t>(at * DTypeBytes(info->dtype));
+  }
+  uint64_t stored_end() const {
+    const int64_t elements = (rows - 1) * slice->cols + to.cols;
+    return stored_begin() + static_cast<uint64_t>(elements * DTypeBytes(info->dtype));
+  }
 };
 
 bool IsWeightDType(DType dtype) {
@@ -74,13 +84,14 @@ absl::StatusOr<std::vector<Piece>> CutIntoPieces(const ShardPlan& plan, const We
 
 absl::Status RunPieces(const std::vector<Piece>& pieces, int64_t total_bytes,
                        const WeightOptions& options, ThreadPool* pool,
-                       absl::FunctionRef<absl::Status()> before_batch,
+                       absl::FunctionRef<absl::Status(absl::Span<const Piece>)> before_batch,
                        absl::FunctionRef<void(const Piece&)> run) {
   int64_t done = 0;
   if (options.progress) options.progress(0, total_bytes);
   for (size_t first = 0; first < pieces.size(); first += kBatchPieces) {
-    if (absl::Status status = before_batch(); !status.ok()) return status;
     const size_t count = std::min(kBatchPieces, pieces.size() - first);
+    const auto batch = absl::MakeConstSpan(pieces).subspan(first, count);
+    if (absl::Status status = before_batch(batch); !status.ok()) return status;
     pool->ParallelFor(static_cast<int64_t>(count), [&](int64_t i, int) { run(pieces[first + i]); });
     for (size_t i = 0; i < count; ++i) done += pieces[first + i].bytes();
     if (options.progress) options.progress(done, total_bytes);
@@ -263,20 +274,23 @@ absl::StatusOr<std::unique_ptr<Weights>> Weights::Load(const Checkpoint& checkpo
   weights->phases_.emplace_back("check tensors", SecondsSince(start));
 
   start = Clock::now();
-  const auto copy = [&](const Piece& piece) {
-    const TensorSlice& slice = *piece.slice;
-    const int64_t from_size = DTypeBytes(piece.info->dtype);
-    const int64_t to_row_bytes = piece.to.cols * DTypeBytes(piece.to.dtype);
-    const std::byte* from = checkpoint.Bytes(*piece.info).data();
-    for (int64_t r = 0; r < piece.rows; ++r) {
-      const int64_t at = (slice.row_begin + piece.first_row + r) * slice.cols + slice.col_begin;
-      CopyRow(from + at * from_size, piece.info->dtype, piece.to.cols,
-              piece.to.data + (piece.to_row + r) * to_row_bytes, piece.to.dtype);
-    }
+  const auto expect = [&](absl::Span<const Piece> batch) {
+    for (const Piece& p : batch) checkpoint.WillNeed(*p.info, p.stored_begin(), p.stored_end());
+    return checkpoint.CheckUnchanged();
   };
-  absl::Status status = RunPieces(
-      *pieces, weights->allocated_bytes_, options, pool,
-      [&] { return checkpoint.CheckUnchanged(); }, copy);
+  const auto copy = [&](const Piece& piece) {
+    const DType from_dtype = piece.info->dtype;
+    const int64_t from_row = piece.slice->cols * DTypeBytes(from_dtype);
+    const int64_t to_row = piece.to.cols * DTypeBytes(piece.to.dtype);
+    const std::byte* from = checkpoint.Bytes(*piece.info).data() + piece.stored_begin();
+    std::byte* to = piece.to.data + piece.to_row * to_row;
+    for (int64_t r = 0; r < piece.rows; ++r, from += from_row, to += to_row) {
+      CopyRow(from, from_dtype, piece.to.cols, to, piece.to.dtype);
+    }
+    // Copied bytes need not count as resident twice.
+    checkpoint.DoneWith(*piece.info, piece.stored_begin(), piece.stored_end());
+  };
+  absl::Status status = RunPieces(*pieces, weights->allocated_bytes_, options, pool, expect, copy);
   if (!status.ok()) return status;
   for (const Piece& piece : *pieces) {
     weights->checkpoint_bytes_ += piece.rows * piece.to.cols * DTypeBytes(piece.info->dtype);
@@ -297,7 +311,8 @@ absl::StatusOr<std::unique_ptr<Weights>> Weights::Dummy(const ShardPlan& plan,
       [](const TensorSlice&) -> absl::StatusOr<const TensorInfo*> { return nullptr; });
   if (!pieces.ok()) return pieces.status();
   absl::Status status = RunPieces(
-      *pieces, weights->allocated_bytes_, options, pool, [] { return absl::OkStatus(); },
+      *pieces, weights->allocated_bytes_, options, pool,
+      [](absl::Span<const Piece>) { return absl::OkStatus(); },
       [&](const Piece& piece) { FillDummy(piece, config); });
   if (!status.ok()) return status;
   weights->phases_.emplace_back("make dummy weights", SecondsSince(start));

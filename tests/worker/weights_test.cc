@@ -1,0 +1,231 @@
+#include "worker/weights.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <filesystem>
+
+#include "model/memory_model.h"
+#include "worker/backend/cpu/half.h"
+
+namespace lockstep {
+namespace {
+
+using testing::HasSubstr;
+
+std::string Golden(const std::string& name) {
+  return std::string(LOCKSTEP_SOURCE_DIR) + "/tests/golden/" + name;
+}
+
+struct Loaded {
+  ModelConfig config;
+  std::unique_ptr<Checkpoint> checkpoint;
+};
+
+Loaded Open(const std::string& name) {
+  Loaded l;
+  l.config = *LoadModelConfig(Golden(name));
+  l.checkpoint = *Checkpoint::Open(Golden(name));
+  return l;
+}
+
+float ValueAt(const std::byte* data, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) {
+    float v;
+    std::memcpy(&v, data + 4 * i, 4);
+    return v;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, data + 2 * i, 2);
+  return dtype == DType::kFloat16 ? cpu::ToFloat(cpu::Float16{bits})
+                                  : cpu::ToFloat(cpu::BFloat16{bits});
+}
+
+float Rounded(float v, DType dtype) {
+  if (dtype == DType::kFloat16) return cpu::ToFloat(cpu::ToFloat16(v));
+  if (dtype == DType::kBFloat16) return cpu::ToFloat(cpu::ToBFloat16(v));
+  return v;
+}
+
+const TensorInfo* FindAny(const Checkpoint& checkpoint, const TensorSlice& slice) {
+  if (const TensorInfo* info = checkpoint.Find(slice.name)) return info;
+  for (const std::string& name : slice.alternatives) {
+    if (const TensorInfo* info = checkpoint.Find(name)) return info;
+  }
+  return nullptr;
+}
+
+// Every element of every local tensor, looked up in the checkpoint one by one.
+void ExpectHolds(const Weights& weights, const Checkpoint& checkpoint, const ShardPlan& plan,
+                 DType dtype) {
+  for (const LocalTensor& local : plan.tensors) {
+    const WeightTensor* t = weights.Find(local.name);
+    ASSERT_NE(t, nullptr) << local.name;
+    ASSERT_EQ(t->dtype, local.is_matrix ? dtype : DType::kFloat32) << local.name;
+    int64_t row = 0;
+    for (const TensorSlice& slice : local.slices) {
+      const TensorInfo* info = FindAny(checkpoint, slice);
+      ASSERT_NE(info, nullptr) << slice.name;
+      const std::byte* bytes = checkpoint.Bytes(*info).data();
+      for (int64_t r = slice.row_begin; r < slice.row_end; ++r, ++row) {
+        for (int64_t c = slice.col_begin; c < slice.col_end; ++c) {
+          const float stored = ValueAt(bytes, info->dtype, r * slice.cols + c);
+          ASSERT_EQ(ValueAt(t->data, t->dtype, row * t->cols + c - slice.col_begin),
+                    Rounded(stored, t->dtype))
+              << local.name << " " << row << "," << c;
+        }
+      }
+    }
+    for (; row < t->rows; ++row) {
+      for (int64_t c = 0; c < t->cols; ++c) {
+        ASSERT_EQ(ValueAt(t->data, t->dtype, row * t->cols + c), 0.0f)
+            << "padding of " << local.name;
+      }
+    }
+  }
+}
+
+TEST(WeightsTest, EveryRankHoldsItsSlicesInEveryDType) {
+  ThreadPool pool(2);
+  for (const char* name : {"llama", "llama2_mha_sharded", "llama_mqa_bf16", "llama_v5_f16", "opt",
+                           "opt_post_norm_projected", "gemma3_v5_bf16"}) {
+    const Loaded model = Open(name);
+    for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+      for (const int64_t tp_size : {1, 4}) {
+        for (int64_t rank = 0; rank < tp_size; ++rank) {
+          const ShardPlan plan = *MakeShardPlan(model.config, tp_size, rank);
+          int64_t done = -1, total = 0;
+          WeightOptions options{.dtype = dtype, .progress = [&](int64_t d, int64_t t) {
+                                  EXPECT_GT(d, done);
+                                  done = d;
+                                  total = t;
+                                }};
+          auto weights = Weights::Load(*model.checkpoint, plan, options, &pool);
+          ASSERT_TRUE(weights.ok()) << name << ": " << weights.status();
+          ExpectHolds(**weights, *model.checkpoint, plan, dtype);
+          EXPECT_EQ((*weights)->allocated_bytes(), WeightBytes(plan, dtype, ""));
+          EXPECT_EQ(done, total);
+          EXPECT_EQ(total, (*weights)->allocated_bytes());
+          EXPECT_FALSE((*weights)->phases().empty());
+        }
+      }
+    }
+  }
+}
+
+TEST(WeightsTest, ReadsOnlyItsOwnBytes) {
+  ThreadPool pool(1);
+  const Loaded model = Open("llama");
+  int64_t whole = 0;
+  for (const auto& [name, info] : model.checkpoint->tensors())
+    whole += static_cast<int64_t>(info.num_bytes);
+  const ShardPlan one = *MakeShardPlan(model.config, 1, 0);
+  EXPECT_EQ(
+      (*Weights::Load(*model.checkpoint, one, {.dtype = DType::kFloat32, .progress = {}}, &pool))
+          ->checkpoint_bytes(),
+      whole);
+  int64_t sum = 0, replicated = 0;
+  for (int64_t rank = 0; rank < 2; ++rank) {
+    const ShardPlan plan = *MakeShardPlan(model.config, 2, rank);
+    for (const LocalTensor& t : plan.tensors) {
+      if (!t.is_matrix && rank == 1) replicated += t.rows * 4;
+    }
+    sum += (*Weights::Load(*model.checkpoint, plan, {.dtype = DType::kBFloat16, .progress = {}},
+                           &pool))
+               ->checkpoint_bytes();
+  }
+  EXPECT_EQ(sum, whole + replicated);
+}
+
+TEST(WeightsTest, NamesAMissingTensorAndItsFile) {
+  ThreadPool pool(1);
+  const Loaded model = Open("llama");
+  ShardPlan plan = *MakeShardPlan(model.config, 1, 0);
+  plan.tensors.back().slices[0].name = "model.nothing.weight";
+  plan.tensors.back().slices[0].alternatives = {"nothing.weight"};
+  const auto weights = Weights::Load(*model.checkpoint, plan, {}, &pool);
+  EXPECT_EQ(weights.status().code(), absl::StatusCode::kNotFound);
+  const std::string message(weights.status().message());
+  EXPECT_THAT(message, HasSubstr("\"model.nothing.weight\" (nor \"nothing.weight\")"));
+  EXPECT_THAT(message, HasSubstr("llama/model.safetensors"));
+}
+
+TEST(WeightsTest, NamesATensorOfAnotherShape) {
+  ThreadPool pool(1);
+  const Loaded model = Open("llama");
+  ModelConfig config = model.config;
+  config.intermediate_size += 8;
+  const ShardPlan plan = *MakeShardPlan(config, 1, 0);
+  const auto weights = Weights::Load(*model.checkpoint, plan, {}, &pool);
+  EXPECT_EQ(weights.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(weights.status().message()),
+              HasSubstr("\"model.layers.0.mlp.gate_proj.weight\" has shape [96, 64]; config.json "
+                        "asks for [104, 64]"));
+}
+
+TEST(WeightsTest, AFileThatShrankIsAnErrorAndNotASignal) {
+  const std::string dir = testing::TempDir() + "/shrunk";
+  std::filesystem::remove_all(dir);
+  std::filesystem::copy(Golden("llama"), dir);
+  auto checkpoint = Checkpoint::Open(dir);
+  ASSERT_TRUE(checkpoint.ok());
+  std::filesystem::resize_file(dir + "/model.safetensors", 5000);
+  ThreadPool pool(1);
+  const ShardPlan plan = *MakeShardPlan(*LoadModelConfig(dir), 1, 0);
+  const auto weights = Weights::Load(**checkpoint, plan, {}, &pool);
+  ASSERT_FALSE(weights.ok());
+  EXPECT_THAT(std::string(weights.status().message()), HasSubstr("model.safetensors"));
+}
+
+TEST(WeightsTest, RefusesADTypeItCannotKeep) {
+  ThreadPool pool(1);
+  const Loaded model = Open("llama");
+  const ShardPlan plan = *MakeShardPlan(model.config, 1, 0);
+  const auto weights =
+      Weights::Load(*model.checkpoint, plan, {.dtype = DType::kFloat8E4M3, .progress = {}}, &pool);
+  EXPECT_EQ(weights.status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(WeightsTest, DummyRanksHoldPiecesOfOneModel) {
+  ThreadPool one(1), two(2);
+  const ModelConfig config = *LoadModelConfig(Golden("gemma3"));
+  const ShardPlan whole_plan = *MakeShardPlan(config, 1, 0);
+  const auto whole = *Weights::Dummy(whole_plan, config, {}, &one);
+  // A stored tensor's value at (row, col), out of the whole model's fused ones.
+  const auto value = [&](const std::string& name, int64_t row, int64_t col) {
+    for (const LocalTensor& local : whole_plan.tensors) {
+      int64_t first = 0;
+      for (const TensorSlice& slice : local.slices) {
+        if (slice.name == name) {
+          const WeightTensor* t = whole->Find(local.name);
+          return ValueAt(t->data, t->dtype, (first + row) * t->cols + col);
+        }
+        first += slice.row_end - slice.row_begin;
+      }
+    }
+    ADD_FAILURE() << name;
+    return 0.0f;
+  };
+  for (int64_t rank = 0; rank < 4; ++rank) {
+    const ShardPlan plan = *MakeShardPlan(config, 4, rank);
+    const auto weights = *Weights::Dummy(plan, config, {}, &two);
+    EXPECT_EQ(weights->checkpoint_bytes(), 0);
+    for (const LocalTensor& local : plan.tensors) {
+      const WeightTensor* t = weights->Find(local.name);
+      int64_t row = 0;
+      for (const TensorSlice& slice : local.slices) {
+        for (int64_t r = slice.row_begin; r < slice.row_end; ++r, ++row) {
+          for (int64_t c = slice.col_begin; c < slice.col_end; ++c) {
+            ASSERT_EQ(ValueAt(t->data, t->dtype, row * t->cols + c - slice.col_begin),
+                      value(slice.name, r, c))
+                << local.name;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lockstep
