@@ -252,7 +252,8 @@ std::optional<SessionEnd> Session::Impl::Attach() {
     const std::lock_guard<std::mutex> lock(mutex);
     stream = nullptr;
   }
-  mine->Cancel();
+  const bool ended_by_itself = !end && silence.empty();  // and can say why
+  if (!ended_by_itself) mine->Cancel();
   runner.Fence();
   if (end == SessionEnd::kStuck) return end;  // the reader may be what is stuck
   {
@@ -262,7 +263,7 @@ std::optional<SessionEnd> Session::Impl::Attach() {
   }
   reader.join();
   if (end) return end;
-  const std::string why = silence.empty() ? mine->Ending() : silence;
+  const std::string why = ended_by_itself ? mine->Ending() : silence;
   if (heard_any) {  // it was there: come back quickly
     pause_ms = 0;
     attached = true;
