@@ -21,9 +21,7 @@ std::string Seconds(int64_t ms) {
 void GroupMachine::EndEpoch(int rank, const std::string& what, bool fatal, int64_t now_ms) {
   if (!EpochOpen()) return;
   LogError(absl::StrCat("epoch ", epoch_, " ended: ", what));
-  const bool it_worked = phase_ == Phase::kServing &&
-                         (stepped_ || now_ms - serving_since_ms_ >= options_.timeouts.stable_ms);
-  failures_in_a_row_ = it_worked ? 1 : failures_in_a_row_ + 1;
+  failures_in_a_row_ = phase_ == Phase::kServing ? 1 : failures_in_a_row_ + 1;
   // The first failure is answered at once; a series backs off.
   const int64_t pause_ms = failures_in_a_row_ == 1
                                ? 0

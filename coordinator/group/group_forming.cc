@@ -117,7 +117,6 @@ void GroupMachine::SendConfigure(int64_t now_ms) {
   ledger_ = StepLedger(options_.tp_size);
   step_due_ms_ = kNever;
   symptom_.reset();
-  stepped_ = false;
   num_keys_ = 0;
   num_members_ready_ = 0;
   load_moved_ms_ = now_ms;
@@ -161,10 +160,10 @@ void GroupMachine::OnReady(Peer& peer, const worker::v1::Ready& ready, int64_t n
   if (peer.ready) return;
   peer.ready = ready;
   load_moved_ms_ = now_ms;
-  if (++num_members_ready_ == options_.tp_size) AnnounceFormed(now_ms);
+  if (++num_members_ready_ == options_.tp_size) AnnounceFormed();
 }
 
-void GroupMachine::AnnounceFormed(int64_t now_ms) {
+void GroupMachine::AnnounceFormed() {
   GroupFormed formed;
   formed.epoch = epoch_;
   formed.num_kv_blocks = sizes_->num_kv_blocks;
@@ -192,7 +191,6 @@ void GroupMachine::AnnounceFormed(int64_t now_ms) {
     formed.ranks.push_back(std::move(report));
   }
   phase_ = Phase::kServing;
-  serving_since_ms_ = now_ms;
   LogInfo(absl::StrCat("epoch ", epoch_, ": the group is whole"));
   port_->Post(std::move(formed));
 }

@@ -122,7 +122,6 @@ void GroupMachine::OnResult(StreamId stream, const Peer& peer, const worker::v1:
   if (!answer.ok()) return lied(answer.status());
   if (!answer->has_value()) return;
   StepLedger::Done& done = **answer;
-  stepped_ = true;
   deadline_.Observe(done.tokens, done.milliseconds);
   const StepLedger::Step* next = ledger_.oldest();
   step_due_ms_ = next == nullptr ? kNever : next->began_ms + deadline_.AllowanceMs(next->tokens);

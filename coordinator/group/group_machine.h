@@ -10,8 +10,8 @@
 // stream ended, a heartbeat was missed, a step took too long, a rank reported
 // a failure or a rank lied; GroupFailed is posted once, at once, naming the
 // rank at fault. Survivors keep their rank, hence their weights; workers beyond
-// tp_size wait as spares. Epochs that fail before they did a step are spaced by a
-// growing pause.
+// tp_size wait as spares. Epochs that fail before they are whole are spaced by
+// a growing pause.
 //
 // Pure: no thread, clock or I/O. The owner serialises the calls, hands in the
 // time (monotonic milliseconds) and calls OnTick at NextWakeMs().
@@ -87,7 +87,7 @@ class GroupMachine {
   void SendConfigure(int64_t now_ms);
   void OnProgress(Peer& peer, const worker::v1::LoadProgress& progress, int64_t now_ms);
   void OnReady(Peer& peer, const worker::v1::Ready& ready, int64_t now_ms);
-  void AnnounceFormed(int64_t now_ms);
+  void AnnounceFormed();
   void RelayKey(StreamId from, const Peer& peer, const worker::v1::CommKey& key, int64_t now_ms);
 
   // Serving.
@@ -130,11 +130,9 @@ class GroupMachine {
   int64_t next_beat_ms_ = kNever;
   int64_t earliest_form_ms_ = 0;
   int64_t load_moved_ms_ = 0;  // last sign of progress while loading
-  int64_t serving_since_ms_ = 0;
   int64_t release_deadline_ms_ = kNever;
-  bool stepped_ = false;  // this epoch finished a step
   int failures_in_a_row_ = 0;
-  int num_keys_ = 0;     // relayed in this epoch
+  int num_keys_ = 0;  // relayed in this epoch
   size_t num_members_ready_ = 0;
 
   StepLedger ledger_;

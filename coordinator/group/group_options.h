@@ -24,8 +24,6 @@ struct GroupTimeouts {
   // A failed collective is a symptom: what the cause turns out to be within
   // this time is named instead.
   int64_t symptom_ms = 100;
-  // An epoch that finished a step, or stood this long, ends a series of failures.
-  int64_t stable_ms = 10'000;
   StepDeadlineOptions step;
 };
 
