@@ -22,6 +22,14 @@ absl::Status Scheduler::Impl::Add(Request request, int64_t now_ms) {
   ++totals.received;
   absl::Status admitted =
       admission.Check(request, num_waiting_requests(), static_cast<uint32_t>(free_slots.size()));
+  // Admission reads lengths only. One bad id would make the workers refuse the
+  // plan, and with it everybody else's.
+  for (size_t i = 0; admitted.ok() && config.vocab_size > 0 && i < request.prompt.size(); ++i) {
+    if (request.prompt[i] < config.vocab_size) continue;
+    admitted = absl::InvalidArgumentError(
+        absl::StrCat("prompt: token ", request.prompt[i], " at position ", i,
+                     " is outside the vocabulary of ", config.vocab_size));
+  }
   if (!admitted.ok()) {
     ++totals.rejected;
     return admitted;
