@@ -49,7 +49,11 @@ class OneDnn {
     const dnnl::memory::desc wd({k, n}, type, Tag::ba);
     // 16-bit weights take 16-bit inputs there: x is converted once, outside the timing.
     const dnnl::memory::desc xt({m, k}, type, Tag::ab);
+#if DNNL_VERSION_MAJOR >= 3  // Ubuntu 24.04's; Debian 12 has 2.7
+    primitive_ = dnnl::matmul({engine_, xt, wd, yd});
+#else
     primitive_ = dnnl::matmul({{xt, wd, yd}, engine_});
+#endif
     x_ = dnnl::memory(xt, engine_);
     dnnl::memory from(xd, engine_, x);
     dnnl::reorder(from, x_).execute(stream_, from, x_);
