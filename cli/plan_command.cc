@@ -105,9 +105,10 @@ void PrintTable(const Question& q, const PlanReport& report, std::ostream& out) 
           ? "config.json alone"
           : absl::StrCat("config.json, with the headers of ", q.checkpoint_files,
                          q.checkpoint_files == 1 ? " file" : " files", " checked"));
-  out << absl::StreamFormat("%d sequences of %d tokens in %s %s, on %s\n\n", q.shape.max_num_seqs,
-                            q.shape.max_model_len, FormatBytes(q.memory_bytes),
-                            std::string(UnitName(q.backend)), std::string(BackendName(q.backend)));
+  out << absl::StreamFormat("%d sequences of %d tokens in %s %s, on %s; bytes of one rank:\n\n",
+                            q.shape.max_num_seqs, q.shape.max_model_len,
+                            FormatBytes(q.memory_bytes), std::string(UnitName(q.backend)),
+                            std::string(BackendName(q.backend)));
   constexpr char kRow[] = "%3s  %-4s  %-8s  %11s  %11s  %11s  %10s  %11s\n";
   out << absl::StreamFormat(kRow, "tp", "fits", "headroom", "weights", "overhead", "peak KV",
                             "KV tokens", "longest");

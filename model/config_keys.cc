@@ -72,6 +72,7 @@ bool IsHarmlessConfigKey(std::string_view key) {
       "output_attentions",
       "output_hidden_states",
       "return_dict",
+      "seq_length",
       "torchscript",
       "use_bfloat16",
       "use_cache",

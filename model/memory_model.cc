@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "model/byte_size.h"
 #include "model/strings.h"
 
@@ -136,8 +137,8 @@ int64_t SaturatingAdd(int64_t a, int64_t b) {
   return __builtin_add_overflow(a, b, &sum) ? kMaxInt : sum;
 }
 
-int64_t Percent(int64_t part, int64_t whole) {
-  return static_cast<int64_t>(100.0 * static_cast<double>(part) / static_cast<double>(whole) + 0.5);
+std::string Percent(int64_t part, int64_t whole) {
+  return absl::StrFormat("%.0f", 100.0 * static_cast<double>(part) / static_cast<double>(whole));
 }
 
 std::string Needs(const ServingShape& shape) {
