@@ -108,6 +108,9 @@ absl::StatusOr<ServingPlan> PlanServing(const CoordinatorOptions& options) {
     return Bad(absl::StrCat("--quantization ", options.quantization,
                             ": the cpu backend computes with unquantised weights only"));
   }
+  if (absl::Status servable = CheckServable(plan.model, plan.backend); !servable.ok()) {
+    return servable;
+  }
   plan.served_name =
       options.served_model_name.empty() ? DirectoryName(options.model) : options.served_model_name;
 

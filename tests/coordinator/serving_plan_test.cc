@@ -56,6 +56,13 @@ class ServingPlanTest : public ::testing::Test {
   CoordinatorOptions options_;
 };
 
+TEST_F(ServingPlanTest, RefusesACheckpointThatTheBackendCannotLoad) {
+  std::string config = kConfig;
+  config.insert(1, R"("quantization_config": {"quant_method": "fp8"}, )");
+  WriteConfig(config);
+  EXPECT_THAT(Error(), AllOf(HasSubstr("quantization_config"), HasSubstr("cpu backend")));
+}
+
 TEST_F(ServingPlanTest, FillsInWhatTheFlagsLeaveOpen) {
   const absl::StatusOr<ServingPlan> plan = PlanServing(options_);
   ASSERT_TRUE(plan.ok()) << plan.status();
