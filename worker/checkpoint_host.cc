@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <fstream>
 #include <optional>
 #include <sstream>
@@ -53,6 +54,17 @@ absl::StatusOr<uint64_t> DigestModel(const std::string& folder, const Checkpoint
   return hash;
 }
 
+// Calls `body`, whose containers may run out of memory, at the border where
+// exceptions end.
+template <typename Body>
+auto WithoutThrowing(const char* what, Body body) -> decltype(body()) {
+  try {
+    return body();
+  } catch (const std::exception& e) {
+    return absl::ResourceExhaustedError(absl::StrCat(what, ": ", e.what()));
+  }
+}
+
 // One configuration in memory.
 struct Loaded {
   std::string wish;
@@ -79,7 +91,9 @@ class CheckpointHost final : public ModelHost {
     loaded_.reset();
     auto loaded = std::make_unique<Loaded>();
     loaded->wish = wish;
-    if (absl::Status status = LoadInto(*loaded, configure, progress); !status.ok()) return status;
+    const absl::Status status =
+        WithoutThrowing("loading", [&] { return LoadInto(*loaded, configure, progress); });
+    if (!status.ok()) return status;
     loaded_ = std::move(loaded);
     rank_ = static_cast<int>(configure.rank());
     held_bytes_ = loaded_->report.weight_bytes + loaded_->report.kv_bytes;
@@ -87,13 +101,16 @@ class CheckpointHost final : public ModelHost {
   }
 
   absl::Status Begin(uint64_t epoch, Communicator* comm) override {
-    if (absl::Status status = loaded_->decoder->Attach(comm); !status.ok()) return status;
-    executor_ = std::make_unique<StepExecutor>(loaded_->limits, epoch, loaded_->decoder.get());
-    return absl::OkStatus();
+    return WithoutThrowing("an epoch's buffers", [&]() -> absl::Status {
+      if (absl::Status status = loaded_->decoder->Attach(comm); !status.ok()) return status;
+      executor_ = std::make_unique<StepExecutor>(loaded_->limits, epoch, loaded_->decoder.get());
+      return absl::OkStatus();
+    });
   }
 
   absl::StatusOr<StepResult> Run(const StepPlan& plan, uint64_t plan_received_ns) override {
-    return executor_->Run(plan, plan_received_ns);
+    return WithoutThrowing("a step's buffers",
+                           [&] { return executor_->Run(plan, plan_received_ns); });
   }
 
   void End() override { executor_.reset(); }
