@@ -63,6 +63,7 @@ class Printer {
     std::fputc('\n', stdout);
     for (const std::string& answer : later_) std::printf("---\n%s\n", answer.c_str());
     if (!verbose) return;
+    std::fflush(stdout);  // both may go to one file
     std::fprintf(stderr, "%u prompt tokens (%u cached), %u generated\n", prompt_.prompt_tokens(),
                  prompt_.cached_tokens(), completion_tokens_);
   }
