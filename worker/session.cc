@@ -281,8 +281,9 @@ void Session::Impl::Pause(const absl::Status& why) {
   pause_ms = std::clamp(2 * pause_ms, options.min_pause_ms, options.max_pause_ms);
   const Clock::time_point now = Clock::now();
   if (grows || now - complained >= kComplainEvery) {
-    // The first two tries of a fresh start are commonplace: both start at once.
-    const bool usual = !attached && pause_ms <= 2 * options.min_pause_ms;
+    // Failing for the first seconds is commonplace: both start at once, and the
+    // coordinator reads a tokenizer first.
+    const bool usual = !attached && pause_ms < options.max_pause_ms;
     Log(usual ? LogLevel::kDebug : LogLevel::kWarning,
         absl::StrCat(std::string(why.message()), "; dialling again every ", pause_ms, " ms",
                      pause_ms < options.max_pause_ms ? ", then less often" : ""));
