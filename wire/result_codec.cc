@@ -12,7 +12,6 @@
 namespace lockstep::wire {
 namespace {
 
-using internal::AddIds;
 using internal::Bad;
 using internal::CheckAtMost;
 using internal::CheckBeside;

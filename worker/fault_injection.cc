@@ -74,7 +74,7 @@ class FaultyHost final : public ModelHost {
 
   absl::Status Begin(uint64_t epoch, Communicator* comm) override {
     state_->Phase("communicator");
-    const absl::Status status = host_->Begin(epoch, comm);
+    absl::Status status = host_->Begin(epoch, comm);
     state_->Phase("kv");
     return status;
   }
@@ -195,7 +195,7 @@ absl::StatusOr<std::vector<Fault>> ParseFaults(const std::string& spec) {
     if (halves.size() == 2) {
       for (const std::string& condition :
            std::vector<std::string>(absl::StrSplit(halves[1], ','))) {
-        const absl::Status status = ParseCondition(condition, &fault);
+        absl::Status status = ParseCondition(condition, &fault);
         if (!status.ok()) return status;
       }
     }

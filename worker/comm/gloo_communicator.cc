@@ -80,7 +80,7 @@ class GlooCommunicator final : public RankCommunicator {
   int size() const override { return options_.size; }
   absl::Status Join(AddressExchange& exchange) override {
     if (options_.size == 1) return absl::OkStatus();
-    const absl::Status status = mesh_.Join(exchange);
+    absl::Status status = mesh_.Join(exchange);
     joined_ = status.ok();
     return status;
   }
