@@ -45,6 +45,9 @@ struct Answer::Sequence {
   StopMatcher matcher;
   uint32_t tokens = 0;
   bool ended = false;
+  // The delta of a token after which the end must follow: they go out together,
+  // however the threads run.
+  std::optional<TextDelta> last_delta = {};
   int64_t first_ns = 0, last_ns = 0;
 };
 
@@ -240,6 +243,15 @@ void Answer::ReleasePrompt(Output* out) {
   out->events.emplace_back(std::move(*prompt_info_));
 }
 
+bool Answer::IsEnding(TokenId token) const {
+  return std::binary_search(ending_ids_.begin(), ending_ids_.end(), token);
+}
+
+bool Answer::IsLast(const Sequence& sequence, TokenId token) const {
+  return sequence.tokens >= sampling_.max_tokens ||
+         (IsEnding(token) && sequence.tokens > sampling_.min_tokens);
+}
+
 void Answer::HandleToken(Raw& raw, Output* out) {
   Sequence& sequence = sequences_[raw.index];
   if (sequence.ended) return;  // under way when its stop string was found
@@ -261,7 +273,7 @@ void Answer::HandleToken(Raw& raw, Output* out) {
   if (raw.logprobs) delta.logprobs.push_back(*std::move(raw.logprobs));
   std::optional<size_t> matched;
   // The ending token is one of the answer's tokens and none of its text.
-  if (!std::binary_search(ending_ids_.begin(), ending_ids_.end(), raw.token)) {
+  if (!IsEnding(raw.token)) {
     std::string text = sequence.detokenizer.Push(raw.token);
     if (sequence.tokens > sampling_.min_tokens) {
       StopMatcher::Output found = sequence.matcher.Push(text);
@@ -269,6 +281,10 @@ void Answer::HandleToken(Raw& raw, Output* out) {
       matched = found.matched;
     }
     delta.text = std::move(text);
+  }
+  if (!matched && IsLast(sequence, raw.token)) {
+    sequence.last_delta = std::move(delta);
+    return;
   }
   out->events.emplace_back(std::move(delta));
   if (!matched) return;
@@ -286,6 +302,7 @@ void Answer::HandleFinished(const Raw& raw, Output* out) {
   Sequence& sequence = sequences_[raw.index];
   if (sequence.ended) return;
   ReleasePrompt(out);
+  if (sequence.last_delta) out->events.emplace_back(*std::exchange(sequence.last_delta, {}));
   // What was held back: an unfinished character, the beginning of a stop string.
   std::string rest = sequence.detokenizer.Finish();
   StopMatcher::Output found = sequence.matcher.Push(rest);

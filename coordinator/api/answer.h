@@ -106,6 +106,8 @@ class Answer : public RequestSink, public std::enable_shared_from_this<Answer> {
   void Push(Raw raw);
   void Process();
   void Handle(Raw& raw, Output* out);
+  bool IsEnding(TokenId token) const;
+  bool IsLast(const Sequence& sequence, TokenId token) const;
   void HandleToken(Raw& raw, Output* out);
   void HandleFinished(const Raw& raw, Output* out);
   void EndSequence(Sequence* sequence, SequenceEnd end, Output* out);
