@@ -12,13 +12,13 @@ namespace lockstep::limits {
 // Transport.
 inline constexpr size_t kHttpHeaderBytes = 16 * 1024;  // 431 beyond
 inline constexpr size_t kBodyBytes = 8 * 1024 * 1024;  // 413 beyond; gRPC messages likewise
-inline constexpr size_t kBodyBytesInFlight = 64 * 1024 * 1024;  // of all connections; 503 beyond
+inline constexpr size_t kBodyBytesInFlight = 32 * 1024 * 1024;  // of all connections; 503 beyond
 inline constexpr int kHttpHeaderSeconds = 10;                   // from a request's first byte
 inline constexpr int kHttpBodySeconds = 60;                     // from the end of its header
 inline constexpr int kHttpIdleSeconds = 75;                     // between requests
 inline constexpr int kHttpWriteSeconds = 60;  // a client that reads nothing for so long is gone
 inline constexpr int kJsonDepth = 64;
-inline constexpr size_t kJsonValues = 1 << 20;
+inline constexpr size_t kJsonValues = 1 << 19;
 
 // A request.
 inline constexpr size_t kIdentifierBytes = 128;  // printable ASCII
