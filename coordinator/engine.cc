@@ -225,7 +225,6 @@ void Engine::Impl::Handle(GroupStep& step) {
 void Engine::Impl::Handle(const GroupFailed& failed) {
   if (state == EngineState::kFailed) return;
   stepping = false;
-  in_flight.clear();
   if (epoch_open) {
     epoch_open = false;
     scheduler->EndEpoch(failed.reason, &events);

@@ -23,11 +23,27 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
+// Every step is reported with the plan it answers.
+class CheckingObserver final : public EngineObserver {
+ public:
+  void OnStep(const StepPlan& plan, const GroupStep& step, double plan_seconds,
+              double step_seconds) override {
+    if (plan.step != step.result.step || plan.epoch != step.result.epoch || plan_seconds < 0 ||
+        step_seconds < 0) {
+      mismatch = true;
+    }
+    ++steps;
+  }
+  std::atomic<bool> mismatch = false;
+  std::atomic<int> steps = 0;
+};
+
 class EngineTest : public ::testing::Test {
  protected:
   ~EngineTest() override {
     if (engine_ != nullptr) engine_->Shutdown();
     EXPECT_EQ(control_->complaint(), "");
+    EXPECT_FALSE(observer_->mismatch);
   }
 
   void Start() {
@@ -41,7 +57,7 @@ class EngineTest : public ::testing::Test {
       info_ = info;
       changed_.notify_all();
     };
-    engine_ = std::make_unique<Engine>(options_, std::make_unique<FakeGroup>(control_), nullptr);
+    engine_ = std::make_unique<Engine>(options_, std::make_unique<FakeGroup>(control_), observer_);
     engine_->Start();
   }
   void StartWhole() {
@@ -95,6 +111,7 @@ class EngineTest : public ::testing::Test {
   }
 
   std::shared_ptr<FakeGroupControl> control_ = std::make_shared<FakeGroupControl>();
+  std::shared_ptr<CheckingObserver> observer_ = std::make_shared<CheckingObserver>();
   EngineOptions options_;
   std::unique_ptr<Engine> engine_;
   std::mutex mutex_;
@@ -306,6 +323,47 @@ TEST_F(EngineTest, ALieEndsTheEpochAndTheAnswerIsStillRight) {
   control_->Hold(false);
   Form();
   ExpectAnswer(*sink, {1, 2, 3}, 12);
+}
+
+TEST_F(EngineTest, PlansNothingBetweenALieAndTheEndOfItsEpoch) {
+  StartWhole();
+  control_->Hold(true);
+  control_->HoldFailure(true);
+  auto sink = Submit(Prompt({1, 2, 3}, 12));
+  control_->Answer(2);
+  ASSERT_TRUE(control_->WaitForHeldPlans(1));
+  control_->Lie(true);
+  control_->Answer(1);
+  ASSERT_TRUE(control_->WaitForFailEpoch());
+  const size_t planned = control_->plans().size();
+  control_->Answer(1);  // of the plan that was under way: not to be believed either
+  auto other = Submit(Prompt({7}, 3));
+  Settle();
+  EXPECT_EQ(control_->plans().size(), planned);
+  EXPECT_EQ(control_->failed_epochs(), 1);
+  control_->Lie(false);
+  control_->Fail("rank 0 (h:7): token 1000 of 1000");
+  ASSERT_TRUE(WaitForState(EngineState::kRecovering));
+  control_->Hold(false);
+  Form();
+  ExpectAnswer(*sink, {1, 2, 3}, 12);
+  ExpectAnswer(*other, {7}, 3);
+}
+
+TEST_F(EngineTest, ARecoveryInTimeIsNotHeldAgainstItLater) {
+  options_.recovery_timeout_ms = 50;
+  StartWhole();
+  control_->Fail("rank 1 (h:7): connection lost");
+  Form();
+  control_->Hold(true);
+  auto running = Submit(Prompt({1, 2, 3}, 12));
+  Request brief = Prompt({4}, 50);
+  brief.deadline_ms = engine_->NowMs() + 100;  // past the recovery timeout
+  auto clock = Submit(brief);
+  ASSERT_TRUE(clock->WaitForTerminal());
+  EXPECT_FALSE(running->terminal());
+  control_->Hold(false);
+  ExpectAnswer(*running, {1, 2, 3}, 12);
 }
 
 TEST_F(EngineTest, BoundsItsInboxButAlwaysTakesCancels) {

@@ -79,6 +79,16 @@ class FakeGroupControl {
     return changed_.wait_for(lock, kPatience, [this, n] { return held_plans_.size() >= n; });
   }
 
+  // FailEpoch is noted, but not answered; Fail() does it.
+  void HoldFailure(bool hold) {
+    const std::lock_guard lock(mutex_);
+    hold_failure_ = hold;
+  }
+  bool WaitForFailEpoch() {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, kPatience, [this] { return failed_epochs_ > 0; });
+  }
+
   // The next answers carry a token that is not in the vocabulary.
   void Lie(bool lie) {
     const std::lock_guard lock(mutex_);
@@ -128,6 +138,7 @@ class FakeGroupControl {
   bool open_ = false;
   bool hold_ = false;
   bool lie_ = false;
+  bool hold_failure_ = false;
   bool shut_down_ = false;
   int failed_epochs_ = 0;
 };
@@ -156,7 +167,8 @@ class FakeGroup final : public WorkerGroup {
   void FailEpoch(uint64_t epoch, const absl::Status& reason) override {
     const std::lock_guard lock(control_->mutex_);
     ++control_->failed_epochs_;
-    if (!control_->open_ || epoch != control_->epoch_) return;
+    control_->changed_.notify_all();
+    if (control_->hold_failure_ || !control_->open_ || epoch != control_->epoch_) return;
     control_->open_ = false;
     control_->sink_(GroupFailed{epoch, 0, absl::UnavailableError(reason.message()), false});
   }
