@@ -47,19 +47,19 @@ if ! ip netns add "$a" 2>/dev/null; then
 fi
 ip netns add "$b"
 ip link add "va$id" netns "$a" type veth peer name "vb$id" netns "$b"
-ip -n "$a" addr add 10.77.0.1/24 dev "va$id"
-ip -n "$b" addr add 10.77.0.2/24 dev "vb$id"
-for ns in "$a" "$b"; do ip -n "$ns" link set lo up; done
-ip -n "$a" link set "va$id" up
-ip -n "$b" link set "vb$id" up
+nsenter --net="/run/netns/$a" ip addr add 10.77.0.1/24 dev "va$id"
+nsenter --net="/run/netns/$b" ip addr add 10.77.0.2/24 dev "vb$id"
+for ns in "$a" "$b"; do nsenter --net="/run/netns/$ns" ip link set lo up; done
+nsenter --net="/run/netns/$a" ip link set "va$id" up
+nsenter --net="/run/netns/$b" ip link set "vb$id" up
 
 # Never through a function in the background: $! must be the program's own id.
 start_worker() {  # start_worker NAMESPACE LOG
-  ip netns exec "$1" "$bin/lockstep-worker" --coordinator 10.77.0.1:50052 --insecure >"$work/$2" 2>&1 &
+  nsenter --net="/run/netns/$1" "$bin/lockstep-worker" --coordinator 10.77.0.1:50052 --insecure >"$work/$2" 2>&1 &
   pids+=("$!")
 }
 
-ip netns exec "$a" "$bin/lockstep-coordinator" --model "$model" --dtype float32 --tensor-parallel-size 2 \
+nsenter --net="/run/netns/$a" "$bin/lockstep-coordinator" --model "$model" --dtype float32 --tensor-parallel-size 2 \
   --worker-address 10.77.0.1:50052 --insecure --http-port 0 --grpc-port 50051 \
   >"$work/stdout" 2>"$work/coordinator.log" &
 coordinator=$!
@@ -70,7 +70,7 @@ start_worker "$b" worker-b1.log
 remote=${pids[-1]}
 await "the coordinator never said ready" grep -qx ready "$work/stdout"
 
-ask() { ip netns exec "$a" "$bin/lockstep" generate --chat --temperature 0 "$@"; }
+ask() { nsenter --net="/run/netns/$a" "$bin/lockstep" generate --chat --temperature 0 "$@"; }
 answer=$(ask "What is 35 + 28?")
 [ "$answer" = "35 + 28 = 63" ] || fail "unexpected answer: $answer"
 ask --verbose "What is 35 + 28?" 2>"$work/info.log" >/dev/null
