@@ -14,7 +14,7 @@ inline constexpr int64_t kHeartbeatIntervalMs = 250;
 // margin, and so that a worker stopped for ever is found within 3 s.
 inline constexpr int64_t kHeartbeatTimeoutMs = 2'000;
 // Time a worker has to give up an epoch before it ends itself.
-inline constexpr int64_t kReleaseTimeoutMs = 2'000;
+inline constexpr int64_t kReleaseTimeoutMs = 1'500;
 
 // Plans that may be in flight: one running, one queued behind it.
 inline constexpr int kMaxPlansInFlight = 2;

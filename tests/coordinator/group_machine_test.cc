@@ -523,7 +523,7 @@ TEST_F(GroupMachineTest, ASurvivorThatDoesNotLetGoIsDropped) {
   const auto [a, b] = FormTwo();
   machine_->OnClosed(b, now_);
   const StreamId c = Attach(), d = Attach();
-  Pass(2'000, {a, c, d});
+  Pass(wire::kReleaseTimeoutMs, {a, c, d});
   EXPECT_FALSE(port_.aborted.contains(a));
   Pass(1'000, {a, c, d});
   EXPECT_TRUE(port_.aborted.contains(a));
