@@ -20,6 +20,9 @@ using Entry = std::pair<std::string, TensorInfo>;
 
 constexpr size_t kMaxDimensions = 8;
 constexpr size_t kMaxNameBytes = 512;
+// A few times what the largest mixtures of experts have in all their files; a
+// header of the largest size could name a hundred times that.
+constexpr size_t kMaxTensors = size_t{1} << 18;
 
 struct StoredDType {
   std::string_view name;
@@ -194,6 +197,9 @@ class HeaderReader : public nlohmann::json_sax<json> {
                        std::none_of(name.begin(), name.end(),
                                     [](unsigned char c) { return c < 0x20 || c == 0x7f; });
     if (!plain) return Fail(absl::StrCat("bad tensor name \"", Printable(name), "\""));
+    if (entries.size() == kMaxTensors) {
+      return Fail(absl::StrCat("header names more than ", kMaxTensors, " tensors"));
+    }
     entries.emplace_back(name, TensorInfo());
     dtype_ = nullptr;
     seen_shape_ = false;

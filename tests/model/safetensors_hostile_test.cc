@@ -289,6 +289,17 @@ TEST(HostileFileTest, ReplacedPiecesNeverCrash) {
   EXPECT_GT(refused, 10'000);
 }
 
+TEST(HostileFileTest, MoreTensorsThanAnyModelHasAreRefused) {
+  std::string header = "{";
+  for (int i = 0; i <= 1 << 18; ++i) {
+    absl::StrAppend(&header, i == 0 ? "" : ",", "\"", i,
+                    "\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}");
+  }
+  header += "}";
+  EXPECT_THAT(Message(ParseSafetensorsHeader(header, 8 + header.size(), "f").status()),
+              HasSubstr("more than 262144 tensors"));
+}
+
 // Headers of tensors that truly tile the data, in any order, are accepted.
 TEST(HostileFileTest, AnyOrderOfAGoodTilingIsAccepted) {
   std::mt19937 random(3);
