@@ -7,6 +7,7 @@
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/beast/http.hpp>
 #include <ctime>
+#include <iterator>
 #include <optional>
 #include <utility>
 
@@ -51,6 +52,15 @@ std::string PathOf(std::string target) {
 }
 
 std::string ToString(boost::beast::string_view view) { return {view.data(), view.size()}; }
+
+// Whether it is beyond doubt where the body ends. What the parser does not take
+// for chunked it takes for no body at all, and the body for the next request.
+bool FramingIsClear(const http::request<http::string_body>& request) {
+  const auto [begin, end] = request.equal_range(http::field::transfer_encoding);
+  if (begin == end) return true;
+  return std::next(begin) == end && request.version() >= 11 &&
+         boost::beast::iequals(begin->value(), "chunked");
+}
 
 std::string HeadLines(const HttpReply& reply, bool keep_alive) {
   const auto reason = http::obsolete_reason(static_cast<http::status>(reply.status));
@@ -237,6 +247,11 @@ asio::awaitable<Connection::Received> Connection::ReadRequest() {
     }
     if (parser.is_header_done() && !std::exchange(header_done, true)) {
       deadline = Clock::now() + Ms(state_->options.body_timeout_ms);
+      if (!FramingIsClear(parser.get())) {
+        out.kind = Received::Kind::kMalformed;
+        out.message = "Transfer-Encoding: only chunked is supported, once, in HTTP/1.1";
+        co_return out;
+      }
       const auto expect = parser.get().find(http::field::expect);
       if (!parser.is_done() && expect != parser.get().end() &&
           boost::beast::iequals(expect->value(), "100-continue")) {

@@ -343,6 +343,32 @@ TEST_F(HostileHttp, MalformedRequests) {
   }
 }
 
+// Two readers that disagree on where a body ends let one client write another's
+// request: whatever is in doubt is refused, and the connection with it.
+TEST_F(HostileHttp, BodiesOfUnclearLengthEndTheConnection) {
+  const std::string head = "POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\n";
+  const std::string hidden = "0\r\n\r\nGET /version HTTP/1.1\r\n\r\n";
+  for (const std::string& framing : std::vector<std::string>{
+           "Transfer-Encoding: gzip", "Transfer-Encoding: xchunked",
+           "Transfer-Encoding: chunked, chunked", "Transfer-Encoding: gzip, chunked",
+           "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+           "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+           "Transfer-Encoding: \"chunked\"",
+           "Transfer-Encoding:", "Transfer-Encoding: chunked\r\nContent-Length: 5",
+           "Content-Length: 5\r\nTransfer-Encoding: chunked",
+           "Content-Length: 5\r\nContent-Length: 6", "Content-Length: 5, 6", "Content-Length: +5",
+           "Content-Length: 0x5", "Content-Length : 5"}) {
+    SCOPED_TRACE(framing);
+    RawClient client(http());
+    client.Send(head + framing + "\r\n\r\n" + hidden);
+    Refused(client.Read(), 400, "", framing);
+    EXPECT_EQ(client.Read().status, 0) << "the hidden request was answered";
+  }
+  RawClient old(http());
+  old.Send("POST /tokenize HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n");
+  EXPECT_EQ(old.Read().status, 400);
+}
+
 TEST_F(HostileHttp, HeadersStopAt16KiB) {
   for (const bool many : {false, true}) {
     RawClient client(http());
