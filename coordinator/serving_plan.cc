@@ -21,7 +21,7 @@ constexpr int64_t kDefaultMaxModelLen = 8'192;
 // Arithmetic nobody is slower than, for the patience with a first step.
 constexpr double kCpuFlops = 5e9, kCudaFlops = 1e12;
 
-absl::Status Bad(std::string message) { return absl::InvalidArgumentError(std::move(message)); }
+absl::Status Bad(const std::string& message) { return absl::InvalidArgumentError(message); }
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
