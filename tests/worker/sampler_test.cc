@@ -189,7 +189,7 @@ TEST(SamplerTest, LogitsThatAreNotFinitePoisonTheRow) {
 void ExpectFollows(const std::vector<float>& logits, const SlotSampling& s,
                    const TokenCounts& counts = {}, uint32_t num_generated = 0) {
   const std::vector<double> p = NaiveProbabilities(ToDouble(logits), s, counts, num_generated);
-  constexpr int kDraws = 20000;
+  constexpr int kDraws = 8000;
   std::vector<int> drawn(logits.size(), 0);
   std::vector<float> row = logits;
   SamplerScratch scratch;
@@ -262,7 +262,7 @@ TEST(SamplerTest, TheNucleusIsTheNaiveOne) {
           s.top_k = top_k;
           s.temperature = 0.8f;
           const std::vector<double> p = NaiveProbabilities(ToDouble(logits), s, {}, 0);
-          for (uint64_t position = 0; position < 60; ++position) {
+          for (uint64_t position = 0; position < 20; ++position) {
             const TokenId token = Sample(logits, s, position).token;
             ASSERT_LT(token, vocab);
             if (p[token] > 0) continue;
