@@ -1,0 +1,62 @@
+// What every kernel family shares with the code that calls it: element types,
+// where and how a launch goes, one layer's KV cache. Plain C++: compiled by nvcc
+// and by the host compiler alike.
+#ifndef LOCKSTEP_KERNELS_TYPES_H_
+#define LOCKSTEP_KERNELS_TYPES_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lockstep::kernels {
+
+enum class Type : uint8_t { kF32, kF16, kBF16, kE4M3 };
+
+constexpr size_t TypeBytes(Type type) {
+  switch (type) {
+    case Type::kF32:
+      return 4;
+    case Type::kF16:
+    case Type::kBF16:
+      return 2;
+    case Type::kE4M3:
+      return 1;
+  }
+  return 0;
+}
+
+// Where a kernel is enqueued. pdl: it may start before the kernel ahead of it in
+// the stream has ended (programmatic dependent launch); each kernel waits for
+// that one itself before it reads or overwrites anything of it.
+struct Launch {
+  cudaStream_t stream = nullptr;
+  bool pdl = false;
+};
+
+// The KV cache of one layer on one rank: k and v are each
+// [blocks][kv_heads][block_size][head_dim] of `type`.
+struct KvLayer {
+  void* k = nullptr;
+  void* v = nullptr;
+  Type type = Type::kBF16;
+  int kv_heads = 0;
+  int block_size = 16;
+  int head_dim = 0;
+  // For kE4M3: value = stored * scale.
+  float k_scale = 1.0f;
+  float v_scale = 1.0f;
+};
+
+// Which positions a step's rows are, on the device, at addresses that do not
+// change from step to step (CUDA graphs read them).
+struct StepRows {
+  const int32_t* slot = nullptr;         // [rows]; -1: padding, computes nothing
+  const int32_t* position = nullptr;     // [rows]
+  const int32_t* block_table = nullptr;  // [slots][table_stride], block ids
+  int table_stride = 0;
+};
+
+}  // namespace lockstep::kernels
+
+#endif  // LOCKSTEP_KERNELS_TYPES_H_
