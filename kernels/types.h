@@ -26,6 +26,9 @@ constexpr size_t TypeBytes(Type type) {
   return 0;
 }
 
+// As model/model_config.h's: x * sigmoid(x); gelu by tanh; gelu by erf; max(0, x).
+enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu, kRelu };
+
 // Where a kernel is enqueued. pdl: it may start before the kernel ahead of it in
 // the stream has ended (programmatic dependent launch); each kernel waits for
 // that one itself before it reads or overwrites anything of it.
