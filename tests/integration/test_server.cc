@@ -206,7 +206,7 @@ bool Eventually(const std::function<bool()>& condition, int seconds) {
   const auto until = std::chrono::steady_clock::now() + Bound(seconds);
   while (std::chrono::steady_clock::now() < until) {
     if (condition()) return true;
-    std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));  // the servers need the cores
   }
   return condition();
 }

@@ -71,7 +71,7 @@ class StreamedAnswer {
 // Greedy, `max_tokens` long, past the end token: a stream of known length.
 v1::GenerateRequest LongGreedy(const std::string& prompt, uint32_t max_tokens);
 
-// Spins on the condition, at most `seconds` times kSlowdown.
+// Asks for the condition again and again, at most `seconds` times kSlowdown.
 bool Eventually(const std::function<bool()>& condition, int seconds = 20);
 bool ProcessGone(pid_t pid);
 // GET or POST on loopback with one connection; returns the whole answer, head and body.
