@@ -1,0 +1,49 @@
+// The ranks of one host as a kernel sees them: every rank's exchange region,
+// mapped into this process, and where a kernel that waited in vain says so.
+// Whoever maps the regions (worker/comm/cuda/peer_memory.h) fills this in once.
+//
+// A region is plain device memory of its rank, written by the others. Each kernel
+// family lays out its own part of it and says how large that is.
+#ifndef LOCKSTEP_KERNELS_PEERS_H_
+#define LOCKSTEP_KERNELS_PEERS_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lockstep::kernels {
+
+inline constexpr int kMaxPeers = 8;
+
+// What a kernel was waiting for when its patience ended. Written whole, just
+// before the kernel traps; 0: nothing was missed.
+enum class PeerWait : uint32_t {
+  kNothing = 0,
+  kOneShot = 1,  // all-reduce, one-shot: a rank's row
+  kScatter = 2,  // all-reduce, two-shot: a rank's part of a row
+  kGather = 3,   // all-reduce, two-shot: a row's sum from its owner
+  kSmallAllGather = 4,
+  kPushedPartial = 5,  // a partial pushed by the epilogue of a matrix kernel
+};
+
+struct alignas(16) PeerFault {
+  PeerWait code = PeerWait::kNothing;
+  uint32_t exchange = 0;  // counted from 0 per kernel family
+  uint32_t rank = 0;      // the missing one
+  uint32_t block = 0;     // of the grid that waited
+};
+
+struct Peers {
+  std::byte* base[kMaxPeers] = {};  // by rank; 256-byte aligned; base[rank]: one's own
+  int rank = 0;
+  int size = 1;
+  PeerFault* fault = nullptr;  // mapped host memory, outlives a trap; nullptr: trap only
+  // How long a kernel waits for a rank before it traps. Above every honest delay:
+  // the coordinator's step deadline is what users meet.
+  uint64_t patience_ns = 20'000'000'000;
+};
+
+}  // namespace lockstep::kernels
+
+#endif  // LOCKSTEP_KERNELS_PEERS_H_
