@@ -108,12 +108,19 @@ class CheckpointHost final : public ModelHost {
     });
   }
 
-  absl::StatusOr<StepResult> Run(const StepPlan& plan, uint64_t plan_received_ns) override {
+  absl::Status Submit(const StepPlan& plan, uint64_t plan_received_ns) override {
     return WithoutThrowing("a step's buffers",
-                           [&] { return executor_->Run(plan, plan_received_ns); });
+                           [&] { return executor_->Submit(plan, plan_received_ns); });
+  }
+  bool Done() override { return executor_->Done(); }
+  absl::StatusOr<StepResult> Collect() override {
+    return WithoutThrowing("a step's result", [&] { return executor_->Collect(); });
   }
 
-  void End() override { executor_.reset(); }
+  bool End() override {
+    executor_.reset();
+    return loaded_ == nullptr || loaded_->decoder->Drain();
+  }
   int loaded_rank() const override { return rank_; }
   uint64_t held_bytes() const override { return held_bytes_; }
 

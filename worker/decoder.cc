@@ -26,6 +26,7 @@ struct Decoder::Impl {
       : config(c), plan(p), backend(std::move(b)) {}
 
   std::vector<LogitRow> LogitRows(absl::Span<const BatchSpan> spans) const;
+  void Forward(absl::Span<const LogitRow> rows) const;
 
   const ModelConfig config;
   const ShardPlan plan;
@@ -86,15 +87,21 @@ std::vector<LogitRow> Decoder::Impl::LogitRows(absl::Span<const BatchSpan> spans
   return rows;
 }
 
-absl::StatusOr<StepOutput> Decoder::Step(absl::Span<const BatchSpan> spans) {
-  if (spans.empty()) return StepOutput();
-  const ModelConfig& config = impl_->config;
-  Backend& backend = *impl_->backend;
+bool Decoder::Done() { return impl_->backend->Done(); }
+absl::StatusOr<StepOutput> Decoder::Collect() { return impl_->backend->Collect(); }
+bool Decoder::Drain() { return impl_->backend->Drain(); }
+
+absl::Status Decoder::Submit(absl::Span<const BatchSpan> spans) {
+  const std::vector<LogitRow> rows = impl_->LogitRows(spans);
+  if (!impl_->backend->Begin(spans, rows) && !spans.empty()) impl_->Forward(rows);
+  return impl_->backend->Submit();
+}
+
+void Decoder::Impl::Forward(absl::Span<const LogitRow> rows) const {
   const int64_t last = config.num_layers - 1;
   const bool norm_before = config.norm_before;  // of attention and MLP; otherwise after the add
 
-  backend.Begin(spans);
-  backend.Embed({.norm = norm_before ? NormRef{Site::kInput, 0} : kNoNorm});
+  backend->Embed({.norm = norm_before ? NormRef{Site::kInput, 0} : kNoNorm});
 
   for (int64_t layer = 0; layer <= last; ++layer) {
     const bool sliding = config.sliding_window > 0 && config.sliding_layers[layer];
@@ -106,21 +113,21 @@ absl::StatusOr<StepOutput> Decoder::Step(absl::Span<const BatchSpan> spans) {
                                 : config.final_norm ? NormRef{Site::kFinal}
                                                     : kNoNorm;
 
-    backend.Qkv({.layer = layer, .rope = rope});
-    backend.Attention({.layer = layer,
+    backend->Qkv({.layer = layer, .rope = rope});
+    backend->Attention({.layer = layer,
                        .scale = static_cast<float>(config.attention_scale),
                        .window = sliding ? config.sliding_window : 0});
-    backend.AttentionOutput(layer);
-    backend.ReduceResidualNorm(
+    backend->AttentionOutput(layer);
+    backend->ReduceResidualNorm(
         {.source = ReduceOp::Source::kAttention,
          .layer = layer,
          .post = config.sandwich_norms ? NormRef{Site::kPostAttention, layer} : kNoNorm,
          .next = norm_before ? mlp : input,
          .norm_is_residual = !norm_before});
 
-    backend.GateUp(layer);
-    backend.Down(layer);
-    backend.ReduceResidualNorm(
+    backend->GateUp(layer);
+    backend->Down(layer);
+    backend->ReduceResidualNorm(
         {.source = ReduceOp::Source::kMlp,
          .layer = layer,
          .post = config.sandwich_norms ? NormRef{Site::kPostMlp, layer} : kNoNorm,
@@ -128,14 +135,12 @@ absl::StatusOr<StepOutput> Decoder::Step(absl::Span<const BatchSpan> spans) {
          .norm_is_residual = !norm_before});
   }
 
-  const std::vector<LogitRow> rows = impl_->LogitRows(spans);
-  const size_t at_once = static_cast<size_t>(backend.max_logit_rows());
+  const size_t at_once = static_cast<size_t>(backend->max_logit_rows());
   for (size_t first = 0; first < rows.size(); first += at_once) {
-    const auto chunk = absl::MakeConstSpan(rows).subspan(first, at_once);
-    backend.Logits(chunk);
-    backend.Sample(chunk);
+    const auto chunk = rows.subspan(first, at_once);
+    backend->Logits(chunk);
+    backend->Sample(chunk);
   }
-  return backend.Finish();
 }
 
 }  // namespace lockstep

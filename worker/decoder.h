@@ -37,10 +37,14 @@ class Decoder {
   void Grow(Slot slot, absl::Span<const BlockId> blocks);
   void Release(Slot slot);
 
-  // Computes the spans. Sampled tokens become known to the backend at once, so
-  // that the next step may consume them. After an error the epoch is over:
-  // nothing but Attach may be called.
-  absl::StatusOr<StepOutput> Step(absl::Span<const BatchSpan> spans);
+  // Enqueues one step. Sampled tokens become known to the backend in its course,
+  // so that the next step may consume them. After an error, here or in Collect,
+  // the epoch is over: nothing but Drain and Attach may be called.
+  absl::Status Submit(absl::Span<const BatchSpan> spans);
+  // As Backend's, of the oldest step not collected.
+  bool Done();
+  absl::StatusOr<StepOutput> Collect();
+  bool Drain();
 
   const Backend& backend() const;
 

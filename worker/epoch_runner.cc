@@ -73,7 +73,7 @@ void EpochRunner::OnConfigure(StreamId stream, const worker::v1::Configure& conf
   const std::lock_guard<std::mutex> lock(mutex_);
   current_ = std::move(epoch);
   last_step_ = 0;
-  changed_.notify_all();
+  Notify();
 }
 
 void EpochRunner::OnPlan(StreamId stream, const worker::v1::StepPlan& plan, uint64_t received_ns) {
@@ -88,7 +88,7 @@ void EpochRunner::OnPlan(StreamId stream, const worker::v1::StepPlan& plan, uint
     if (epoch->failed) return;
     if (decoded.ok() && plans_.size() < wire::kMaxPlansInFlight) {
       plans_.push_back({epoch, *std::move(decoded), received_ns});
-      changed_.notify_all();
+      Notify();
       return;
     }
   }
@@ -135,7 +135,7 @@ void EpochRunner::EndCurrent(bool answer) {
     if (held) {
       release_deadline_ = Clock::now() + std::chrono::milliseconds(options_.release_timeout_ms);
     }
-    changed_.notify_all();
+    Notify();
   }
   epoch->exchange.Cancel();
   if (communicator != nullptr) communicator->Abort();
@@ -146,7 +146,7 @@ bool EpochRunner::Stop(std::chrono::milliseconds bound) {
   EndCurrent(false);
   std::unique_lock<std::mutex> lock(mutex_);
   stop_ = true;
-  changed_.notify_all();
+  Notify();
   return changed_.wait_for(lock, bound, [this] { return ended_; });
 }
 
@@ -165,14 +165,20 @@ uint64_t EpochRunner::last_step() const {
   return last_step_;
 }
 
+void EpochRunner::Notify() {
+  attention_ = true;
+  changed_.notify_all();
+}
+
 void EpochRunner::Loop() {
   pthread_setname_np(pthread_self(), "runner");
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
     changed_.wait(lock, [this] {
-      return stop_ || !plans_.empty() || (running_ != nullptr && running_->closed) ||
-             current_ != running_;
+      return stop_ || !plans_.empty() || !in_flight_.empty() ||
+             (running_ != nullptr && running_->closed) || current_ != running_;
     });
+    attention_ = false;
     if (running_ != nullptr && (running_->closed || stop_)) {
       const std::shared_ptr<Epoch> epoch = running_;
       lock.unlock();
@@ -186,20 +192,43 @@ void EpochRunner::Loop() {
       lock.unlock();
       Start(*epoch);
       lock.lock();
-    } else if (!plans_.empty()) {
+    } else if (!in_flight_.empty() && host_->Done()) {
+      lock.unlock();
+      Collect();
+      lock.lock();
+    } else if (!plans_.empty() && in_flight_.size() < wire::kMaxPlansInFlight) {
       const Plan plan = std::move(plans_.front());
       plans_.pop_front();
       lock.unlock();
-      Step(plan);
+      Submit(plan);
+      lock.lock();
+    } else {
+      lock.unlock();
+      AwaitDevice();
       lock.lock();
     }
   }
   ended_ = true;
-  changed_.notify_all();
+  Notify();
+}
+
+void EpochRunner::AwaitDevice() {
+  while (!attention_ && !host_->Done()) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
 }
 
 void EpochRunner::Release(Epoch& epoch) {
-  host_->End();
+  in_flight_.clear();
+  if (!host_->End()) {
+    // Not let go of: the session sees the deadline pass and ends the process.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    release_deadline_ = Clock::now();
+    running_ = nullptr;
+    return;
+  }
   std::shared_ptr<RankCommunicator> communicator;
   bool answer = false;
   {
@@ -301,11 +330,24 @@ absl::Status EpochRunner::CompareModels(Epoch& epoch, uint64_t digest) {
   return absl::OkStatus();
 }
 
-void EpochRunner::Step(const Plan& plan) {
+void EpochRunner::Submit(const Plan& plan) {
   Epoch& epoch = *plan.epoch;
   if (epoch.closed || epoch.failed) return;
-  const absl::StatusOr<StepResult> result = host_->Run(plan.plan, plan.received_ns);
-  if (!result.ok()) return Fail(epoch, plan.plan.step, result.status(), true);
+  if (absl::Status status = host_->Submit(plan.plan, plan.received_ns); !status.ok()) {
+    return Fail(epoch, plan.plan.step, status, true);
+  }
+  in_flight_.push_back(plan);
+}
+
+void EpochRunner::Collect() {
+  const Plan plan = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  Epoch& epoch = *plan.epoch;
+  const absl::StatusOr<StepResult> result = host_->Collect();
+  if (!result.ok()) {
+    in_flight_.clear();
+    return Fail(epoch, plan.plan.step, result.status(), true);
+  }
   WorkerMessage message;
   *message.mutable_result() = wire::Encode(*result);
   send_(epoch.stream, message);

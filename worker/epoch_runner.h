@@ -9,11 +9,15 @@
 // whatever it is in, and lets go of the communicator. Loading weights is not
 // waited for: it touches nothing of the epoch, and the next one wants the same.
 //
+// Up to kMaxPlansInFlight plans are submitted before the first one's result is
+// back: a device is never without its next step. While any is, the thread polls.
+//
 // What is sent carries the stream it belongs to, so that an answer never reaches
 // a coordinator that did not ask.
 #ifndef LOCKSTEP_WORKER_EPOCH_RUNNER_H_
 #define LOCKSTEP_WORKER_EPOCH_RUNNER_H_
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -81,12 +85,17 @@ class EpochRunner {
   void Start(Epoch& epoch);
   absl::Status Form(Epoch& epoch, worker::v1::Ready* ready);
   absl::Status CompareModels(Epoch& epoch, uint64_t digest);
-  void Step(const Plan& plan);
+  void Submit(const Plan& plan);
+  void Collect();
+  // Computes meanwhile: until a step is done or something else asks for the thread.
+  void AwaitDevice();
   void Release(Epoch& epoch);
   // Ends current_, if any. `answer`: with Released.
   void EndCurrent(bool answer);
   void Fail(Epoch& epoch, uint64_t step, const absl::Status& status, bool recoverable);
   void SendReleased(StreamId stream, uint64_t epoch);
+  // The mutex is held.
+  void Notify();
 
   const EpochRunnerOptions options_;
   const std::unique_ptr<ModelHost> host_;  // of the thread, but for its getters
@@ -97,6 +106,9 @@ class EpochRunner {
   std::shared_ptr<Epoch> current_;  // open; null: none
   std::shared_ptr<Epoch> running_;  // the thread's; closed ones included
   std::deque<Plan> plans_;          // of current_, waiting: at most kMaxPlansInFlight
+  std::deque<Plan> in_flight_;      // submitted, not collected; of the thread alone
+  // Changed, since the thread last looked: it polls a device without the mutex.
+  std::atomic<bool> attention_{false};
   bool loading_ = false;
   bool stop_ = false;
   bool ended_ = false;

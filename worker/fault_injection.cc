@@ -79,7 +79,7 @@ class FaultyHost final : public ModelHost {
     return status;
   }
 
-  absl::StatusOr<StepResult> Run(const StepPlan& plan, uint64_t plan_received_ns) override {
+  absl::Status Submit(const StepPlan& plan, uint64_t plan_received_ns) override {
     state_->step = plan.step;
     for (const Slot slot : plan.finished_slots) poisoned_.erase(slot);
     for (const NewSequence& sequence : plan.new_sequences) {
@@ -95,8 +95,15 @@ class FaultyHost final : public ModelHost {
     const Fault* slow = state_->Find("slow", [](const Fault& f) { return f.ms.has_value(); });
     if (slow != nullptr) std::this_thread::sleep_for(std::chrono::milliseconds(*slow->ms));
     state_->skip_next = state_->AtStep("skip_collective") != nullptr;
-    absl::StatusOr<StepResult> result = host_->Run(plan, plan_received_ns);
+    return host_->Submit(plan, plan_received_ns);
+  }
+
+  bool Done() override { return host_->Done(); }
+
+  absl::StatusOr<StepResult> Collect() override {
+    absl::StatusOr<StepResult> result = host_->Collect();
     if (!result.ok()) return result;
+    state_->step = result->step;
     if (state_->AtStep("lie_digest") != nullptr) result->digest ^= 1;
     if (state_->AtStep("lie_token") != nullptr && !result->sampled.empty()) {
       result->sampled.front().token = 0xffffffff;
@@ -109,7 +116,7 @@ class FaultyHost final : public ModelHost {
     return result;
   }
 
-  void End() override { host_->End(); }
+  bool End() override { return host_->End(); }
   int loaded_rank() const override { return host_->loaded_rank(); }
   uint64_t held_bytes() const override { return host_->held_bytes(); }
 

@@ -3,7 +3,7 @@
 // of streams. Weights outlive epochs: a Load that asks for what is already there
 // returns at once.
 //
-//   Load -> Begin -> Run ... Run -> End -> [Load ->] Begin -> ...
+//   Load -> Begin -> Submit, Collect ... -> End -> [Load ->] Begin -> ...
 //
 // Calls come from one thread, but where said otherwise.
 #ifndef LOCKSTEP_WORKER_MODEL_HOST_H_
@@ -44,10 +44,13 @@ class ModelHost {
                                           const Progress& progress) = 0;
   // No slots, an empty KV cache. `comm` outlives the epoch.
   virtual absl::Status Begin(uint64_t epoch, Communicator* comm) = 0;
-  // As StepExecutor::Run.
-  virtual absl::StatusOr<StepResult> Run(const StepPlan& plan, uint64_t plan_received_ns) = 0;
-  // Lets go of the communicator. Also after a failed Load or Begin.
-  virtual void End() = 0;
+  // As StepExecutor's.
+  virtual absl::Status Submit(const StepPlan& plan, uint64_t plan_received_ns) = 0;
+  virtual bool Done() = 0;
+  virtual absl::StatusOr<StepResult> Collect() = 0;
+  // Lets go of the communicator. Also after a failed Load or Begin. False: what
+  // it computes on does not let go; the process is of no more use.
+  virtual bool End() = 0;
   // The rank whose weights are in memory; -1: none. From any thread.
   virtual int loaded_rank() const = 0;
   // Memory that a next Load would reuse or free. From any thread.

@@ -1,6 +1,7 @@
 #include "worker/step_executor.h"
 
 #include <chrono>
+#include <deque>
 #include <utility>
 
 #include "worker/decoder.h"
@@ -14,12 +15,21 @@ uint64_t NowNs() {
       std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
 }
 
-StepTiming TimingOf(const StepOutput& output, uint64_t received_ns, uint64_t started_ns) {
+// What is known of a step before it is done.
+struct InFlight {
+  uint64_t epoch = 0, step = 0, digest = 0;
+  uint64_t received_ns = 0, started_ns = 0, submitted_ns = 0;
+};
+
+// A backend that knows what its device spent says so; otherwise the step is what
+// the host spent on enqueueing it.
+StepTiming TimingOf(const StepOutput& output, const InFlight& in_flight) {
   const CollectiveStats& comm = output.collectives;
   StepTiming t;
-  t.plan_received_ns = received_ns;
-  t.started_ns = started_ns;
-  t.total_ns = NowNs() - started_ns;
+  t.plan_received_ns = in_flight.received_ns;
+  t.started_ns = in_flight.started_ns;
+  t.total_ns = output.device_ns != 0 ? output.device_ns
+                                     : in_flight.submitted_ns - in_flight.started_ns;
   t.collective_wait_ns = comm.wait_ns;
   t.collective_transfer_ns = comm.transfer_ns;
   t.sampling_ns = output.sampling_ns;
@@ -35,14 +45,15 @@ struct StepExecutor::Impl {
   SlotBook book;
   Decoder* decoder;
   absl::Status failure;  // of an earlier step: slots and KV are no longer known
+  std::deque<InFlight> in_flight;
 };
 
 StepExecutor::StepExecutor(const ExecutorLimits& limits, uint64_t epoch, Decoder* decoder)
-    : impl_(new Impl{SlotBook(limits, epoch), decoder, absl::OkStatus()}) {}
+    : impl_(new Impl{SlotBook(limits, epoch), decoder, absl::OkStatus(), {}}) {}
 
 StepExecutor::~StepExecutor() = default;
 
-absl::StatusOr<StepResult> StepExecutor::Run(const StepPlan& plan, uint64_t plan_received_ns) {
+absl::Status StepExecutor::Submit(const StepPlan& plan, uint64_t plan_received_ns) {
   const uint64_t started_ns = NowNs();
   if (!impl_->failure.ok()) return impl_->failure;
   absl::StatusOr<std::vector<BatchSpan>> spans = impl_->book.Check(plan);
@@ -56,15 +67,36 @@ absl::StatusOr<StepResult> StepExecutor::Run(const StepPlan& plan, uint64_t plan
   }
   for (const GrownTable& grown : plan.grown_tables) decoder.Grow(grown.slot, grown.block_ids);
 
-  absl::StatusOr<StepOutput> output = decoder.Step(*spans);
+  if (impl_->failure = decoder.Submit(*spans); !impl_->failure.ok()) return impl_->failure;
+  impl_->in_flight.push_back({.epoch = plan.epoch,
+                              .step = plan.step,
+                              .digest = plan.digest,  // equal to this worker's own, Check found
+                              .received_ns = plan_received_ns,
+                              .started_ns = started_ns,
+                              .submitted_ns = NowNs()});
+  return absl::OkStatus();
+}
+
+bool StepExecutor::Done() const { return impl_->decoder->Done(); }
+
+absl::StatusOr<StepResult> StepExecutor::Run(const StepPlan& plan, uint64_t plan_received_ns) {
+  if (absl::Status status = Submit(plan, plan_received_ns); !status.ok()) return status;
+  return Collect();
+}
+
+absl::StatusOr<StepResult> StepExecutor::Collect() {
+  if (!impl_->failure.ok()) return impl_->failure;
+  absl::StatusOr<StepOutput> output = impl_->decoder->Collect();
   if (!output.ok()) return impl_->failure = output.status();
+  const InFlight step = impl_->in_flight.front();
+  impl_->in_flight.pop_front();
 
   StepResult result;
-  result.epoch = plan.epoch;
-  result.step = plan.step;
-  result.digest = plan.digest;  // equal to this worker's own: Check compared them
+  result.epoch = step.epoch;
+  result.step = step.step;
+  result.digest = step.digest;
   result.num_collectives = output->collectives.count;
-  result.timing = TimingOf(*output, plan_received_ns, started_ns);
+  result.timing = TimingOf(*output, step);
   result.sampled = std::move(output->sampled);
   result.prompt_logprobs = std::move(output->prompt_logprobs);
   return result;

@@ -33,11 +33,18 @@ class StepExecutor {
   StepExecutor(const ExecutorLimits& limits, uint64_t epoch, Decoder* decoder);
   ~StepExecutor();
 
+  // Enqueues a plan; at most wire::kMaxPlansInFlight are uncollected.
   // plan_received_ns: the monotonic clock when the plan had been read.
   // InvalidArgument: the plan contradicts this worker's state (epoch, step,
   // ids, limits). FailedPrecondition: its digest is not the one of this worker's
   // slots. Aborted / Unavailable: a collective failed; the epoch is over, and
   // every later call fails alike. Internal: the rest.
+  absl::Status Submit(const StepPlan& plan, uint64_t plan_received_ns);
+  // Of the oldest plan submitted and not collected: whether Collect would return
+  // at once; its result, waited for. Errors as Submit's.
+  bool Done() const;
+  absl::StatusOr<StepResult> Collect();
+  // Both, where nothing else is in flight.
   absl::StatusOr<StepResult> Run(const StepPlan& plan, uint64_t plan_received_ns);
 
  private:

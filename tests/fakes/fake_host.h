@@ -8,6 +8,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -91,7 +92,15 @@ class FakeHost final : public ModelHost {
     return control_->Get().begin_error;
   }
 
-  absl::StatusOr<StepResult> Run(const StepPlan& plan, uint64_t plan_received_ns) override {
+  absl::Status Submit(const StepPlan& plan, uint64_t plan_received_ns) override {
+    submitted_.emplace_back(plan, plan_received_ns);
+    return absl::OkStatus();
+  }
+  bool Done() override { return true; }
+
+  absl::StatusOr<StepResult> Collect() override {
+    const auto [plan, plan_received_ns] = submitted_.front();
+    submitted_.pop_front();
     control_->Set([](auto& s) { ++s.runs, s.in_run = true; });
     const auto state = control_->WaitWhile([](const auto& s) { return s.hold_run; });
     control_->Set([](auto& s) { s.in_run = false; });
@@ -114,9 +123,11 @@ class FakeHost final : public ModelHost {
     return result;
   }
 
-  void End() override {
+  bool End() override {
     control_->Set([](auto& s) { ++s.ends; });
+    submitted_.clear();
     comm_ = nullptr;
+    return true;
   }
   int loaded_rank() const override { return rank_; }
   uint64_t held_bytes() const override { return 0; }
@@ -126,6 +137,7 @@ class FakeHost final : public ModelHost {
   std::string loaded_;
   std::atomic<int> rank_{-1};
   Communicator* comm_ = nullptr;
+  std::deque<std::pair<StepPlan, uint64_t>> submitted_;
 };
 
 }  // namespace lockstep::fakes

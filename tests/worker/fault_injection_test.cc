@@ -57,7 +57,8 @@ struct Rig {
       sequence.num_prompt_tokens = static_cast<uint32_t>(sequence.tokens.size());
       plan.new_sequences = {sequence};
     }
-    return host->Run(plan, 1);
+    if (absl::Status status = host->Submit(plan, 1); !status.ok()) return status;
+    return host->Collect();
   }
 
   std::shared_ptr<fakes::HostControl> control;

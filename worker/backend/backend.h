@@ -3,9 +3,11 @@
 //
 // Contract:
 // - Operations are enqueued: they return nothing, run in the order called, and
-//   no value computed in a step (token ids, logits) comes back before Finish.
-//   The first failure makes the step's later operations do nothing; Finish
-//   reports it, and the epoch is over.
+//   no value computed in a step (token ids, logits) comes back before Collect.
+//   The first failure makes the step's later operations do nothing; Submit or
+//   Collect reports it, and the epoch is over.
+// - A step may be enqueued while the one before it still runs: its tokens need
+//   not have come back. Up to wire::kMaxPlansInFlight steps are uncollected.
 // - Every rank calls the same operations with the same arguments, so the ranks'
 //   collectives match by construction.
 // - Buffers are sized once, from BackendLimits; the executor keeps steps within.
@@ -94,8 +96,9 @@ class Backend {
   virtual void Grow(Slot slot, absl::Span<const BlockId> blocks) = 0;
   virtual void Release(Slot slot) = 0;
 
-  // One step, in this order.
-  virtual void Begin(absl::Span<const BatchSpan> spans) = 0;
+  // One step, in this order. `rows`: whose logits the step will ask for.
+  // True: this very pass is recorded (a CUDA graph), and Submit is all that is left.
+  virtual bool Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) = 0;
   virtual void Embed(const EmbedOp& op) = 0;
   virtual void Qkv(const QkvOp& op) = 0;
   virtual void Attention(const AttentionOp& op) = 0;
@@ -108,8 +111,17 @@ class Backend {
   virtual void Logits(absl::Span<const LogitRow> rows) = 0;
   // Samples or scores the rows of the last Logits.
   virtual void Sample(absl::Span<const LogitRow> rows) = 0;
-  // Makes the sampled tokens known on every rank; waits for the step.
-  virtual absl::StatusOr<StepOutput> Finish() = 0;
+  // Makes the sampled tokens known on every rank, and lets the step run.
+  virtual absl::Status Submit() = 0;
+  // Of the oldest step that was submitted and not collected: whether Collect
+  // would return at once.
+  virtual bool Done() = 0;
+  // Waits for it. Its output, or its failure.
+  virtual absl::StatusOr<StepOutput> Collect() = 0;
+  // Waits for every step that was submitted, within the time that a step may
+  // take; drops their outputs. False: the device does not answer, or is lost,
+  // and the process is of no more use.
+  virtual bool Drain() = 0;
 
   // The same on every rank.
   virtual int64_t max_logit_rows() const = 0;

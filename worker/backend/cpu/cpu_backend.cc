@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <new>
 #include <utility>
 #include <vector>
@@ -40,7 +41,7 @@ class CpuBackend final : public Backend {
   void Grow(Slot slot, absl::Span<const BlockId> blocks) override { slots_.Grow(slot, blocks); }
   void Release(Slot slot) override { slots_.Release(slot); }
 
-  void Begin(absl::Span<const BatchSpan> spans) override;
+  bool Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) override;
   void Embed(const EmbedOp& op) override;
   void Qkv(const QkvOp& op) override;
   void Attention(const AttentionOp& op) override;
@@ -50,7 +51,13 @@ class CpuBackend final : public Backend {
   void Down(int64_t layer) override;
   void Logits(absl::Span<const LogitRow> rows) override;
   void Sample(absl::Span<const LogitRow> rows) override;
-  absl::StatusOr<StepOutput> Finish() override;
+  absl::Status Submit() override;
+  bool Done() override { return !outputs_.empty(); }
+  absl::StatusOr<StepOutput> Collect() override;
+  bool Drain() override {
+    outputs_.clear();
+    return true;
+  }
 
   int64_t max_logit_rows() const override { return head_.max_rows(); }
   int64_t weight_bytes() const override { return weights_->allocated_bytes(); }
@@ -84,6 +91,8 @@ class CpuBackend final : public Backend {
   const int64_t group_;  // query heads a KV head
   Communicator* comm_ = nullptr;
   cpu::SlotTable slots_;
+
+  std::deque<StepOutput> outputs_;  // computed as they were submitted
 
   // Of the step.
   absl::Status status_;
@@ -142,11 +151,12 @@ CpuBackend::CpuBackend(const ModelConfig& config, const ShardPlan& plan,
 
 absl::Status CpuBackend::Attach(Communicator* comm) {
   comm_ = comm;
+  outputs_.clear();
   slots_.Clear();
   return absl::OkStatus();
 }
 
-void CpuBackend::Begin(absl::Span<const BatchSpan> spans) {
+bool CpuBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow>) {
   status_ = absl::OkStatus();
   spans_.assign(spans.begin(), spans.end());
   rows_.clear();
@@ -165,6 +175,7 @@ void CpuBackend::Begin(absl::Span<const BatchSpan> spans) {
     rope_.Prepare(positions, pool_);
     if (!(config_.rope_local == config_.rope)) rope_local_.Prepare(positions, pool_);
   }
+  return false;
 }
 
 void CpuBackend::Norm(const NormWeights& norm, const float* x, float* out) const {
@@ -349,11 +360,18 @@ void CpuBackend::Sample(absl::Span<const LogitRow> rows) {
   if (status_.ok()) head_.Sample(rows);
 }
 
-absl::StatusOr<StepOutput> CpuBackend::Finish() {
+absl::Status CpuBackend::Submit() {
   if (status_.ok()) status_ = head_.Publish(comm_);
   if (!status_.ok()) return status_;
-  StepOutput output = head_.TakeOutput();
-  output.collectives = comm_->stats();
+  outputs_.push_back(head_.TakeOutput());
+  outputs_.back().collectives = comm_->stats();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StepOutput> CpuBackend::Collect() {
+  LOCKSTEP_CHECK(!outputs_.empty());
+  StepOutput output = std::move(outputs_.front());
+  outputs_.pop_front();
   return output;
 }
 
