@@ -41,6 +41,8 @@ struct WeightOptions {
   std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;
 };
 
+struct WeightPiece;  // worker/weight_pieces.h
+
 class Weights {
  public:
   // NotFound / InvalidArgument name the tensor and its file or directory.
@@ -72,6 +74,7 @@ class Weights {
  private:
   Weights() = default;
   absl::Status Allocate(const ShardPlan& plan, DType matrix_dtype);
+  std::byte* RowsOf(const WeightPiece& piece) const;
 
   std::byte* arena_ = nullptr;
   size_t arena_bytes_ = 0;
