@@ -1,6 +1,6 @@
 // Rows of T -> rows of e4m3 with a fp32 scale each: value = stored * scale.
 //
-//   scale = max |x| / 448 (1 for a row of zeros);  stored = e4m3(x * (1 / scale))
+//   scale = max |x| / 448 (1 where max |x| < 1e-35);  stored = e4m3(x * (1 / scale))
 //
 // The same kernel serves weights (a row: an output's [K]) and activations (a
 // row: a token). A row's result depends on that row alone. A NaN stays one, and
