@@ -15,7 +15,7 @@ namespace {
 // The subcommand the user got as far as; the app itself when none was named.
 CLI::App* Chosen(CLI::App* app) {
   const std::vector<CLI::App*> commands = app->get_subcommands();
-  return commands.empty() ? app : commands.front();
+  return commands.empty() ? app : Chosen(commands.front());
 }
 
 std::vector<std::string> KnownWords(CLI::App* app, bool flags) {
@@ -45,7 +45,8 @@ std::string ExplainUnknown(CLI::App* command, std::string word) {
 }
 
 std::string Where(CLI::App* app, CLI::App* command) {
-  return command == app ? "lockstep" : "lockstep " + command->get_name();
+  return command == app ? "lockstep"
+                        : Where(app, command->get_parent()) + " " + command->get_name();
 }
 
 }  // namespace
@@ -61,6 +62,7 @@ int main(int argc, char** argv) {
   lockstep::AddChatCommand(&app, &chosen);
   lockstep::AddBatchCommand(&app, &chosen);
   lockstep::AddPlanCommand(&app, &chosen);
+  lockstep::AddBenchCommand(&app, &chosen);
   lockstep::AddDoctorCommand(&app, &chosen);
   try {
     app.parse(argc, argv);

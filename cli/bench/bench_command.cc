@@ -1,0 +1,88 @@
+// lockstep bench: what a real server does under a load of our making.
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "CLI/CLI.hpp"
+#include "cli/bench/fixed_benches.h"
+#include "cli/commands.h"
+
+namespace lockstep {
+namespace {
+
+// A subcommand with its own flags; `run` is what it does with them.
+template <typename Flags>
+CLI::App* AddBench(CLI::App* bench, const std::string& name, const std::string& what,
+                   const std::shared_ptr<Flags>& flags,
+                   const std::function<absl::Status(const Flags&)>& run, Command* chosen) {
+  CLI::App* command = bench->add_subcommand(name, what);
+  AddBenchFlags(command, &flags->bench);
+  command->callback([=] {
+    *chosen = [=] {
+      const absl::Status status = run(*flags);
+      if (status.ok()) return 0;
+      std::fprintf(stderr, "lockstep bench %s: %s\n", name.c_str(),
+                   std::string(status.message()).c_str());
+      return absl::IsCancelled(status) ? 130 : 1;
+    };
+  });
+  return command;
+}
+
+void AddLatency(CLI::App* bench, Command* chosen) {
+  auto flags = std::make_shared<LatencyFlags>();
+  CLI::App* command =
+      AddBench<LatencyFlags>(bench, "latency", "Decode step and first token at fixed batch sizes",
+                             flags, RunLatencyBench, chosen);
+  command->add_option("--batch", flags->batches, "Sequences that run together")
+      ->expected(1, 64)
+      ->check(CLI::Range(1u, 65536u))
+      ->delimiter(',')
+      ->capture_default_str();
+  command->add_option("--context,--input-len", flags->context, "Tokens of a prompt")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+  command->add_option("--output-len", flags->output, "Tokens of an answer")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+}
+
+void AddPrefill(CLI::App* bench, Command* chosen) {
+  auto flags = std::make_shared<PrefillFlags>();
+  CLI::App* command = AddBench<PrefillFlags>(
+      bench, "prefill", "Time to the first token, idle server", flags, RunPrefillBench, chosen);
+  command->add_option("--prompts", flags->cases, "Prompts that come together x tokens of each")
+      ->expected(1, 64)
+      ->delimiter(',')
+      ->capture_default_str();
+}
+
+void AddThroughput(CLI::App* bench, Command* chosen) {
+  auto flags = std::make_shared<ThroughputFlags>();
+  CLI::App* command =
+      AddBench<ThroughputFlags>(bench, "throughput", "Output tokens a second, all requests at once",
+                                flags, RunThroughputBench, chosen);
+  command->add_option("--requests", flags->requests, "How many")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+  command->add_option("--input-len", flags->input, "Tokens of a prompt")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+  command->add_option("--output-len", flags->output, "Tokens of an answer")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+}
+
+}  // namespace
+
+void AddBenchCommand(CLI::App* app, Command* chosen) {
+  CLI::App* bench = app->add_subcommand("bench", "Measure a server: latency, prefill, throughput");
+  bench->group("Measure");
+  bench->require_subcommand(1);
+  AddLatency(bench, chosen);
+  AddPrefill(bench, chosen);
+  AddThroughput(bench, chosen);
+}
+
+}  // namespace lockstep

@@ -1,0 +1,69 @@
+// What the measuring commands measure: a server that runs already, or one they
+// start for as long as they run, and what is known of it.
+#ifndef LOCKSTEP_CLI_BENCH_BENCH_TARGET_H_
+#define LOCKSTEP_CLI_BENCH_BENCH_TARGET_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "CLI/App.hpp"
+#include "absl/status/statusor.h"
+#include "cli/bench/floor.h"
+#include "cli/local_server.h"
+#include "nlohmann/json.hpp"
+#include "proto/inference.pb.h"
+
+namespace lockstep {
+
+struct BenchFlags {
+  std::string server;  // host:port or unix:path
+  std::string model;   // to serve; with `server`: where its config.json is, for the floor
+  uint32_t tensor_parallel_size = 1;
+  std::string backend, dtype, load_format, quantization;  // empty: as serve has it
+  std::vector<std::string> serve_flags;                   // after --
+  std::string bandwidth, compute;                         // of a rank; empty: the backend's
+  uint32_t runs = 3;
+  uint64_t seed = 0;  // 0: drawn
+  bool json = false;
+  std::string output;
+};
+
+void AddBenchFlags(CLI::App* app, BenchFlags* flags);
+
+struct BenchTarget {
+  std::unique_ptr<LocalServer> local;  // null when `server` was given
+  std::string address;
+  v1::GetModelInfoResponse info;
+  std::optional<Floor> floor;
+  double started_s = 0;  // from the start of `lockstep serve` until it answered; 0: it ran already
+  uint64_t seed = 0;
+};
+
+// What a measurement needs of a server that is started for it.
+struct ServerNeeds {
+  uint32_t sequences = 0;  // at once
+  uint32_t requests = 0;   // waiting or running
+  uint32_t tokens = 0;     // of the longest sequence
+};
+
+// Starts or finds the server. Flags after -- win over those that `needs` adds.
+absl::StatusOr<BenchTarget> OpenBenchTarget(const BenchFlags& flags, const ServerNeeds& needs);
+
+// The server's own words on what cannot be measured against it: fewer
+// sequences, tokens or KV blocks than `needs`. FailedPrecondition names the flag.
+absl::Status CheckNeeds(const v1::GetModelInfoResponse& info, const ServerNeeds& needs);
+
+// What every report says of its target.
+nlohmann::ordered_json DescribeTarget(const BenchFlags& flags, const BenchTarget& target);
+std::string TargetLine(const BenchTarget& target);
+
+// Prints `table`, or the JSON when --json; writes the JSON to --output as well.
+absl::Status WriteReport(const BenchFlags& flags, const nlohmann::ordered_json& report,
+                         const std::string& table);
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_CLI_BENCH_BENCH_TARGET_H_
