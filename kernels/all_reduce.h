@@ -26,7 +26,7 @@
 // lost. Grids that wait for each other must run at the same time: nothing that
 // waits for the end of one of these kernels may hold up a peer's.
 //
-// Element types kF32, kF16, kBF16. Pointers 16-byte aligned.
+// Element types kF32, kF16, kBF16. Pointers 16-byte aligned (the all-gather's: 4).
 #ifndef LOCKSTEP_KERNELS_ALL_REDUCE_H_
 #define LOCKSTEP_KERNELS_ALL_REDUCE_H_
 
@@ -99,8 +99,7 @@ cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLa
                       AllReducePath path, const AllReduceArgs& args);
 
 // Every rank's `bytes` from `in`, in rank order, into out [size][bytes] on every
-// rank. bytes: a multiple of 4, at most layout.gather_bytes; pointers 8-byte
-// aligned where bytes is a multiple of 8, else 4-byte. in must not lie in out.
+// rank. bytes: a multiple of 4, at most layout.gather_bytes. in must not lie in out.
 cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const ExchangeLayout& layout,
                            const void* in, void* out, size_t bytes);
 

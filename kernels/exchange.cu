@@ -1,0 +1,124 @@
+// The region of the exchanges, and the all-gather of a few bytes a rank.
+//
+// The all-gather's payload may be any bits, so no word can mean "nothing yet":
+// 8 bytes travel as two 64-bit packets of 4 bytes and the exchange's number,
+// each of which arrives whole. Nothing has to be put back. One thread 8 bytes;
+// a rank sends 2 (size - 1) bytes per byte.
+#include "kernels/all_reduce.h"
+#include "kernels/device.cuh"
+#include "kernels/exchange.cuh"
+
+namespace lockstep::kernels {
+namespace {
+
+constexpr int kThreads = 128;
+
+struct GatherParams {
+  std::byte* base[kMaxPeers];
+  int rank, size;
+  PeerFault* fault;
+  uint64_t patience_ns;
+  uint64_t* counter;
+  size_t gather, gather_source;  // bytes from base
+  const uint32_t* in;
+  uint32_t* out;
+  uint32_t words;  // of one rank
+};
+
+__device__ __forceinline__ ulonglong2* Packets(const GatherParams& p, int at, uint64_t exchange,
+                                               int source) {
+  const size_t slot = (exchange & 1) * p.size + source;
+  return reinterpret_cast<ulonglong2*>(p.base[at] + p.gather + slot * p.gather_source);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    SmallAllGatherKernel(const __grid_constant__ GatherParams p) {
+  TriggerDependents();
+  WaitForPrevious();
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  const uint64_t exchange = ExchangeNumber(p.counter);
+  if (2 * i < p.words) {
+    const bool both = 2 * i + 1 < p.words;
+    const uint32_t mine[2] = {__ldcg(p.in + 2 * i), both ? __ldcg(p.in + 2 * i + 1) : 0};
+    const uint64_t number = (exchange + 1)
+                            << 32;  // its low half, never the 0 or ones of a fresh region
+    const ulonglong2 packet = {number | mine[0], number | mine[1]};
+    for (int d = 1; d < p.size; ++d) {
+      const int peer = p.rank + d < p.size ? p.rank + d : p.rank + d - p.size;
+      StoreSystem(Packets(p, peer, exchange, p.rank) + i, packet);
+    }
+    for (int r = 0; r < p.size; ++r) {
+      ulonglong2 got = packet;
+      if (r != p.rank) {
+        Patience patience;
+        while (got = LoadSystem(Packets(p, p.rank, exchange, r) + i),
+               (got.x ^ number) >> 32 != 0 || (got.y ^ number) >> 32 != 0) {
+          if (patience.Over(p.patience_ns)) {
+            GiveUp(p.fault, PeerWait::kSmallAllGather, static_cast<uint32_t>(exchange), r);
+          }
+        }
+      }
+      uint32_t* out = p.out + size_t{p.words} * r + 2 * i;
+      out[0] = static_cast<uint32_t>(got.x);
+      if (both) out[1] = static_cast<uint32_t>(got.y);
+    }
+  }
+  CountExchange(p.counter);
+}
+
+}  // namespace
+
+ExchangeLayout DefaultExchangeLayout(int size) {
+  ExchangeLayout layout;
+  // Two ranks: a second crossing saves no bytes.
+  layout.one_shot_bytes = size <= 2 ? 8 << 20 : size <= 4 ? 512 << 10 : 256 << 10;
+  layout.two_shot_bytes = size <= 2 ? 0 : 16 << 20;
+  return layout;
+}
+
+size_t ExchangeRegionBytes(const ExchangeLayout& layout, int size) {
+  return PartsOf(layout, size).end;
+}
+
+cudaError_t ClearExchangeRegion(const ExchangeLayout& layout, int size, std::byte* own_base,
+                                cudaStream_t stream) {
+  std::byte* begin = own_base + layout.offset;
+  const cudaError_t error = cudaMemsetAsync(begin, 0, RegionParts::kCounterBytes, stream);
+  if (error != cudaSuccess) return error;
+  return cudaMemsetAsync(begin + RegionParts::kCounterBytes, 0xFF,
+                         PartsOf(layout, size).end - RegionParts::kCounterBytes, stream);
+}
+
+cudaError_t InitAllReduce() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, SmallAllGatherKernel);
+  return error != cudaSuccess ? error : LoadAllReduceKernels();
+}
+
+cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const ExchangeLayout& layout,
+                           const void* in, void* out, size_t bytes) {
+  if (bytes == 0) return cudaSuccess;
+  if (peers.size < 1 || peers.size > kMaxPeers || bytes % 4 != 0 || bytes > layout.gather_bytes) {
+    return cudaErrorInvalidValue;
+  }
+  if (reinterpret_cast<uintptr_t>(in) % 4 != 0 || reinterpret_cast<uintptr_t>(out) % 4 != 0) {
+    return cudaErrorMisalignedAddress;
+  }
+  const RegionParts parts = PartsOf(layout, peers.size);
+  GatherParams p = {};
+  for (int r = 0; r < peers.size; ++r) p.base[r] = peers.base[r] + layout.offset;
+  p.rank = peers.rank;
+  p.size = peers.size;
+  p.fault = peers.fault;
+  p.patience_ns = peers.patience_ns;
+  p.counter = reinterpret_cast<uint64_t*>(p.base[p.rank] + RegionParts::kGatherCounter);
+  p.gather = parts.gather;
+  p.gather_source = parts.gather_source;
+  p.in = static_cast<const uint32_t*>(in);
+  p.out = static_cast<uint32_t*>(out);
+  p.words = static_cast<uint32_t>(bytes / 4);
+  const unsigned blocks = (p.words + 2 * kThreads - 1) / (2 * kThreads);
+  return LaunchKernel(launch, SmallAllGatherKernel, dim3(blocks), dim3(kThreads), 0, 1, p);
+}
+
+}  // namespace lockstep::kernels
