@@ -1,0 +1,180 @@
+#include <algorithm>
+
+#include "kernels/attention_decode.h"
+#include "kernels/attention_decode_launch.h"
+#include "kernels/attention_mma.cuh"
+#include "kernels/attention_plain.h"
+
+namespace lockstep::kernels {
+namespace {
+
+using decode::Kernel;
+using decode::Params;
+
+// Thread blocks wanted on the device: two on each of an H200's 132 multiprocessors.
+constexpr int kBlocksWanted = 264;
+
+int RoundedDim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
+Kernel FindKernel(Type type, Type kv_type, int head_dim, int group) {
+  const int dim = RoundedDim(head_dim), head_tiles = group <= 8 ? 1 : 2;
+  if (type == Type::kBF16 && kv_type == Type::kBF16) return decode::FindBF16(dim, head_tiles);
+  if (type == Type::kF16 && kv_type == Type::kF16) return decode::FindF16(dim, head_tiles);
+  if (kv_type != Type::kE4M3) return nullptr;
+  if (type == Type::kBF16) return decode::FindBF16OverE4M3(dim, head_tiles);
+  if (type == Type::kF16) return decode::FindF16OverE4M3(dim, head_tiles);
+  return nullptr;
+}
+
+bool TakesFast(const DecodeAttentionArgs& a) {
+  const int group = a.heads / a.kv.kv_heads;
+  const size_t kv_bytes = TypeBytes(a.kv.type);
+  return (a.type == Type::kBF16 || a.type == Type::kF16) &&
+         (a.kv.type == a.type || a.kv.type == Type::kE4M3) && group <= decode::kMaxGroup &&
+         a.kv.head_dim % 8 == 0 && a.kv.head_dim <= decode::kMaxHeadDim &&
+         a.kv.block_size % decode::kTile == 0 && a.q_stride % 8 == 0 && a.out_stride % 8 == 0 &&
+         Aligned16(a.q) && Aligned16(a.out) && Aligned16(a.fresh_k) && Aligned16(a.fresh_v) &&
+         Aligned16(a.rotary) && Aligned16(a.kv.k) && Aligned16(a.kv.v) && kv_bytes > 0;
+}
+
+struct Shares {
+  int cluster_size = 1;
+  int clusters = 1;
+};
+
+Shares Choose(int pairs, int max_context, int splits) {
+  Shares shares;
+  const int tiles = (std::max(max_context, 1) + decode::kTile - 1) / decode::kTile;
+  if (splits > 0) {
+    while (shares.cluster_size * 2 <= std::min(splits, decode::kMaxCluster)) {
+      shares.cluster_size *= 2;
+    }
+    return shares;
+  }
+  while (shares.cluster_size < decode::kMaxCluster &&
+         pairs * shares.cluster_size * 2 <= kBlocksWanted &&
+         shares.cluster_size * decode::kWarps < tiles) {
+    shares.cluster_size *= 2;
+  }
+  if (shares.cluster_size == decode::kMaxCluster) {
+    const int useful = tiles / (shares.cluster_size * decode::kWarps * decode::kTilesPerWarp);
+    shares.clusters = std::clamp(std::min(useful, kBlocksWanted / (pairs * shares.cluster_size)), 1,
+                                 decode::kMaxClusters);
+  }
+  return shares;
+}
+
+// Rows and KV heads for which Choose may return several clusters.
+constexpr int kMaxPairsOfClusters = kBlocksWanted / (2 * decode::kMaxCluster);
+constexpr size_t kArrivedBytes = kMaxPairsOfClusters * decode::kMaxCluster * sizeof(int);
+
+}  // namespace
+
+bool DecodeAttentionTakesFresh(const DecodeAttentionArgs& args) {
+  return args.kv.kv_heads > 0 && args.kv.head_dim % 16 == 0 && TakesFast(args);
+}
+
+size_t DecodeAttentionWorkspaceBytes(int heads, int kv_heads, int head_dim, int max_rows,
+                                     int max_context) {
+  if (kv_heads < 1) return 0;
+  size_t partials = 0;
+  for (int rows = 1; rows <= max_rows && rows * kv_heads <= kMaxPairsOfClusters; ++rows) {
+    const int clusters = Choose(rows * kv_heads, max_context, 0).clusters;
+    if (clusters > 1)
+      partials = std::max(partials, static_cast<size_t>(rows) * kv_heads * clusters);
+  }
+  if (partials == 0) return 0;
+  const size_t quads = static_cast<size_t>(heads / kv_heads) * head_dim / 4;
+  return kArrivedBytes + partials * quads * (sizeof(float4) + sizeof(float2));
+}
+
+cudaError_t InitDecodeAttention() {
+  const Type pairs[][2] = {{Type::kBF16, Type::kBF16},
+                           {Type::kF16, Type::kF16},
+                           {Type::kBF16, Type::kE4M3},
+                           {Type::kF16, Type::kE4M3}};
+  for (const auto& pair : pairs) {
+    for (int dim : {64, 128, 256}) {
+      for (int group : {1, decode::kMaxGroup}) {
+        const Kernel kernel = FindKernel(pair[0], pair[1], dim, group);
+        cudaError_t status = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(decode::SharedBytes(decode::kMaxGroup, dim, decode::kMaxCluster)));
+        if (status != cudaSuccess) return status;
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        if (status != cudaSuccess) return status;
+      }
+    }
+  }
+  return InitPlainAttention();
+}
+
+cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& args) {
+  if (args.num_rows == 0) return cudaSuccess;
+  if (args.kv.kv_heads < 1 || args.heads < args.kv.kv_heads || args.heads % args.kv.kv_heads != 0) {
+    return cudaErrorInvalidValue;
+  }
+  if (args.fresh_k != nullptr && !DecodeAttentionTakesFresh(args)) return cudaErrorInvalidValue;
+  if (!TakesFast(args)) {
+    return PlainAttention(launch, {.type = args.type,
+                                   .kv = args.kv,
+                                   .heads = args.heads,
+                                   .rows = args.rows,
+                                   .spans = nullptr,
+                                   .num_spans = 1,
+                                   .max_count = args.num_rows,
+                                   .q = args.q,
+                                   .q_stride = args.q_stride,
+                                   .out = args.out,
+                                   .out_stride = args.out_stride,
+                                   .scale = args.scale,
+                                   .window = args.window});
+  }
+
+  const bool narrow = args.kv.type == Type::kE4M3;
+  const int group = args.heads / args.kv.kv_heads, pairs = args.num_rows * args.kv.kv_heads;
+  Shares shares = Choose(pairs, args.max_context, args.splits);
+  if (args.workspace == nullptr) shares.clusters = 1;
+  Params p = {};
+  p.rows = args.rows;
+  p.k = args.kv.k;
+  p.v = args.kv.v;
+  p.kv_heads = args.kv.kv_heads;
+  p.block_size = args.kv.block_size;
+  p.head_dim = args.kv.head_dim;
+  p.group = group;
+  p.q = args.q;
+  p.out = args.out;
+  p.q_stride = args.q_stride;
+  p.out_stride = args.out_stride;
+  // Over e4m3 the products are f16: q is scaled first, so that bf16's range fits.
+  const float factor = args.scale * kLog2E * (narrow ? args.kv.k_scale : 1.0f);
+  const bool scale_q = narrow && args.type == Type::kBF16;
+  p.q_factor = scale_q ? factor : 1.0f;
+  p.score_factor = scale_q ? 1.0f : factor;
+  p.v_scale = narrow ? args.kv.v_scale : 1.0f;
+  p.inverse_k_scale = narrow ? 1.0f / args.kv.k_scale : 1.0f;
+  p.inverse_v_scale = narrow ? 1.0f / args.kv.v_scale : 1.0f;
+  p.window = args.window;
+  p.cluster_size = shares.cluster_size;
+  p.clusters = shares.clusters;
+  p.history_ready = args.history_ready;
+  p.fresh_k = args.fresh_k;
+  p.fresh_v = args.fresh_v;
+  p.rotary = args.fresh_k != nullptr ? args.rotary : nullptr;
+  if (shares.clusters > 1) {
+    const size_t quads = static_cast<size_t>(group) * args.kv.head_dim / 4;
+    char* base = static_cast<char*>(args.workspace);
+    p.arrived = reinterpret_cast<int*>(base);
+    p.partials = reinterpret_cast<float4*>(base + kArrivedBytes);
+    p.partial_statistics = reinterpret_cast<float2*>(p.partials + static_cast<size_t>(pairs) *
+                                                                      shares.clusters * quads);
+  }
+  const Kernel kernel = FindKernel(args.type, args.kv.type, args.kv.head_dim, group);
+  const dim3 grid(shares.cluster_size * shares.clusters, args.kv.kv_heads, args.num_rows);
+  return LaunchKernel(launch, kernel, grid, decode::kThreads,
+                      decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size),
+                      shares.cluster_size, p);
+}
+
+}  // namespace lockstep::kernels

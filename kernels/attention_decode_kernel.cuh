@@ -1,0 +1,418 @@
+// The fast decode kernel. A warp takes tiles of 16 positions and keeps all
+// operands in registers: with 16-byte loads straight from the cache, the order
+// in which a lane holds the elements is not the tensor core's, but it is the
+// same for both operands, and a sum does not care.
+//
+//   scores^T [16 positions, 8 heads] = K [16, d] * q^T [d, 8 heads]
+//   out^T [d, 8 heads]              += V^T [d, 16] * p^T [16, 8 heads]
+//
+// With lane = 4 * r + c: of K, chunks (8 elements) c + 4 j of positions r and
+// r + 8; of V, chunks r + 8 j of positions 2c, 2c + 1, 2c + 8, 2c + 9. Chunks
+// past head_dim repeat the last one: q is zero there, or the result unused.
+//
+// grid: x = clusters * cluster size (shares of the context), y = KV head, z = row.
+#ifndef LOCKSTEP_KERNELS_ATTENTION_DECODE_KERNEL_CUH_
+#define LOCKSTEP_KERNELS_ATTENTION_DECODE_KERNEL_CUH_
+
+#include <cmath>
+
+#include "kernels/attention_decode_launch.h"
+#include "kernels/attention_decode_merge.cuh"
+#include "kernels/attention_mma.cuh"
+
+namespace lockstep::kernels::decode {
+
+// Which tiles of the row this warp takes: first, first + kWarps, ... < end.
+struct Work {
+  int position = 0;
+  int begin = 0;      // first position seen
+  int last_tile = 0;  // holds `position`
+  int clusters = 1;   // that take part
+  int first = 0, end = 0;
+  __device__ bool any() const { return first < end; }
+};
+
+__device__ __forceinline__ Work Divide(const Params& p, int position, int warp) {
+  Work w;
+  w.position = position;
+  w.begin = p.window > 0 ? max(0, position + 1 - p.window) : 0;
+  w.last_tile = position / kTile;
+  const int first_tile = w.begin / kTile;
+  const int tiles = w.last_tile - first_tile + 1;
+  // Another cluster only where every warp of one has several tiles.
+  w.clusters = min(p.clusters, max(1, tiles / (p.cluster_size * kWarps * kTilesPerWarp)));
+  const int shares = w.clusters * p.cluster_size;
+  const int per_share = (tiles + shares - 1) / shares;
+  const int share = static_cast<int>(blockIdx.x);
+  w.first = first_tile + share * per_share + warp;
+  w.end = share < shares ? min(first_tile + (share + 1) * per_share, w.last_tile + 1) : 0;
+  return w;
+}
+
+// The addresses of a row's tiles. Lane i keeps the block of the warp's i-th tile
+// of each 32.
+template <typename KV>
+class Tiles {
+ public:
+  __device__ __forceinline__ Tiles(const Params& p, const int32_t* table, const Work& work)
+      : p_(p), table_(table), work_(work) {}
+
+  // The element offset of position `tile` * 16 of this KV head; i counts the
+  // warp's tiles from 0.
+  __device__ __forceinline__ int64_t Offset(int tile, int i) {
+    if (i % 32 == 0) {
+      const int mine = tile + static_cast<int>(threadIdx.x % 32) * kWarps;
+      block_ = mine < work_.end ? __ldcg(table_ + mine * kTile / p_.block_size) : 0;
+    }
+    const int64_t block = __shfl_sync(~0u, block_, i % 32);
+    const int within = tile * kTile % p_.block_size;
+    return ((block * p_.kv_heads + blockIdx.y) * p_.block_size + within) * p_.head_dim;
+  }
+
+ private:
+  const Params& p_;
+  const int32_t* table_;
+  const Work& work_;
+  int32_t block_ = 0;
+};
+
+// Rotates chunk `chunk` of a head in place; `partner` holds the other half's.
+__device__ __forceinline__ void Rotate(float (&x)[8], const float (&partner)[8],
+                                       const float2* rotary, int chunk, int half) {
+  const bool low = chunk * 8 < half;
+  const float4* angles =
+      reinterpret_cast<const float4*>(rotary + (low ? chunk * 8 : chunk * 8 - half));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float4 two = __ldg(angles + i);
+    const float sin0 = low ? -two.y : two.y, sin1 = low ? -two.w : two.w;
+    x[2 * i] = __fmaf_rn(partner[2 * i], sin0, x[2 * i] * two.x);
+    x[2 * i + 1] = __fmaf_rn(partner[2 * i + 1], sin1, x[2 * i + 1] * two.z);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Packed<T, 8> LoadChunk(const T* head, int chunk) {
+  return LoadData<T, 8>(head + chunk * 8);
+}
+
+// Chunk `chunk` of q or of a fresh k, rotated where asked, as floats.
+template <typename T>
+__device__ __forceinline__ void LoadRotated(const T* head, int chunk, const float2* rotary,
+                                            int head_dim, float (&x)[8]) {
+  const int chunks = head_dim / 8;
+  const Packed<T, 8> own = LoadChunk(head, chunk);
+  if (rotary == nullptr) {
+    Unpack<T, 8>(own, x);
+    return;
+  }
+  const int half = chunks / 2;
+  const Packed<T, 8> other = LoadChunk(head, chunk < half ? chunk + half : chunk - half);
+  float partner[8];
+  Unpack<T, 8>(own, x);
+  Unpack<T, 8>(other, partner);
+  Rotate(x, partner, rotary, chunk, head_dim / 2);
+}
+
+template <typename KV>
+__device__ __forceinline__ typename Chunk<KV>::Raw Narrow(float (&x)[8], float inverse_scale) {
+  if constexpr (sizeof(KV) == 1) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= inverse_scale;
+  }
+  return Pack<KV, 8>(x).raw;
+}
+
+// The row's own k and v, one chunk a lane: into `stash` and, where they are
+// fresh, into the cache.
+template <typename T, typename KV>
+__device__ __forceinline__ void TakeOwnPosition(const Params& p, int row, int64_t offset,
+                                                const float2* rotary,
+                                                typename Chunk<KV>::Raw* stash_k,
+                                                typename Chunk<KV>::Raw* stash_v) {
+  using Raw = typename Chunk<KV>::Raw;
+  const int lane = threadIdx.x % 32;
+  if (lane < p.head_dim / 8) {
+    Raw* k_at = reinterpret_cast<Raw*>(static_cast<KV*>(p.k) + offset) + lane;
+    Raw* v_at = reinterpret_cast<Raw*>(static_cast<KV*>(p.v) + offset) + lane;
+    Raw k, v;
+    if (p.fresh_k != nullptr) {
+      const int64_t at = static_cast<int64_t>(row) * p.q_stride + blockIdx.y * p.head_dim;
+      const Packed<T, 8> fresh_v = LoadChunk(static_cast<const T*>(p.fresh_v) + at, lane);
+      float x[8];
+      LoadRotated(static_cast<const T*>(p.fresh_k) + at, lane, rotary, p.head_dim, x);
+      k = Narrow<KV>(x, p.inverse_k_scale);
+      Unpack<T, 8>(fresh_v, x);
+      v = Narrow<KV>(x, p.inverse_v_scale);
+      *k_at = k;
+      *v_at = v;
+    } else {
+      k = __ldcg(k_at);
+      v = __ldcg(v_at);
+    }
+    stash_k[lane] = k;
+    stash_v[lane] = v;
+  }
+  __syncwarp();
+}
+
+// kDim: head_dim rounded up to 64, 128 or 256; kHeadTiles: tiles of 8 query heads.
+template <typename T, typename KV, int kDim, int kHeadTiles>
+__global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 : 2)
+    DecodeKernel(const __grid_constant__ Params p) {
+  using M = typename Chunk<KV>::M;
+  using Raw = typename Chunk<KV>::Raw;
+  constexpr int kKChunks = kDim / 32, kVChunks = kDim / 64, kOutTiles = kDim / 16;
+  // Both operands of the next tile are requested while this one is worked on;
+  // with 256 elements there are not the registers.
+  constexpr bool kAhead = kDim <= 128;
+
+  TriggerDependents();
+  if (!p.history_ready) WaitForPrevious();
+  const int row = blockIdx.z;
+  const int slot = __ldcg(p.rows.slot + row);
+  if (slot < 0) {
+    WaitForPrevious();
+    return;
+  }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const Work work = Divide(p, __ldcg(p.rows.position + row), warp);
+  if (blockIdx.x >= static_cast<unsigned>(work.clusters * p.cluster_size)) {
+    WaitForPrevious();
+    return;
+  }
+  if (p.cluster_size > 1) ClusterArrive();
+
+  const Merge merge(p);
+  Raw* stash_k = reinterpret_cast<Raw*>(merge.stash());
+  Raw* stash_v = stash_k + kDim / 8;
+  const KV* k_cache = static_cast<const KV*>(p.k);
+  const KV* v_cache = static_cast<const KV*>(p.v);
+  const int last_chunk = p.head_dim / 8 - 1;
+  Tiles<KV> tiles(p, p.rows.block_table + static_cast<int64_t>(slot) * p.rows.table_stride, work);
+
+  Raw k[2][kKChunks], v[4][kVChunks];
+  // A row of the tile that is seen: the data of others is never used, but must
+  // be finite. The row's own position is replaced before use.
+  const auto seen = [&](int tile, int i) {
+    return min(max(i, work.begin - tile * kTile), work.position - tile * kTile);
+  };
+  const auto load_k = [&](int tile, int64_t offset) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Raw* at =
+          reinterpret_cast<const Raw*>(k_cache + offset + seen(tile, r + 8 * i) * p.head_dim);
+#pragma unroll
+      for (int j = 0; j < kKChunks; ++j) k[i][j] = __ldcg(at + min(c + 4 * j, last_chunk));
+    }
+  };
+  const auto load_v = [&](int tile, int64_t offset) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = 2 * c + i % 2 + 8 * (i / 2);
+      const Raw* at =
+          reinterpret_cast<const Raw*>(v_cache + offset + seen(tile, token) * p.head_dim);
+#pragma unroll
+      for (int j = 0; j < kVChunks; ++j) v[i][j] = __ldcg(at + min(r + 8 * j, last_chunk));
+    }
+  };
+
+  int64_t offset = 0;
+  if (work.any()) {
+    offset = tiles.Offset(work.first, 0);
+    load_k(work.first, offset);
+    if (kAhead) load_v(work.first, offset);
+  }
+  WaitForPrevious();
+
+  float top[kHeadTiles][2], sum[kHeadTiles][2];
+  float out[kHeadTiles][kOutTiles][4];
+#pragma unroll
+  for (int n = 0; n < kHeadTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[n][i] = -INFINITY;
+      sum[n][i] = 0.0f;
+    }
+#pragma unroll
+    for (int m = 0; m < kOutTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][m][i] = 0.0f;
+    }
+  }
+
+  if (work.any()) {
+    const float2* rotary = p.rotary == nullptr
+                               ? nullptr
+                               : p.rotary + static_cast<int64_t>(work.position) * (p.head_dim / 2);
+    uint4 q[kHeadTiles][kKChunks];
+#pragma unroll
+    for (int n = 0; n < kHeadTiles; ++n) {
+      const int head = 8 * n + r;
+      const T* at = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride +
+                    (static_cast<int>(blockIdx.y) * p.group + head) * p.head_dim;
+#pragma unroll
+      for (int j = 0; j < kKChunks; ++j) {
+        q[n][j] = make_uint4(0, 0, 0, 0);
+        const int chunk = c + 4 * j;
+        if (head < p.group && chunk <= last_chunk) {
+          if (std::is_same_v<T, M> && rotary == nullptr) {
+            q[n][j] = LoadChunk(at, chunk).raw;
+          } else {
+            float x[8];
+            LoadRotated(at, chunk, rotary, p.head_dim, x);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[i] *= p.q_factor;
+            q[n][j] = Pack<M, 8>(x).raw;
+          }
+        }
+      }
+    }
+    if ((work.last_tile - work.first) % kWarps == 0 && work.end == work.last_tile + 1) {
+      const int in_block = work.position % p.block_size;
+      const int64_t block =
+          __ldcg(p.rows.block_table + static_cast<int64_t>(slot) * p.rows.table_stride +
+                 work.position / p.block_size);
+      TakeOwnPosition<T, KV>(
+          p, row, ((block * p.kv_heads + blockIdx.y) * p.block_size + in_block) * p.head_dim,
+          rotary, stash_k, stash_v);
+    }
+
+    for (int tile = work.first, i = 0; tile < work.end; tile += kWarps, ++i) {
+      const int own = tile == work.last_tile ? work.position % kTile : kTile;
+      if (!kAhead) load_v(tile, offset);
+      if (own < kTile) {
+#pragma unroll
+        for (int j = 0; j < kKChunks; ++j) {
+          const Raw mine = stash_k[min(c + 4 * j, last_chunk)];
+          if (r >= own) k[0][j] = mine;
+          if (r + 8 >= own) k[1][j] = mine;
+        }
+      }
+      float score[kHeadTiles][4];
+#pragma unroll
+      for (int n = 0; n < kHeadTiles; ++n) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) score[n][s] = 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kKChunks; ++j) {
+        const uint4 a = Chunk<KV>::Widen(k[0][j]), b = Chunk<KV>::Widen(k[1][j]);
+#pragma unroll
+        for (int n = 0; n < kHeadTiles; ++n) {
+          Mma<M>(score[n], a.x, b.x, a.y, b.y, q[n][j].x, q[n][j].y);
+          Mma<M>(score[n], a.z, b.z, a.w, b.w, q[n][j].z, q[n][j].w);
+        }
+      }
+      const int next = tile + kWarps;
+      if (next < work.end) {
+        offset = tiles.Offset(next, i + 1);
+        load_k(next, offset);
+      }
+
+      // Lane (r, c) has positions r and r + 8 of heads 2c and 2c + 1.
+      const int at = tile * kTile + r;
+      const bool low = at >= work.begin && at <= work.position;
+      const bool high = at + 8 >= work.begin && at + 8 <= work.position;
+      uint32_t weight[kHeadTiles][2];
+#pragma unroll
+      for (int n = 0; n < kHeadTiles; ++n) {
+        float shrink[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float& s0 = score[n][h];
+          float& s1 = score[n][2 + h];
+          s0 = low ? s0 * p.score_factor : -INFINITY;
+          s1 = high ? s1 * p.score_factor : -INFINITY;
+          float m = fmaxf(s0, s1);
+          m = fmaxf(m, __shfl_xor_sync(~0u, m, 4));
+          m = fmaxf(m, __shfl_xor_sync(~0u, m, 8));
+          m = fmaxf(m, __shfl_xor_sync(~0u, m, 16));
+          m = fmaxf(m, top[n][h]);
+          shrink[h] = Exp2(top[n][h] - m);
+          top[n][h] = m;
+          s0 = Exp2(s0 - m);
+          s1 = Exp2(s1 - m);
+          sum[n][h] = sum[n][h] * shrink[h] + (s0 + s1);
+        }
+#pragma unroll
+        for (int m = 0; m < kOutTiles; ++m) {
+          out[n][m][0] *= shrink[0];
+          out[n][m][1] *= shrink[1];
+          out[n][m][2] *= shrink[0];
+          out[n][m][3] *= shrink[1];
+        }
+        weight[n][0] = Transpose8x8(PackPair<M>(score[n][0], score[n][1]));
+        weight[n][1] = Transpose8x8(PackPair<M>(score[n][2], score[n][3]));
+      }
+
+      if (own < kTile) {
+#pragma unroll
+        for (int j = 0; j < kVChunks; ++j) {
+          const Raw mine = stash_v[min(r + 8 * j, last_chunk)];
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            if (2 * c + t % 2 + 8 * (t / 2) >= own) v[t][j] = mine;
+          }
+        }
+      }
+      // Rows r and r + 8 of an output tile: element e of chunks r + 8 j and
+      // r + 8 (j + 1), or, of a single chunk, its elements e and e + 4.
+      constexpr int kPairs = kVChunks == 1 ? 1 : kVChunks / 2;
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        uint4 a[4], b[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          a[t] = Chunk<KV>::Widen(v[t][kVChunks == 1 ? 0 : 2 * pair]);
+          b[t] = Chunk<KV>::Widen(v[t][kVChunks == 1 ? 0 : 2 * pair + 1]);
+        }
+        constexpr int kElements = kVChunks == 1 ? 4 : 8;
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          const int f = kVChunks == 1 ? e + 4 : e;
+          const uint32_t a0 = Interleave(a[0], a[1], e), a1 = Interleave(b[0], b[1], f);
+          const uint32_t a2 = Interleave(a[2], a[3], e), a3 = Interleave(b[2], b[3], f);
+#pragma unroll
+          for (int n = 0; n < kHeadTiles; ++n) {
+            Mma<M>(out[n][pair * kElements + e], a0, a1, a2, a3, weight[n][0], weight[n][1]);
+          }
+        }
+      }
+      if (kAhead && next < work.end) load_v(next, offset);
+    }
+  }
+
+#pragma unroll
+  for (int n = 0; n < kHeadTiles; ++n) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float total = sum[n][h];
+      total += __shfl_xor_sync(~0u, total, 4);
+      total += __shfl_xor_sync(~0u, total, 8);
+      total += __shfl_xor_sync(~0u, total, 16);
+      const int head = 8 * n + 2 * c + h;
+      if (head >= p.group) continue;
+      if (r == 0) merge.SetWarpStatistics(warp, head, {top[n][h], total});
+      if (!work.any()) continue;
+#pragma unroll
+      for (int m = 0; m < kOutTiles; m += 4) {
+#pragma unroll
+        for (int row_half = 0; row_half < 2; ++row_half) {
+          const int chunk = kVChunks == 1 ? r : r + 8 * (2 * (m / 8) + row_half);
+          const int first = kVChunks == 1 ? 4 * row_half : m % 8;
+          const int i = 2 * row_half + h;
+          if (chunk > last_chunk) continue;
+          merge.SetWarpOutput(
+              warp, head, chunk * 8 + first,
+              make_float4(out[n][m][i], out[n][m + 1][i], out[n][m + 2][i], out[n][m + 3][i]));
+        }
+      }
+    }
+  }
+  merge.template Finish<T>(row, work.clusters);
+}
+
+}  // namespace lockstep::kernels::decode
+
+#endif  // LOCKSTEP_KERNELS_ATTENTION_DECODE_KERNEL_CUH_

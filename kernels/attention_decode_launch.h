@@ -1,0 +1,72 @@
+// What the fast decode kernel is told, and where its instances are. Between
+// attention_decode.cu and the files that instantiate the kernel.
+#ifndef LOCKSTEP_KERNELS_ATTENTION_DECODE_LAUNCH_H_
+#define LOCKSTEP_KERNELS_ATTENTION_DECODE_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/types.h"
+
+namespace lockstep::kernels::decode {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTile = 16;         // positions a warp takes at a time
+constexpr int kTilesPerWarp = 4;  // before another cluster takes part
+constexpr int kMaxCluster = 16;
+constexpr int kMaxClusters = 16;
+constexpr int kMaxGroup = 16;
+constexpr int kMaxHeadDim = 256;
+
+struct Params {
+  StepRows rows;
+  void* k;
+  void* v;
+  int kv_heads, block_size, head_dim, group;
+  const void* q;
+  void* out;
+  int q_stride, out_stride;
+  float q_factor;      // q is multiplied by it before it is rounded to the product's type
+  float score_factor;  // the rest of scale * log2(e) * k_scale
+  float v_scale, inverse_k_scale, inverse_v_scale;
+  int window;
+  int cluster_size;  // thread blocks that merge through shared memory
+  int clusters;      // of a row and KV head; more than one merge through partials
+  bool history_ready;
+  const void* fresh_k;
+  const void* fresh_v;
+  const float2* rotary;
+  int* arrived;      // [rows * kv_heads][kMaxCluster], zero between launches
+  float4* partials;  // [rows * kv_heads][clusters][group * head_dim / 4]
+  float2* partial_statistics;
+};
+
+// Shared memory of a block, in bytes: see merge.cuh.
+constexpr size_t kStashBytes = 2 * kMaxHeadDim * 2;
+constexpr int OutStride(int head_dim) { return head_dim + 8; }
+constexpr int QuadsPerBlock(int group, int head_dim, int cluster_size) {
+  return (group * head_dim / 4 + cluster_size - 1) / cluster_size;
+}
+constexpr size_t SharedBytes(int group, int head_dim, int cluster_size) {
+  const size_t cluster =
+      cluster_size == 1
+          ? 0
+          : cluster_size * (sizeof(float2) * group +
+                            sizeof(float4) * QuadsPerBlock(group, head_dim, cluster_size));
+  return kStashBytes + kWarps * group * (sizeof(float2) + sizeof(float) * OutStride(head_dim)) +
+         cluster;
+}
+
+using Kernel = void (*)(Params);
+// head_tiles: 1 or 2; dim: 64, 128 or 256.
+Kernel FindBF16(int dim, int head_tiles);
+Kernel FindF16(int dim, int head_tiles);
+Kernel FindBF16OverE4M3(int dim, int head_tiles);
+Kernel FindF16OverE4M3(int dim, int head_tiles);
+
+}  // namespace lockstep::kernels::decode
+
+#endif  // LOCKSTEP_KERNELS_ATTENTION_DECODE_LAUNCH_H_

@@ -1,0 +1,102 @@
+// Warp-level pieces that the tensor-core attention kernels share: m16n8k16
+// products, fragments of KV elements, exponentials.
+#ifndef LOCKSTEP_KERNELS_ATTENTION_MMA_CUH_
+#define LOCKSTEP_KERNELS_ATTENTION_MMA_CUH_
+
+#include <cstdint>
+
+#include "kernels/device.cuh"
+#include "kernels/vector.cuh"
+
+namespace lockstep::kernels {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float Exp2(float v) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+
+// d += a (16x16, row) * b (16x8, col), M the element type.
+template <typename M>
+__device__ __forceinline__ void Mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                    uint32_t a3, uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void Mma<__nv_bfloat16>(float (&d)[4], uint32_t a0, uint32_t a1,
+                                                   uint32_t a2, uint32_t a3, uint32_t b0,
+                                                   uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void Mma<__half>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                            uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two floats as a pair of M, the first in the low half.
+template <typename M>
+__device__ __forceinline__ uint32_t PackPair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t PackPair<__nv_bfloat16>(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+template <>
+__device__ __forceinline__ uint32_t PackPair<__half>(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+// The transpose of an 8x8 matrix of 16-bit elements spread over the warp.
+__device__ __forceinline__ uint32_t Transpose8x8(uint32_t v) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  return out;
+}
+
+// Eight cached elements as they lie in memory, and as four pairs for the tensor
+// cores. e4m3 becomes f16 exactly.
+template <typename KV>
+struct Chunk {
+  using Raw = uint4;
+  using M = KV;
+  __device__ static __forceinline__ uint4 Widen(const Raw& raw) { return raw; }
+};
+template <>
+struct Chunk<__nv_fp8_e4m3> {
+  using Raw = uint2;
+  using M = __half;
+  __device__ static __forceinline__ uint32_t WidenPair(uint16_t pair) {
+    uint32_t out;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(pair));
+    return out;
+  }
+  __device__ static __forceinline__ uint4 Widen(const Raw& raw) {
+    return make_uint4(
+        WidenPair(static_cast<uint16_t>(raw.x)), WidenPair(static_cast<uint16_t>(raw.x >> 16)),
+        WidenPair(static_cast<uint16_t>(raw.y)), WidenPair(static_cast<uint16_t>(raw.y >> 16)));
+  }
+};
+
+// Elements `pair` * 2 and * 2 + 1 of a widened chunk; pair a constant.
+__device__ __forceinline__ uint32_t Word(const uint4& v, int pair) {
+  return pair == 0 ? v.x : pair == 1 ? v.y : pair == 2 ? v.z : v.w;
+}
+
+// Element `e` (a constant) of two chunks as one pair.
+__device__ __forceinline__ uint32_t Interleave(const uint4& a, const uint4& b, int e) {
+  return __byte_perm(Word(a, e / 2), Word(b, e / 2), e % 2 == 0 ? 0x5410 : 0x7632);
+}
+
+}  // namespace lockstep::kernels
+
+#endif  // LOCKSTEP_KERNELS_ATTENTION_MMA_CUH_
