@@ -21,7 +21,7 @@
 //   kNested   the same for top_p within top_k                       8,192
 //   kMass     mass and ties kept                                       16
 //   kChoose   the chosen token and its logit                            8
-//   kScore    parts of the log-probabilities                          184
+//   kScore    parts of the log-probabilities                          176
 //   kFinish   nothing: writes tokens, counts and results                0
 //
 // Greedy batches are kMaximum, one 8 byte exchange and kFinish.
@@ -54,7 +54,7 @@ inline constexpr int kMaxBias = 1024;
 inline constexpr int kMaxEndingIds = 256;
 
 // How a slot samples; uploaded when the sequence is admitted.
-struct SlotParams {
+struct alignas(16) SlotParams {
   float temperature = 0.0f;  // 0: greedy
   float top_p = 1.0f;
   float min_p = 0.0f;
@@ -125,11 +125,11 @@ constexpr bool HasPhase(const SampleNeeds& needs, SamplePhase phase) {
 // Per row and rank.
 constexpr size_t SampleExchangeBytes(SamplePhase phase) {
   constexpr size_t kBytes[kNumSamplePhases] = {
-      8, 2048 * 12, 2048 * 4, 2048 * 4, 16, 8, 24 + 8 * kMaxTopLogprobs, 0};
+      8, 2048 * 12, 2048 * 4, 2048 * 4, 16, 8, 16 + 8 * kMaxTopLogprobs, 0};
   return kBytes[phase];
 }
 
-struct SampledRow {
+struct alignas(8) SampledRow {
   int32_t token = 0;
   uint32_t flags = 0;
 };
