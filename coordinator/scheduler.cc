@@ -139,6 +139,7 @@ void Scheduler::Impl::End(Sequence* s) {
       LOCKSTEP_CHECK(false);
   }
   s->state = SequenceState::kEnded;
+  Suspect(s, 0);
   if (--r->num_live > 0 && r->num_live == r->num_held_back) {
     Enqueue(&*std::find_if(r->sequences.begin(), r->sequences.end(), [](const Sequence& sibling) {
       return sibling.state == SequenceState::kHeldBack;
@@ -150,62 +151,6 @@ void Scheduler::Impl::End(Sequence* s) {
 void Scheduler::Impl::ReleaseHeldBack(LiveRequest* r) {
   for (Sequence& s : r->sequences) {
     if (s.state == SequenceState::kHeldBack) Enqueue(&s);
-  }
-}
-
-void Scheduler::Impl::SuspendAll() {
-  while (!running.empty()) {
-    Sequence* const s = running.back();
-    LeaveSlot(s);
-    s->resumed = true;
-    Enqueue(s);
-  }
-  // No KV is left to share: of each request one sequence goes ahead again.
-  for (auto& [id, r] : requests) {
-    bool leads = true;
-    for (Sequence& s : r->sequences) {
-      s.last_step = 0;
-      if (s.state == SequenceState::kEnded) continue;
-      if (!std::exchange(leads, false) && s.state == SequenceState::kWaiting) {
-        waiting.erase(&s);
-        s.state = SequenceState::kHeldBack;
-        ++r->num_held_back;
-      }
-    }
-  }
-  finished_slots.clear();
-  in_flight.clear();
-  allocator.Reset();
-  last_step = acknowledged = 0;
-}
-
-void Scheduler::Impl::BeginEpoch(uint64_t new_epoch) {
-  LOCKSTEP_CHECK(new_epoch > epoch);
-  SuspendAll();
-  epoch = new_epoch;
-  epoch_open = true;
-}
-
-void Scheduler::Impl::EndEpoch(const absl::Status& reason, std::vector<SchedulerEvent>* events) {
-  std::vector<LiveRequest*> dead;
-  for (auto& [id, r] : requests) {
-    const bool present =
-        std::any_of(r->sequences.begin(), r->sequences.end(), [this](const Sequence& s) {
-          return s.state == SequenceState::kRunning ||
-                 (s.state != SequenceState::kEnded && s.last_step > acknowledged);
-        });
-    if (present && ++r->num_deaths >= 2) dead.push_back(r.get());
-  }
-  std::sort(dead.begin(), dead.end(),
-            [](const LiveRequest* a, const LiveRequest* b) { return a->arrival < b->arrival; });
-  SuspendAll();
-  epoch_open = false;
-  for (LiveRequest* r : dead) {
-    Fail(r,
-         absl::UnavailableError(absl::StrCat("the request was running when the workers failed, "
-                                             "twice; last: ",
-                                             reason.message())),
-         events);
   }
 }
 

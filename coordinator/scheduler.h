@@ -106,9 +106,11 @@ class Scheduler {
   // Starts stepping under `epoch` with empty KV: everything that ran waits
   // again, before all newcomers, with its known tokens kept and computed = 0.
   void BeginEpoch(uint64_t epoch);
-  // The group died. Requests that held a slot are marked; one that is marked a
-  // second time fails with `reason` (Unavailable, naming the rank). No plans
-  // until BeginEpoch.
+  // The group died. Requests that had something in a step are suspects: they are
+  // replayed one after another, and one that kills the group again fails alone
+  // with `reason` (Unavailable, naming the rank). So does every request present
+  // at two deaths of which no suspect was the cause (scheduler_death.cc). No
+  // plans until BeginEpoch.
   void EndEpoch(const absl::Status& reason, std::vector<SchedulerEvent>* events);
   // Fails every request (recovery timed out, shutdown).
   void FailAll(const absl::Status& reason, std::vector<SchedulerEvent>* events);

@@ -93,6 +93,7 @@ Sequence* Scheduler::Impl::StillRunning(const PlannedSpan& span) const {
 void Scheduler::Impl::Acknowledge(Sequence* s, const PlannedSpan& span) {
   LOCKSTEP_CHECK(s->num_acknowledged == span.first_position);
   s->num_acknowledged += span.num_tokens;
+  NoteAcknowledged(s);
   EnterCache(s);
   if (s->request->num_held_back > 0 && s->num_acknowledged >= s->num_prompt()) {
     ReleaseHeldBack(s->request);

@@ -1,7 +1,8 @@
 // The scheduler's state and the steps between its states. Private to
 // coordinator/scheduler*.cc:
 //
-//   scheduler.cc            requests come and go, epochs begin and end
+//   scheduler.cc            requests come and go
+//   scheduler_death.cc      epochs begin and end; who is blamed for a death
 //   scheduler_plan.cc       Schedule(): the one rule
 //   scheduler_apply.cc      Apply(): what a step's result means
 //   scheduler_integrity.cc  CheckIntegrity()
@@ -51,12 +52,10 @@ struct PlannedStep {
 struct Scheduler::Impl {
   explicit Impl(const SchedulerConfig& c);
 
-  // --- scheduler.cc: requests and epochs.
+  // --- scheduler.cc: requests.
   absl::Status Add(Request request, int64_t now_ms);
   bool Cancel(RequestId id);
   bool Stop(SequenceId id);
-  void BeginEpoch(uint64_t new_epoch);
-  void EndEpoch(const absl::Status& reason, std::vector<SchedulerEvent>* events);
   void FailAll(const absl::Status& reason, std::vector<SchedulerEvent>* events);
   SchedulerStats Stats() const;
 
@@ -66,7 +65,6 @@ struct Scheduler::Impl {
   void Preempt(Sequence* s);    // kRunning -> kWaiting
   void End(Sequence* s);        // -> kEnded; the next sibling takes the lead where needed
   void ReleaseHeldBack(LiveRequest* r);
-  void SuspendAll();  // the group is gone: kRunning -> kWaiting, all KV forgotten
 
   void Fail(LiveRequest* r, const absl::Status& status, std::vector<SchedulerEvent>* events);
   void Forget(LiveRequest* r);  // ends what is left of it and destroys it
@@ -75,16 +73,32 @@ struct Scheduler::Impl {
     return static_cast<uint32_t>(requests.size()) - num_running_requests;
   }
 
+  // --- scheduler_death.cc: epochs and trials.
+  void BeginEpoch(uint64_t new_epoch);
+  void EndEpoch(const absl::Status& reason, std::vector<SchedulerEvent>* events);
+  void SuspendAll();  // the group is gone: kRunning -> kWaiting, all KV forgotten
+  void Suspect(Sequence* s, uint32_t clear_at);
+  Sequence* RunningSuspect() const;
+  Sequence* WaitingSuspect() const;
+  bool TrialIsOn() const;
+  void NotePlanned(Sequence* s);  // computes in the plan being made
+  void NoteAcknowledged(Sequence* s);
+  bool IsPresent(const LiveRequest& r) const;
+  std::vector<LiveRequest*> Judge();
+
   // --- scheduler_plan.cc
   struct Draft;  // a plan in the making
   std::optional<StepPlan> Schedule(int64_t now_ms, std::vector<SchedulerEvent>* events);
   void FailExpired(int64_t now_ms, std::vector<SchedulerEvent>* events);
+  bool PlanTrial(Draft* draft);
   void PlanDecodes(Draft* draft);
   void PlanPrefills(Draft* draft);
   void PlanNewcomers(Draft* draft, int64_t now_ms, std::vector<SchedulerEvent>* events);
   bool Grow(Sequence* s, Draft* draft);
   uint32_t ComingBlocks() const;
   PlannedSpan MakeSpan(Sequence* s, uint32_t num_tokens, Draft* draft);
+  uint32_t GrowthRoomOfRunning() const;
+  bool HasRoomFor(const Sequence& s, const std::vector<BlockId>& cached, const Draft& draft) const;
   bool TryStart(Sequence* s, Draft* draft);
   bool KeepsGuarantees(const Sequence& newcomer) const;
   std::vector<BlockId> FindCached(const Sequence& s) const;
@@ -139,6 +153,11 @@ struct Scheduler::Impl {
   uint64_t last_step = 0;     // planned
   uint64_t acknowledged = 0;  // steps
   std::deque<PlannedStep> in_flight;
+
+  uint32_t num_suspects = 0;  // sequences
+  // Of this epoch: whose suspect was planned last, and in which step.
+  std::optional<RequestId> on_trial;
+  uint64_t trial_step = 0;
 
   uint64_t next_arrival = 1;
   uint64_t next_run = 1;

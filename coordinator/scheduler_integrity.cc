@@ -78,6 +78,11 @@ absl::Status Scheduler::Impl::CheckQueues() const {
     return Broken(occupied, " slots occupied, ", free_slots.size(), " free, of ",
                   config.max_num_seqs);
   }
+  if (std::count_if(running.begin(), running.end(),
+                    [](const Sequence* q) { return q->clear_at > 0; }) > 1) {
+    return Broken("two suspects run at once");
+  }
+  size_t suspects = 0;
   if (finished_slots.size() > config.max_num_seqs) return Broken("too many finished slots");
   if (in_flight.size() > static_cast<size_t>(config.max_plans_in_flight)) {
     return Broken(in_flight.size(), " plans in flight");
@@ -86,7 +91,9 @@ absl::Status Scheduler::Impl::CheckQueues() const {
   size_t with_deadline = 0;
   for (const auto& [id, r] : requests) {
     with_deadline += r->request.deadline_ms != kNoDeadline ? 1 : 0;
+    for (const Sequence& q : r->sequences) suspects += q.clear_at > 0 ? 1 : 0;
   }
+  if (suspects != num_suspects) return Broken(num_suspects, " suspects counted");
   if (with_deadline != deadlines.size()) return Broken("deadlines of requests that are gone");
   return absl::OkStatus();
 }

@@ -1,7 +1,8 @@
 // Schedule(): let computed catch up with known, under a budget of tokens and of
 // slots. Who already runs comes first, decodes before prefills; then whoever
 // waits, strictly in order: nobody overtakes a request that does not fit yet,
-// so none starves.
+// so none starves. After a death of the group its suspects go through one at a
+// time (scheduler_death.cc).
 //
 // Blocks: a sequence enters with blocks for every token it knows and grows by
 // one block at a time. When a growing sequence finds none, it waits if enough
@@ -64,9 +65,14 @@ std::optional<StepPlan> Scheduler::Impl::Schedule(int64_t now_ms,
   }
   Draft draft;
   draft.budget = config.max_batched_tokens;
-  PlanDecodes(&draft);
-  PlanPrefills(&draft);
-  if (!draft.short_of_blocks) PlanNewcomers(&draft, now_ms, events);
+  if (!PlanTrial(&draft)) {
+    PlanDecodes(&draft);
+    PlanPrefills(&draft);
+    // While a suspect waits for room nobody else takes it.
+    if (!draft.short_of_blocks && WaitingSuspect() == nullptr) {
+      PlanNewcomers(&draft, now_ms, events);
+    }
+  }
   if (draft.spans.empty()) {
     // Only a step in flight can be the reason why nothing can run.
     LOCKSTEP_CHECK(!in_flight.empty() || requests.empty());
@@ -83,6 +89,28 @@ void Scheduler::Impl::FailExpired(int64_t now_ms, std::vector<SchedulerEvent>* e
                                                   ": its deadline passed before it was complete")),
          events);
   }
+}
+
+// True: this plan is a trial's, even where that leaves it empty. A trial begins
+// with no step in flight, and looks no further ahead than to its verdict.
+bool Scheduler::Impl::PlanTrial(Draft* draft) {
+  if (num_suspects == 0 && trial_step <= acknowledged) return false;
+  Sequence* s = RunningSuspect();
+  if (s != nullptr) {
+    if (s->num_computed >= s->clear_at) return true;
+    const uint32_t num_tokens = std::min(draft->budget, s->num_to_compute());
+    if (Grow(s, draft)) draft->spans.push_back(MakeSpan(s, num_tokens, draft));
+    return s->state == SequenceState::kRunning || trial_step > acknowledged;
+  }
+  if (trial_step > acknowledged) return true;
+  s = WaitingSuspect();
+  if (s == nullptr || free_slots.empty()) return false;
+  draft->growth_room = GrowthRoomOfRunning();
+  if (!HasRoomFor(*s, FindCached(*s), *draft)) return false;
+  if (in_flight.empty() && TryStart(s, draft)) {
+    draft->spans.push_back(MakeSpan(s, std::min(draft->budget, s->num_to_compute()), draft));
+  }
+  return true;
 }
 
 void Scheduler::Impl::PlanDecodes(Draft* draft) {
@@ -106,7 +134,7 @@ void Scheduler::Impl::PlanPrefills(Draft* draft) {
 
 void Scheduler::Impl::PlanNewcomers(Draft* draft, int64_t now_ms,
                                     std::vector<SchedulerEvent>* events) {
-  for (const Sequence* s : running) draft->growth_room += GrowthRoom(*s, s->table.size());
+  draft->growth_room = GrowthRoomOfRunning();
   while (draft->budget > 0 && !free_slots.empty() && !waiting.empty()) {
     Sequence* const s = *waiting.begin();
     if (!TryStart(s, draft)) return;
@@ -157,6 +185,7 @@ PlannedSpan Scheduler::Impl::MakeSpan(Sequence* s, uint32_t num_tokens, Draft* d
   s->num_computed += num_tokens;
   s->num_in_flight += span.samples ? 1 : 0;
   s->last_step = last_step + 1;
+  NotePlanned(s);
   draft->budget -= num_tokens;
   return span;
 }
@@ -165,17 +194,29 @@ uint32_t Scheduler::Impl::GrowthRoom(const Sequence& s, uint32_t blocks) const {
   return std::min(kGrowthBlocks, s.MaxBlocks(config.block_size) - blocks);
 }
 
-// Gives the sequence a slot and blocks for all it knows, if that leaves room.
-bool Scheduler::Impl::TryStart(Sequence* s, Draft* draft) {
-  if (!KeepsGuarantees(*s)) return false;
-  const std::vector<BlockId> cached = FindCached(*s);
-  const uint32_t num_cached = static_cast<uint32_t>(cached.size());
-  const uint32_t total = BlocksForTokens(s->num_known(), config.block_size);
+uint32_t Scheduler::Impl::GrowthRoomOfRunning() const {
+  uint32_t room = 0;
+  for (const Sequence* s : running) room += GrowthRoom(*s, s->table.size());
+  return room;
+}
+
+bool Scheduler::Impl::HasRoomFor(const Sequence& s, const std::vector<BlockId>& cached,
+                                 const Draft& draft) const {
+  if (!KeepsGuarantees(s)) return false;
+  const uint32_t total = BlocksForTokens(s.num_known(), config.block_size);
   const auto idle = std::count_if(cached.begin(), cached.end(), [this](BlockId block) {
     return allocator.cache().IsIdle(block);
   });
-  const uint32_t room = draft->growth_room + GrowthRoom(*s, total);
-  if (allocator.num_available() < idle + (total - num_cached) + room) return false;
+  return allocator.num_available() >=
+         idle + (total - cached.size()) + draft.growth_room + GrowthRoom(s, total);
+}
+
+// Gives the sequence a slot and blocks for all it knows, if that leaves room.
+bool Scheduler::Impl::TryStart(Sequence* s, Draft* draft) {
+  const std::vector<BlockId> cached = FindCached(*s);
+  if (!HasRoomFor(*s, cached, *draft)) return false;
+  const uint32_t num_cached = static_cast<uint32_t>(cached.size());
+  const uint32_t total = BlocksForTokens(s->num_known(), config.block_size);
 
   waiting.erase(s);
   s->state = SequenceState::kRunning;
@@ -186,7 +227,7 @@ bool Scheduler::Impl::TryStart(Sequence* s, Draft* draft) {
   running.insert(std::upper_bound(running.begin(), running.end(), s, SeniorFirst()), s);
   if (s->request->num_running++ == 0) ++num_running_requests;
   if (IsGuaranteed(*s)) ++num_guaranteed;
-  draft->growth_room = room;
+  draft->growth_room += GrowthRoom(*s, total);
 
   for (BlockId block : cached) {
     allocator.Share(block);

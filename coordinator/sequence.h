@@ -41,6 +41,9 @@ struct Sequence {
   std::vector<TokenId> generated;  // delivered tokens
   bool resumed = false;            // it ran before: waits in front of all that did not
   uint32_t num_preemptions = 0;
+  // A suspect of its group's death until this many positions are acknowledged;
+  // 0: it is none.
+  uint32_t clear_at = 0;
 
   // Of the current run; meaningless while not running.
   Slot slot;
@@ -51,6 +54,7 @@ struct Sequence {
   uint32_t num_in_flight = 0;    // tokens being sampled
   bool prompt_logprobs = false;  // asked for in this run
   uint64_t last_step = 0;        // the last plan it is in (also kept after a preemption)
+  uint32_t reached = 0;          // the most positions ever planned in this epoch (kept likewise)
   // Prefix cache: the first num_cached blocks of the table are entries. Once
   // another block stands for the same content, the chain ends here.
   uint32_t num_cached = 0;
@@ -80,7 +84,7 @@ struct LiveRequest {
   bool started = false;
   uint32_t next_prompt_logprob =
       1;               // first prompt position not yet delivered; the first token has none
-  int num_deaths = 0;  // group deaths it was part of
+  int num_deaths = 0;  // group deaths it was part of and that nobody else explains
 };
 
 // Who gets blocks and budget first among running sequences; the last one is

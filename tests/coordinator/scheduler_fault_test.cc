@@ -92,6 +92,64 @@ TEST_F(SchedulerFaultTest, TheSecondDeathQuarantinesWhoRanAtBoth) {
   EXPECT_EQ(h_.scheduler.Stats().completed, 2u);
 }
 
+// Four run when the group dies, one of them the culprit: each is replayed with
+// nobody else in a step, and only the culprit's trial ends badly.
+TEST_F(SchedulerFaultTest, ASuspectIsReplayedAloneAndFailsAlone) {
+  for (uint64_t id = 1; id <= 4; ++id) ASSERT_TRUE(h_.Add(RequestBuilder(id).MaxTokens(9)).ok());
+  h_.Step();
+  h_.Plan();
+  h_.Die();
+  h_.BeginEpoch(2);
+  for (uint64_t id = 1; id <= 2; ++id) {  // cleared
+    EXPECT_EQ(h_.Step().new_sequences.at(0).sampling.seed, static_cast<int64_t>(1'000 * id));
+  }
+  const std::optional<StepPlan> trial = h_.Plan();
+  ASSERT_TRUE(trial.has_value());
+  EXPECT_EQ(trial->spans.size(), 1u);
+  EXPECT_EQ(trial->new_sequences.at(0).sampling.seed, 3'000);
+  EXPECT_EQ(h_.Plan(), std::nullopt) << "somebody else in a step during the trial";
+  h_.Die();
+  const auto failed = h_.EventsOf<FailedEvent>();
+  ASSERT_EQ(failed.size(), 1u);
+  EXPECT_EQ(failed[0].request, RequestId(3));
+  EXPECT_EQ(failed[0].status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(failed[0].status.message()), HasSubstr("rank 1 died"));
+  // What is explained counts against nobody else.
+  h_.BeginEpoch(3);
+  h_.Step();
+  h_.Step();
+  h_.Plan();
+  h_.Die();
+  h_.BeginEpoch(4);
+  h_.RunAll();
+  EXPECT_EQ(h_.scheduler.Stats().completed, 3u);
+}
+
+TEST_F(SchedulerFaultTest, AClearedRequestThatMeetsAnotherDeathFails) {
+  ASSERT_TRUE(h_.Add(RequestBuilder(1).MaxTokens(9)).ok());
+  h_.Step();
+  h_.Die();
+  h_.BeginEpoch(2);
+  for (int i = 0; i < 4; ++i) h_.Step();
+  h_.Die();
+  EXPECT_EQ(h_.EventsOf<FailedEvent>().size(), 1u);
+}
+
+TEST_F(SchedulerFaultTest, ACancelledSuspectLeavesNobodyToBlame) {
+  for (uint64_t id = 1; id <= 2; ++id) ASSERT_TRUE(h_.Add(RequestBuilder(id).MaxTokens(9)).ok());
+  h_.Step();
+  h_.Die();
+  h_.BeginEpoch(2);
+  h_.Plan();
+  EXPECT_TRUE(h_.scheduler.Cancel(RequestId(1)));
+  EXPECT_EQ(h_.Plan(), std::nullopt) << "its step may still kill";
+  h_.Die();
+  EXPECT_THAT(h_.EventsOf<FailedEvent>(), IsEmpty());
+  h_.BeginEpoch(3);
+  h_.RunAll();
+  EXPECT_EQ(h_.Tokens(2).size(), 9u);
+}
+
 TEST_F(SchedulerFaultTest, ARequestThatOnlyWaitedIsNotToBlame) {
   for (uint64_t epoch = 2; epoch < 5; ++epoch) {
     ASSERT_TRUE(h_.Add(RequestBuilder(epoch).MaxTokens(2)).ok());
@@ -132,9 +190,11 @@ TEST_F(SchedulerFaultTest, SiblingsShareAgainAfterAReplay) {
   h_.Die();
   h_.BeginEpoch(2);
   EXPECT_EQ(h_.Step().new_sequences.size(), 1u);
-  const StepPlan siblings = h_.Step();
-  ASSERT_EQ(siblings.new_sequences.size(), 2u);
-  EXPECT_EQ(siblings.new_sequences[0].num_computed_tokens, 8u);
+  for (int sibling = 1; sibling < 3; ++sibling) {  // each on trial alone
+    const StepPlan plan = h_.Step();
+    ASSERT_EQ(plan.new_sequences.size(), 1u);
+    EXPECT_EQ(plan.new_sequences[0].num_computed_tokens, 8u);
+  }
   h_.RunAll();
   for (uint32_t i = 0; i < 3; ++i) EXPECT_EQ(h_.Tokens(1, i).size(), 8u);
 }

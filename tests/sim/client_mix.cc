@@ -26,6 +26,8 @@ SchedulerConfig DrawConfig(Scenario scenario, Random* random) {
   c.enable_prefix_caching = random->Percent(75);
   c.max_plans_in_flight = random->Percent(85) ? 2 : 1;
   c.cache_hash_key = random->Next();
+  // A position found in the cache is not computed, and nobody dies of it.
+  if (scenario == Scenario::kPoisoned) c.enable_prefix_caching = false;
   if (scenario == Scenario::kOverloaded) {
     c.max_num_seqs = 8;
     c.max_model_len = 64;
@@ -42,6 +44,13 @@ Weather DrawWeather(Scenario scenario, Random* random) {
     return {.arrivals = 30, .schedules = 40, .answers = 30, .num_requests = 32};
   }
   Weather w;
+  if (scenario == Scenario::kPoisoned) {
+    return {.arrivals = random->OneOf({2, 10, 40}),
+            .schedules = random->OneOf({20, 40}),
+            .answers = random->OneOf({20, 40}),
+            .killers = random->OneOf({5, 20, 50}),
+            .num_requests = random->Between(5, 40)};
+  }
   w.arrivals = random->OneOf({2, 10, 40});
   w.cancels = random->OneOf({0, 2, 10});
   w.deaths = random->OneOf({0, 0, 1, 2});
@@ -105,7 +114,7 @@ Ledger::Entry ClientMix::Draw(int64_t now_ms, PoisonSet* poison) {
   if (random_->Percent(30)) r.priority = static_cast<int32_t>(random_->Below(3)) - 1;
   if (random_->Percent(weather_.deadlines)) r.deadline_ms = now_ms + random_->Between(1, 2'000);
   if (random_->Percent(20)) r.cache_salt = random_->Below(3);
-  entry.kills = random_->Percent(weather_.killers);
+  if (random_->Percent(weather_.killers)) entry.kills_at = random_->Below(config_.max_model_len);
   entry.outputs.resize(p.n);
   for (uint32_t i = 0; i < p.n; ++i) {
     const uint32_t answer = std::max(1u, p.max_tokens);

@@ -51,6 +51,10 @@ void Ledger::Accept(Entry entry) {
     entry.outputs[i].expected = Expect(entry.request, i);
     by_seed_[SequenceSeed(*entry.request.sampling.seed, i)] = {entry.request.id, i};
   }
+  if (entry.kills_at) {  // a position that it does compute; the last token's is not
+    const size_t known = entry.request.prompt.size() + entry.outputs[0].expected.tokens.size();
+    *entry.kills_at %= static_cast<uint32_t>(std::max<size_t>(known, 2) - 1);
+  }
   live_.emplace(entry.request.id.value, std::move(entry));
 }
 
@@ -166,6 +170,7 @@ void Ledger::Take(const FailedEvent& e) {
   Entry* const entry = Find(e.request);
   if (entry == nullptr) return Violate("request ", e.request.value, " failed after its end");
   ++failed;
+  if (!entry->poisoned && !entry->kills_at) ++innocent_failed;
   switch (e.status.code()) {
     case absl::StatusCode::kInternal:
       if (!entry->poisoned) Violate("request ", e.request.value, ": ", e.status.ToString());
@@ -240,6 +245,11 @@ void Ledger::CheckReleased(const StepPlan& plan) {
 bool Ledger::HoldsSlot(RequestId id) const {
   return std::any_of(in_slot_.begin(), in_slot_.end(),
                      [id](const auto& slot) { return slot.second.id.request == id; });
+}
+
+bool Ledger::KillerLives() const {
+  return std::any_of(live_.begin(), live_.end(),
+                     [](const auto& entry) { return entry.second.kills_at.has_value(); });
 }
 
 void Ledger::EpochEnded(uint64_t acknowledged) {

@@ -42,7 +42,8 @@ class Ledger {
     std::vector<Output> outputs;  // by index
     bool started = false, over = false;
     bool poisoned = false;  // some sequence meets NaN
-    bool kills = false;     // the group dies of it whenever it runs
+    // The group dies whenever this position of its first sequence is computed.
+    std::optional<uint32_t> kills_at;
     uint32_t next_prompt_logprob = 1;
     int deaths = 0;          // group deaths it may have been part of
     uint64_t last_step = 0;  // the last plan that computes for it
@@ -64,6 +65,8 @@ class Ledger {
   bool HoldsSlot(RequestId id) const;
   SequenceId InSlot(Slot slot) const { return in_slot_.at(slot.value).id; }
 
+  bool KillerLives() const;
+
   std::map<uint64_t, Entry>& live() { return live_; }
   Entry* Find(RequestId id);
   const std::string& violation() const { return violation_; }
@@ -73,6 +76,7 @@ class Ledger {
   }
 
   uint64_t completed = 0, failed = 0, cancelled = 0, preempted = 0, stopped = 0;
+  uint64_t innocent_failed = 0;  // failed, and neither poisoned nor a killer of groups
 
  private:
   struct Occupant {

@@ -1,7 +1,7 @@
 // sim: runs the scheduler's simulation over many seeds.
 //
-//   sim --start 1 --count 10000     ten thousand seeds of each scenario
-//   sim --seed 1234 [--overloaded] [--trace]
+//   sim --start 1 --count 10000     ten thousand seeds, and some of every scenario
+//   sim --seed 1234 [--overloaded | --poisoned] [--trace]
 //                                   one run again, every event a line
 //
 // Exits 1 at the first violation, with the command that replays it.
@@ -19,11 +19,12 @@ using lockstep::sim::Scenario;
 int main(int argc, char** argv) {
   CLI::App app{"Simulates the scheduler among failing workers and leaving clients."};
   uint64_t start = 1, count = 1'000, seed = 0;
-  bool overloaded = false, trace = false;
+  bool overloaded = false, poisoned = false, trace = false;
   app.add_option("--start", start, "first seed");
   app.add_option("--count", count, "how many seeds");
   app.add_option("--seed", seed, "this seed alone");
   app.add_flag("--overloaded", overloaded, "with --seed: the overloaded scenario");
+  app.add_flag("--poisoned", poisoned, "with --seed: the poisoned scenario");
   app.add_flag("--trace", trace, "with --seed: print every event");
   CLI11_PARSE(app, argc, argv);
 
@@ -33,15 +34,15 @@ int main(int argc, char** argv) {
     std::printf("seed %llu: %s\n  replay: sim --seed %llu --trace%s\n",
                 static_cast<unsigned long long>(options.seed), report->violation.c_str(),
                 static_cast<unsigned long long>(options.seed),
-                options.scenario == Scenario::kOverloaded ? " --overloaded" : "");
+                lockstep::sim::FlagOf(options.scenario));
     return false;
   };
   RunReport report;
   if (app.count("--seed") > 0) {
-    const bool ok = run({.seed = seed,
-                         .scenario = overloaded ? Scenario::kOverloaded : Scenario::kMixed,
-                         .keep_trace = trace},
-                        &report);
+    const Scenario scenario = overloaded ? Scenario::kOverloaded
+                              : poisoned ? Scenario::kPoisoned
+                                         : Scenario::kMixed;
+    const bool ok = run({.seed = seed, .scenario = scenario, .keep_trace = trace}, &report);
     std::printf("%sseed %llu: trace hash %016llx, %llu events\n", report.trace.c_str(),
                 static_cast<unsigned long long>(seed),
                 static_cast<unsigned long long>(report.trace_hash),
@@ -52,8 +53,9 @@ int main(int argc, char** argv) {
   RunReport sum;
   const auto began = std::chrono::steady_clock::now();
   for (uint64_t s = start; s < start + count; ++s) {
-    for (const Scenario scenario : {Scenario::kMixed, Scenario::kOverloaded}) {
+    for (const Scenario scenario : {Scenario::kMixed, Scenario::kOverloaded, Scenario::kPoisoned}) {
       if (scenario == Scenario::kOverloaded && s % 10 != 0) continue;
+      if (scenario == Scenario::kPoisoned && s % 2 != 0) continue;
       if (!run({.seed = s, .scenario = scenario}, &report)) return 1;
       sum.events += report.events;
       sum.steps += report.steps;

@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = [
     'common/check.cc', 'coordinator/retry_delay.cc', 'coordinator/kv/block_allocator.cc',
     'coordinator/kv/prefix_cache.cc', 'coordinator/admission.cc', 'coordinator/scheduler.cc',
-    'coordinator/scheduler_plan.cc', 'coordinator/scheduler_apply.cc',
+    'coordinator/scheduler_death.cc', 'coordinator/scheduler_plan.cc',
+    'coordinator/scheduler_apply.cc',
     'coordinator/scheduler_integrity.cc', 'worker/slot_book.cc', 'tests/sim/client_mix.cc',
     'tests/sim/ledger.cc', 'tests/sim/sim_worker.cc', 'tests/sim/simulation.cc', 'tests/sim/main.cc',
 ]
@@ -33,6 +34,7 @@ FOLDERS = ['common', 'wire', 'coordinator', 'worker', 'tests/sim', 'tests/fakes'
 ALLOCATOR = 'coordinator/kv/block_allocator.cc'
 CACHE = 'coordinator/kv/prefix_cache.cc'
 REQUESTS = 'coordinator/scheduler.cc'
+DEATH = 'coordinator/scheduler_death.cc'
 PLAN = 'coordinator/scheduler_plan.cc'
 APPLY = 'coordinator/scheduler_apply.cc'
 
@@ -80,7 +82,7 @@ MUTANTS = [
      '  events->push_back(event);\n  if (s->generated.size() == 3) events->push_back(event);\n'),
     ('a late token of a preempted run is taken for the next', APPLY,
      's != nullptr && s->run == span.run ? s : nullptr', 's'),
-    ('a replay loses the last generated token', REQUESTS,
+    ('a replay loses the last generated token', DEATH,
      '    LeaveSlot(s);\n    s->resumed = true;\n    Enqueue(s);',
      '    LeaveSlot(s);\n    if (s->generated.size() > 1) s->generated.pop_back();\n'
      '    s->resumed = true;\n    Enqueue(s);'),
@@ -96,8 +98,21 @@ MUTANTS = [
     ('a deadline is looked at one step in ten', PLAN,
      'while (!deadlines.empty() && deadlines.begin()->first <= now_ms)',
      'while (last_step % 10 == 0 && !deadlines.empty() && deadlines.begin()->first <= now_ms)'),
-    ('the second death is forgiven', REQUESTS,
-     '++r->num_deaths >= 2', '++r->num_deaths >= 3'),
+    ('the second death is forgiven', DEATH,
+     ['if (id == on_trial && IsPresent(*r)) guilty.push_back(r.get());', '++r->num_deaths >= 2'],
+     ['', '++r->num_deaths >= 3']),
+    ('suspects are replayed together', PLAN,
+     '  if (num_suspects == 0 && trial_step <= acknowledged) return false;\n',
+     '  if (num_suspects < 1000) return false;\n'),
+    ('a trial begins while others are in flight', PLAN,
+     'if (in_flight.empty() && TryStart(s, draft))', 'if (TryStart(s, draft))'),
+    ('others are planned before the verdict', PLAN,
+     'if (trial_step > acknowledged) return true;\n', ''),
+    ('suspects are cleared by their first step', DEATH,
+     's->num_acknowledged >= s->clear_at', 's->num_acknowledged > 0'),
+    ('a death that a suspect explains counts against the others', DEATH,
+     '      r->num_deaths = 0;\n',
+     '      if (IsPresent(*r) && id != on_trial && ++r->num_deaths >= 2) guilty.push_back(r.get());\n'),
     ('siblings are forgotten when their leader ends early', REQUESTS,
      'if (--r->num_live > 0 && r->num_live == r->num_held_back)',
      'if (--r->num_live > 100 && r->num_live == r->num_held_back)'),

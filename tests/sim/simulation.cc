@@ -161,6 +161,9 @@ void Run::OneEvent() {
 void Run::Arrive() {
   Ledger::Entry entry = clients_.Draw(now_ms_, &poison_);
   ++arrived_;
+  // One at a time: while a suspect waits for room others go on, and a second
+  // culprit among them would find everybody at a second death.
+  if (options_.scenario == Scenario::kPoisoned && ledger_.KillerLives()) entry.kills_at.reset();
   const Request& r = entry.request;
   const uint64_t total = r.prompt.size() + r.sampling.max_tokens;
   const uint64_t positions = r.prompt.size() + std::max(1u, r.sampling.max_tokens) - 1;
@@ -253,13 +256,15 @@ void Run::Send(const StepPlan& plan) {
   PlanInFlight sent{.plan = plan, .writes = {}, .killers = {}, .result = std::nullopt};
   for (const Span& span : plan.spans) {
     SlotView& slot = slots_[span.slot];
+    const SequenceId id = ledger_.InSlot(span.slot);
+    const uint32_t kills_at =
+        id.index == 0 ? ledger_.Find(id.request)->kills_at.value_or(UINT32_MAX) : UINT32_MAX;
     for (uint32_t i = 0; i < span.num_tokens; ++i, ++slot.num_computed) {
       const uint32_t index = slot.num_computed / config_.block_size;
       if (index >= slot.table.size()) return ledger_.Violate("a span beyond its table");
       sent.writes.insert(slot.table[index]);
+      if (kills_at == slot.num_computed) sent.killers.push_back(id.request);
     }
-    const RequestId id = ledger_.InSlot(span.slot).request;
-    if (ledger_.Find(id)->kills) sent.killers.push_back(id);
   }
   in_flight_.push_back(std::move(sent));
 }
@@ -355,6 +360,9 @@ void Run::EndEpoch(const std::string& why) {
   scheduler_.EndEpoch(absl::UnavailableError(why), &events_);
   Publish();
   report_.quarantined += ledger_.failed - failed;
+  if (options_.scenario == Scenario::kPoisoned && ledger_.failed > failed + 1) {
+    ledger_.Violate("one death ended ", ledger_.failed - failed, " requests");
+  }
   if (late && scheduler_.Apply(*late, &events_).ok()) ledger_.Violate("a stale result counts");
   if (scheduler_.Stats().running != 0) ledger_.Violate("something runs without a group");
 }
@@ -363,6 +371,7 @@ void Run::Publish() {
   for (const SchedulerEvent& event : events_) {
     if (!ok()) break;
     Trace("event ", event.index());
+    if (const auto* f = std::get_if<FailedEvent>(&event)) Trace("fail ", f->request.value);
     if (const auto* token = std::get_if<TokenEvent>(&event)) {
       const Ledger::Entry* const entry = ledger_.Find(token->sequence.request);
       const Ledger::Output* const output =
@@ -415,9 +424,24 @@ void Run::CheckEnd() {
   if (options_.scenario == Scenario::kOverloaded && s.completed + s.rejected != s.received) {
     ledger_.Violate("an accepted request did not finish");
   }
+  if (options_.scenario == Scenario::kPoisoned && ledger_.innocent_failed > 0) {
+    ledger_.Violate(ledger_.innocent_failed, " requests failed for the poison of others");
+  }
 }
 
 }  // namespace
+
+const char* FlagOf(Scenario scenario) {
+  switch (scenario) {
+    case Scenario::kMixed:
+      return "";
+    case Scenario::kOverloaded:
+      return " --overloaded";
+    case Scenario::kPoisoned:
+      return " --poisoned";
+  }
+  return "";
+}
 
 RunReport Simulate(const RunOptions& options) { return Run(options).Go(); }
 

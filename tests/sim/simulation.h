@@ -18,6 +18,7 @@ namespace lockstep::sim {
 enum class Scenario {
   kMixed,       // every kind of event, in random proportions
   kOverloaded,  // KV demand four times the pool, nobody leaves: all must finish
+  kPoisoned,    // the group dies of some requests and of nothing else: only they may fail
 };
 
 struct RunOptions {
@@ -25,6 +26,9 @@ struct RunOptions {
   Scenario scenario = Scenario::kMixed;
   bool keep_trace = false;  // otherwise only its hash
 };
+
+// The flag that chooses it, of the program `sim`; "" for kMixed.
+const char* FlagOf(Scenario scenario);
 
 // What a run went through: a simulation that never preempts proves nothing.
 struct RunReport {

@@ -54,6 +54,20 @@ TEST(SimulationTest, FinishesEveryAcceptedRequestAtFourTimesThePool) {
   EXPECT_GT(preemptions, 100u);
 }
 
+TEST(SimulationTest, APoisonRequestFailsAlone) {
+  uint64_t deaths = 0, failed = 0, completed = 0;
+  for (uint64_t seed = FirstSeed(); seed < FirstSeed() + 100; ++seed) {
+    const RunReport report = Simulate({.seed = seed, .scenario = Scenario::kPoisoned});
+    ASSERT_EQ(report.violation, "") << "replay: sim --poisoned --seed " << seed << " --trace";
+    deaths += report.deaths;
+    failed += report.failed;
+    completed += report.completed;
+  }
+  EXPECT_LE(deaths, 2 * failed);
+  EXPECT_GT(failed, 100u);
+  EXPECT_GT(completed, 1'000u);
+}
+
 TEST(SimulationTest, TheSameSeedLeavesTheSameTrace) {
   for (uint64_t seed = FirstSeed(); seed < FirstSeed() + 10; ++seed) {
     const RunReport once = Simulate({.seed = seed, .keep_trace = true});
