@@ -6,6 +6,7 @@
 
 #include "CLI/CLI.hpp"
 #include "cli/bench/fixed_benches.h"
+#include "cli/bench/serve_bench.h"
 #include "cli/commands.h"
 
 namespace lockstep {
@@ -74,15 +75,47 @@ void AddThroughput(CLI::App* bench, Command* chosen) {
       ->capture_default_str();
 }
 
+void AddServe(CLI::App* bench, Command* chosen) {
+  auto flags = std::make_shared<ServeBenchFlags>();
+  CLI::App* command =
+      AddBench<ServeBenchFlags>(bench, "serve", "A load like users', judged by a service level",
+                                flags, RunServeBench, chosen);
+  command->add_option("--request-rate", flags->rates, "Open loop: requests a second (Poisson)")
+      ->expected(1, 64)
+      ->delimiter(',');
+  command->add_option("--concurrency", flags->concurrency, "Closed loop: requests under way")
+      ->expected(1, 64)
+      ->check(CLI::Range(1u, 65536u))
+      ->delimiter(',');
+  command->add_option("--requests", flags->requests, "Of each load point")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+  command->add_option("--lengths", flags->lengths, "fixed (--input-len, --output-len) or sharegpt")
+      ->check(CLI::IsMember({"fixed", "sharegpt"}))
+      ->capture_default_str();
+  command->add_option("--input-len", flags->input, "Tokens of a prompt")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+  command->add_option("--output-len", flags->output, "Tokens of an answer")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->capture_default_str();
+  command->add_option("--slo-ttft-ms", flags->slo.ttft_ms, "Goodput: first token within")
+      ->capture_default_str();
+  command->add_option("--slo-tpot-ms", flags->slo.tpot_ms, "Goodput: time per token at most")
+      ->capture_default_str();
+  command->add_option("--html", flags->html, "Write a report with plots to this file");
+}
+
 }  // namespace
 
 void AddBenchCommand(CLI::App* app, Command* chosen) {
-  CLI::App* bench = app->add_subcommand("bench", "Measure a server: latency, prefill, throughput");
+  CLI::App* bench = app->add_subcommand("bench", "Measure a server");
   bench->group("Measure");
   bench->require_subcommand(1);
   AddLatency(bench, chosen);
   AddPrefill(bench, chosen);
   AddThroughput(bench, chosen);
+  AddServe(bench, chosen);
 }
 
 }  // namespace lockstep

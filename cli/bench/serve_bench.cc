@@ -1,0 +1,193 @@
+#include "cli/bench/serve_bench.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "cli/bench/bench_session.h"
+#include "cli/bench/serve_report.h"
+#include "cli/bench/statistics.h"
+
+namespace lockstep {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int64_t kWarmUpRequests = 8;
+constexpr int64_t kSleepNs = 50'000'000;  // between two looks at an interruption
+constexpr uint32_t kChatTokens = 2048;    // of the longest conversation
+
+// Sends one point's requests and gathers their logs.
+class Generator {
+ public:
+  Generator(LoadClient* client, std::vector<v1::GenerateRequest> requests)
+      : client_(client), requests_(std::move(requests)), logs_(requests_.size()) {}
+
+  std::vector<RequestLog> Open(double rate, std::mt19937_64* random) {
+    std::exponential_distribution<double> gap_s(rate);
+    int64_t due_ns = NowNs();
+    for (size_t i = 0; i < requests_.size() && !client_->cancelled(); ++i) {
+      SleepUntil(due_ns);
+      Send(i, due_ns, /*follow=*/false);
+      due_ns += static_cast<int64_t>(gap_s(*random) * 1e9);
+    }
+    return Wait(next_);
+  }
+
+  std::vector<RequestLog> Closed(size_t under_way) {
+    const size_t first = std::min(under_way, requests_.size());
+    next_ = first;
+    for (size_t i = 0; i < first; ++i) Send(i, 0, /*follow=*/true);
+    return Wait(requests_.size());
+  }
+
+ private:
+  void SleepUntil(int64_t due_ns) const {
+    for (int64_t now = NowNs(); now < due_ns && !client_->cancelled(); now = NowNs()) {
+      std::this_thread::sleep_for(std::chrono::nanoseconds(std::min(due_ns - now, kSleepNs)));
+    }
+  }
+
+  void Send(size_t i, int64_t due_ns, bool follow) {
+    if (!follow) next_ = i + 1;
+    client_->Send(requests_[i], due_ns,
+                  [this, i, follow](RequestLog log) { Keep(i, std::move(log), follow); });
+  }
+
+  // On a lane's thread.
+  void Keep(size_t i, RequestLog log, bool follow) {
+    // A place that is free is taken before this answer is counted, so that the
+    // last count is the last call.
+    if (follow) {
+      const size_t next = next_++;
+      if (next < requests_.size()) Send(next, 0, true);
+    }
+    std::lock_guard lock(mutex_);
+    logs_[i] = std::move(log);
+    ++ended_;
+    changed_.notify_one();
+  }
+
+  std::vector<RequestLog> Wait(size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return ended_ == count; });
+    return std::move(logs_);
+  }
+
+  LoadClient* const client_;
+  const std::vector<v1::GenerateRequest> requests_;
+  std::atomic<size_t> next_ = 0;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  size_t ended_ = 0;              // guarded by mutex_
+  std::vector<RequestLog> logs_;  // guarded by mutex_
+};
+
+absl::Status CheckFlags(const ServeBenchFlags& flags) {
+  if (flags.rates.empty() && flags.concurrency.empty()) {
+    return absl::InvalidArgumentError(
+        "--request-rate: give one or more (open loop), or --concurrency (closed loop)");
+  }
+  for (const double rate : flags.rates) {
+    if (!(rate > 0)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--request-rate ", rate, ": expected requests a second, above 0"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+bool LikePeople(const ServeBenchFlags& flags) { return flags.lengths == "sharegpt"; }
+
+std::string DescribeLengths(const ServeBenchFlags& flags) {
+  if (!LikePeople(flags)) {
+    return absl::StrFormat("%u requests a point of %u prompt and %u output tokens", flags.requests,
+                           flags.input, flags.output);
+  }
+  return absl::StrFormat(
+      "%u requests a point with ShareGPT-like lengths (log-normal: prompts median 110, sigma 1.2; "
+      "answers median 140, sigma 0.9; 4 to 1024 tokens)",
+      flags.requests);
+}
+
+std::vector<v1::GenerateRequest> MakeRequests(const ServeBenchFlags& flags,
+                                              const v1::GetModelInfoResponse& info,
+                                              std::mt19937_64* random) {
+  const uint32_t longest = std::min(info.max_model_len(), kChatTokens);
+  std::vector<v1::GenerateRequest> requests;
+  for (uint32_t i = 0; i < flags.requests; ++i) {
+    const Lengths lengths =
+        LikePeople(flags) ? ChatLengths(random, longest) : Lengths{flags.input, flags.output};
+    requests.push_back(RandomRequest(lengths, info.vocab_size(), random));
+  }
+  return requests;
+}
+
+absl::Status WriteHtml(const std::string& path, const Json& report) {
+  std::ofstream file(path, std::ios::trunc);
+  file << ServeHtml(report) << std::flush;
+  if (file) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("--html ", path, ": cannot be written"));
+}
+
+}  // namespace
+
+absl::Status RunServeBench(const ServeBenchFlags& flags) {
+  if (absl::Status status = CheckFlags(flags); !status.ok()) return status;
+  ServerNeeds needs;
+  // Of a server started for this: what the closed loop keeps under way.
+  for (const uint32_t n : flags.concurrency) needs.sequences = std::max(needs.sequences, n);
+  needs.requests = std::max(needs.sequences, flags.rates.empty() ? 0 : flags.requests);
+  if (!LikePeople(flags)) needs.tokens = flags.input + flags.output;
+  absl::StatusOr<std::unique_ptr<BenchSession>> session = BenchSession::Open(flags.bench, needs);
+  if (!session.ok()) return session.status();
+  const v1::GetModelInfoResponse& info = (*session)->target().info;
+  if (absl::Status fits = CheckNeeds(info, {1, 1, needs.tokens}); !fits.ok()) return fits;
+  LoadClient* const client = (*session)->client();
+  std::mt19937_64* const random = (*session)->random();
+  if (absl::StatusOr<Round> warm_up = (*session)->Run(kWarmUpRequests, {16, 16}); !warm_up.ok()) {
+    return warm_up.status();
+  }
+
+  std::vector<LoadPoint> points;
+  for (const double rate : flags.rates) points.push_back({true, rate});
+  for (const uint32_t n : flags.concurrency) points.push_back({false, double{1} * n});
+  Json results = Json::array();
+  const double cpu_begin_s = ProcessCpuSeconds();
+  int64_t tokens = 0;
+  for (const LoadPoint& point : points) {
+    std::fprintf(stderr, "%s: %u requests\n", point.Name().c_str(), flags.requests);
+    Generator generator(client, MakeRequests(flags, info, random));
+    const std::vector<RequestLog> logs = point.open
+                                             ? generator.Open(point.value, random)
+                                             : generator.Closed(static_cast<size_t>(point.value));
+    if (client->cancelled()) return absl::CancelledError("interrupted");
+    const ServeFigures figures = Summarize(point, logs, flags.slo);
+    tokens += figures.output_tokens;
+    results.push_back(ToJson(figures));
+  }
+  const Json report = {
+      {"bench", "serve"},
+      {"target", DescribeTarget(flags.bench, (*session)->target())},
+      {"lengths", DescribeLengths(flags)},
+      {"slo", {{"ttft_ms", flags.slo.ttft_ms}, {"tpot_ms", flags.slo.tpot_ms}}},
+      {"client_us_per_token", (ProcessCpuSeconds() - cpu_begin_s) * 1e6 /
+                                  static_cast<double>(std::max<int64_t>(tokens, 1))},
+      {"points", results}};
+  if (!flags.html.empty()) {
+    if (absl::Status written = WriteHtml(flags.html, report); !written.ok()) return written;
+  }
+  return WriteReport(flags.bench, report, ServeTable(report));
+}
+
+}  // namespace lockstep
