@@ -63,12 +63,6 @@ absl::Status CheckShape(const ModelConfig& config, const ServingShape& shape) {
   return absl::OkStatus();
 }
 
-// The matrices of the layers. The embedding and the head are looked up and
-// multiplied in the serving dtype by every fp8 checkpoint there is.
-bool IsQuantized(const LocalTensor& tensor) {
-  return tensor.is_matrix && absl::StartsWith(tensor.name, "layers.");
-}
-
 // Widths of a rank's rows between two matrices, in elements.
 struct Widths {
   int64_t hidden, embedding, q, qkv, mlp, up;
@@ -184,13 +178,19 @@ void Judge(const ModelConfig& config, const ServingShape& shape, int64_t memory_
 
 }  // namespace
 
-int64_t WeightBytes(const ShardPlan& plan, DType dtype, const std::string& quantization) {
+bool IsQuantizedMatrix(const LocalTensor& tensor) {
+  return tensor.is_matrix && absl::StartsWith(tensor.name, "layers.");
+}
+
+int64_t WeightBytes(const ShardPlan& plan, DType dtype, const std::string& quantization,
+                    BackendKind backend) {
+  const int64_t vector_bytes = backend == BackendKind::kCpu ? 4 : DTypeBytes(dtype);
   int64_t bytes = 0;
   for (const LocalTensor& tensor : plan.tensors) {
     const int64_t elements = tensor.rows * tensor.cols;
     if (!tensor.is_matrix) {
-      bytes += elements * 4;
-    } else if (!quantization.empty() && IsQuantized(tensor)) {
+      bytes += elements * vector_bytes;
+    } else if (!quantization.empty() && IsQuantizedMatrix(tensor)) {
       bytes += elements + tensor.rows * 4;
     } else {
       bytes += elements * DTypeBytes(dtype);
@@ -205,7 +205,7 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
   if (!plan.ok()) return plan.status();
   if (absl::Status status = CheckShape(config, shape); !status.ok()) return status;
   RankMemory memory;
-  memory.weight_bytes = WeightBytes(*plan, shape.dtype, shape.quantization);
+  memory.weight_bytes = WeightBytes(*plan, shape.dtype, shape.quantization, backend);
   memory.kv_bytes_per_token =
       2 * config.num_layers * plan->local_kv_heads * config.head_dim * DTypeBytes(shape.dtype);
   const bool cpu = backend == BackendKind::kCpu;

@@ -2,7 +2,8 @@
 // start and answers `lockstep plan`.
 //
 //   weights       every LocalTensor of the shard plan: matrices in the serving
-//                 dtype (fp8: one byte and a float32 scale a row), vectors float32
+//                 dtype (fp8: one byte and a float32 scale a row), vectors in
+//                 float32 (cpu) or the serving dtype (cuda)
 //   KV            2 (K and V) x layers x local_kv_heads x head_dim x bytes a token
 //   activations   of the largest step: max_batched_tokens rows of every buffer
 //                 between two matrices, the logits of a chunk of rows, and, on
@@ -55,7 +56,13 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
                                              int64_t tp_size, int64_t rank, BackendKind backend);
 
 // Bytes of a shard plan's tensors as the worker allocates them.
-int64_t WeightBytes(const ShardPlan& plan, DType dtype, const std::string& quantization);
+int64_t WeightBytes(const ShardPlan& plan, DType dtype, const std::string& quantization,
+                    BackendKind backend = BackendKind::kCpu);
+
+// Whether --quantization touches it: the matrices of the layers. The embedding
+// and the head are looked up and multiplied in the serving dtype by every fp8
+// checkpoint there is.
+bool IsQuantizedMatrix(const LocalTensor& tensor);
 
 // KV blocks that fit into available_bytes beside everything else; the smallest over ranks.
 // ResourceExhausted, with required against available and the flag that would help, when

@@ -19,6 +19,7 @@
 #include "worker/backend/cpu/cpu_backend.h"
 #include "worker/decoder.h"
 #include "worker/device_info.h"
+#include "worker/gpu.h"
 #include "worker/step_executor.h"
 #include "worker/thread_pool.h"
 #include "worker/weights.h"
@@ -76,7 +77,7 @@ struct Loaded {
 
 class CheckpointHost final : public ModelHost {
  public:
-  explicit CheckpointHost(uint32_t threads) : threads_(threads) {}
+  CheckpointHost(uint32_t threads, Gpu* gpu) : threads_(threads), gpu_(gpu) {}
 
   absl::StatusOr<LoadReport> Load(const Configure& configure, const Progress& progress) override {
     const std::string wish = Wish(configure);
@@ -128,6 +129,7 @@ class CheckpointHost final : public ModelHost {
   absl::Status LoadInto(Loaded& loaded, const Configure& configure, const Progress& progress);
 
   const uint32_t threads_;
+  Gpu* const gpu_;  // null: the cpu backend
   std::atomic<int> rank_{-1};
   std::atomic<uint64_t> held_bytes_{0};
   std::unique_ptr<Loaded> loaded_;
@@ -148,7 +150,7 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
   if (!dtype.ok()) return dtype.status();
   const absl::StatusOr<ModelConfig> config = LoadModelConfig(configure.model_path());
   if (!config.ok()) return config.status();
-  if (absl::Status servable = CheckServable(*config, BackendKind::kCpu); !servable.ok()) {
+  if (absl::Status servable = CheckServable(*config, gpu_ == nullptr ? BackendKind::kCpu : BackendKind::kCuda); !servable.ok()) {
     return servable;
   }
   const absl::StatusOr<ShardPlan> plan =
@@ -174,27 +176,39 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
   loaded.pool = std::make_unique<ThreadPool>(static_cast<int>(threads));
   end_phase("open");
 
-  WeightOptions options;
-  options.dtype = *dtype;
-  options.progress = [&](int64_t done, int64_t total) {
-    progress(static_cast<uint64_t>(done), static_cast<uint64_t>(total));
-  };
-  absl::StatusOr<std::unique_ptr<Weights>> weights =
-      dummy ? Weights::Dummy(*plan, *config, options, loaded.pool.get())
-            : Weights::Load(*checkpoint, *plan, options, loaded.pool.get());
-  if (!weights.ok()) return weights.status();
-  report.checkpoint_bytes = static_cast<uint64_t>((*weights)->checkpoint_bytes());
-  end_phase("load");
-
   BackendLimits limits;
   limits.max_num_seqs = configure.max_num_seqs();
   limits.max_batched_tokens = configure.max_batched_tokens();
   limits.max_model_len = configure.max_model_len();
   limits.block_size = configure.block_size();
   limits.num_kv_blocks = configure.num_kv_blocks();
-  absl::StatusOr<std::unique_ptr<Backend>> backend =
-      MakeCpuBackend(*config, *plan, *std::move(weights), limits, *dtype, loaded.pool.get());
+  const auto on_progress = [&](int64_t done, int64_t total) {
+    progress(static_cast<uint64_t>(done), static_cast<uint64_t>(total));
+  };
+  absl::StatusOr<std::unique_ptr<Backend>> backend = absl::UnknownError("not loaded");
+  int64_t checkpoint_bytes = 0;
+  if (gpu_ != nullptr) {
+    backend = gpu_->Load(*config, *plan,
+                         {.checkpoint = checkpoint.get(),
+                          .dtype = *dtype,
+                          .quantization = configure.quantization(),
+                          .limits = limits,
+                          .progress = on_progress,
+                          .end_phase = end_phase,
+                          .checkpoint_bytes = &checkpoint_bytes},
+                         loaded.pool.get());
+  } else {
+    const WeightOptions options = {.dtype = *dtype, .progress = on_progress};
+    absl::StatusOr<std::unique_ptr<Weights>> weights =
+        dummy ? Weights::Dummy(*plan, *config, options, loaded.pool.get())
+              : Weights::Load(*checkpoint, *plan, options, loaded.pool.get());
+    if (!weights.ok()) return weights.status();
+    checkpoint_bytes = (*weights)->checkpoint_bytes();
+    end_phase("load");
+    backend = MakeCpuBackend(*config, *plan, *std::move(weights), limits, *dtype, loaded.pool.get());
+  }
   if (!backend.ok()) return backend.status();
+  report.checkpoint_bytes = static_cast<uint64_t>(checkpoint_bytes);
   report.weight_bytes = static_cast<uint64_t>((*backend)->weight_bytes());
   report.kv_bytes = static_cast<uint64_t>((*backend)->kv_bytes());
   report.shard = DescribeShard(*config, *plan);
@@ -208,8 +222,8 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
 
 }  // namespace
 
-std::unique_ptr<ModelHost> MakeCheckpointHost(uint32_t threads) {
-  return std::make_unique<CheckpointHost>(threads);
+std::unique_ptr<ModelHost> MakeCheckpointHost(uint32_t threads, Gpu* gpu) {
+  return std::make_unique<CheckpointHost>(threads, gpu);
 }
 
 }  // namespace lockstep

@@ -146,6 +146,7 @@ class FaultyCommunicator final : public RankCommunicator {
   }
   absl::Status Barrier() override { return Counted(comm_->Barrier()); }
   void Abort() override { comm_->Abort(); }
+  DeviceCommunicator* device() override { return comm_->device(); }
 
  private:
   absl::Status Counted(absl::Status status) {

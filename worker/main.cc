@@ -23,6 +23,7 @@
 #include "worker/comm/gloo_communicator.h"
 #include "worker/device_info.h"
 #include "worker/fault_injection.h"
+#include "worker/gpu.h"
 #include "worker/grpc_plane.h"
 #include "worker/session.h"
 
@@ -34,6 +35,7 @@ constexpr int kStuckExitCode = 75;  // EX_TEMPFAIL
 struct WorkerOptions {
   std::string coordinator = "127.0.0.1:50052";
   std::string backend = "cpu";
+  int32_t device = 0;
   uint32_t threads = 0;
   int32_t preferred_rank = -1;
   std::string comm_address;
@@ -62,7 +64,10 @@ void AddFlags(CLI::App& app, WorkerOptions* o) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
       ->group(g);
   g = "Compute";
-  app.add_option("--backend", o->backend, "cpu")->capture_default_str()->group(g);
+  app.add_option("--backend", o->backend, "cpu or cuda")->capture_default_str()->group(g);
+  app.add_option("--device", o->device, "GPU of this host, as the driver counts them")
+      ->capture_default_str()
+      ->group(g);
   app.add_option("--threads", o->threads, "Compute threads; 0: what the coordinator says")
       ->capture_default_str()
       ->group(g);
@@ -95,9 +100,13 @@ absl::Status Validate(const WorkerOptions& o) {
   if (o.coordinator.empty()) {
     return absl::InvalidArgumentError("--coordinator: expected HOST:PORT or unix:PATH");
   }
-  if (o.backend != "cpu") {
+  if (o.backend != "cpu" && o.backend != "cuda") {
     return absl::InvalidArgumentError(
-        absl::StrCat("--backend ", o.backend, ": this build has cpu alone"));
+        absl::StrCat("--backend ", o.backend, ": expected cpu or cuda"));
+  }
+  if (o.device < 0 || o.device > 255) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--device ", o.device, ": expected 0 to 255"));
   }
   if (o.threads > 4'096) {
     return absl::InvalidArgumentError(
@@ -118,7 +127,7 @@ absl::Status Validate(const WorkerOptions& o) {
   return ParseFaults(o.inject).status();
 }
 
-SessionOptions MakeSessionOptions(const WorkerOptions& o) {
+SessionOptions MakeSessionOptions(const WorkerOptions& o, Gpu* gpu) {
   const DeviceInfo device = ReadDeviceInfo();
   SessionOptions options;
   worker::v1::Hello& hello = options.hello;
@@ -140,13 +149,32 @@ SessionOptions MakeSessionOptions(const WorkerOptions& o) {
   options.runner.collective_library = GlooVersion();
   options.runner.terminal = isatty(STDERR_FILENO) == 1;
   options.runner.make_communicator = MakeGlooCommunicator;
+  if (gpu == nullptr) return options;
+  const GpuInfo info = gpu->Info();
+  hello.set_device(info.name);
+  hello.set_device_uuid(info.uuid);
+  hello.set_collective_library(gpu->collective_library());
+  options.runner.collective_library = gpu->collective_library();
+  options.read_memory = [gpu] {
+    const GpuInfo now = gpu->Info();
+    return std::pair(now.memory_total_bytes, now.memory_free_bytes);
+  };
+  options.runner.make_communicator = [gpu](const CommunicatorOptions& communicator) {
+    return gpu->MakeCommunicator(communicator);
+  };
   return options;
 }
 
 int Run(const WorkerOptions& o, const ProcessEvents& events) {
-  SessionOptions options = MakeSessionOptions(o);
+  std::unique_ptr<Gpu> gpu;
+  if (o.backend == "cuda") {
+    absl::StatusOr<std::unique_ptr<Gpu>> opened = Gpu::Open(o.device);
+    if (!opened.ok()) return Fail(opened.status(), 1);
+    gpu = *std::move(opened);
+  }
+  SessionOptions options = MakeSessionOptions(o, gpu.get());
   std::unique_ptr<ModelHost> host = InjectFaults(
-      *ParseFaults(o.inject), MakeCheckpointHost(o.threads), &options.runner.make_communicator);
+      *ParseFaults(o.inject), MakeCheckpointHost(o.threads, gpu.get()), &options.runner.make_communicator);
   Session session(std::move(options), MakeGrpcPlane(o.coordinator, o.insecure), std::move(host));
   std::thread signals([&] {
     if (events.Wait() == ProcessEvents::Event::kTerminate) session.Stop();

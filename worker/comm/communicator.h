@@ -23,9 +23,13 @@ struct CollectiveStats {  // since the last ResetStats
   uint64_t bytes_sent = 0;
 };
 
+class DeviceCommunicator;  // worker/comm/cuda/device_communicator.h
+
 class Communicator {
  public:
   virtual ~Communicator() = default;
+  // The collectives of device memory, of a group of GPUs; null in any other.
+  virtual DeviceCommunicator* device() { return nullptr; }
   virtual int rank() const = 0;
   virtual int size() const = 0;
 

@@ -1,0 +1,67 @@
+#include "worker/backend/cuda/collectives.h"
+
+#include "absl/strings/str_cat.h"
+#include "worker/backend/cuda/cuda_memory.h"
+#include "worker/comm/cuda/device_communicator.h"
+
+namespace lockstep::cuda {
+
+absl::Status Collectives::Attach(Communicator* comm, int hidden) {
+  size_ = comm->size();
+  comm_ = comm->device();
+  gemv_exchange_ = {};
+  if (size_ == 1) return absl::OkStatus();
+  if (comm_ == nullptr) {
+    return absl::InvalidArgumentError("the cuda backend needs a communicator of device memory");
+  }
+  if (has_peers()) {
+    gemv_exchange_.peers = *comm_->peers();
+    gemv_exchange_.offset = comm_->gemv_offset();
+    gemv_exchange_.width = hidden;
+  }
+  return absl::OkStatus();
+}
+
+bool Collectives::has_peers() const { return comm_ != nullptr && comm_->peers() != nullptr; }
+
+absl::Status Collectives::AllReduce(const kernels::Launch& launch,
+                                    const kernels::AllReduceArgs& args, bool* fused) {
+  const size_t count = static_cast<size_t>(args.rows) * args.hidden;
+  Count(count * kernels::TypeBytes(args.type));
+  *fused = false;
+  if (has_peers()) {
+    const kernels::AllReducePath path =
+        kernels::ChooseAllReduce(args, comm_->layout(), size_);
+    if (path != kernels::AllReducePath::kNone) {
+      *fused = true;
+      return ToStatus(kernels::AllReduce(launch, *comm_->peers(), comm_->layout(), path, args),
+                      "all-reduce");
+    }
+  }
+  return comm_->nccl()->AllReduceSum(args.type, args.in, const_cast<void*>(args.in), count,
+                                     launch.stream);
+}
+
+absl::Status Collectives::AllGather(const kernels::Launch& launch, const void* send,
+                                    void* gathered, size_t bytes) {
+  Count(bytes);
+  if (has_peers() && bytes <= comm_->layout().gather_bytes) {
+    return ToStatus(kernels::SmallAllGather(launch, *comm_->peers(), comm_->layout(), send,
+                                            gathered, bytes),
+                    "all-gather");
+  }
+  return comm_->nccl()->AllGather(send, gathered, bytes, launch.stream);
+}
+
+absl::Status Collectives::Explain(const absl::Status& failure) const {
+  if (comm_ == nullptr) return failure;
+  const absl::Status fault = comm_->Fault();
+  return fault.ok() ? failure : fault;
+}
+
+void Collectives::Count(size_t bytes) {
+  ++stats_.count;
+  stats_.bytes_sent += bytes;
+}
+
+}  // namespace lockstep::cuda

@@ -1,0 +1,58 @@
+// The collectives of the cuda backend: small messages by the GPUs' own writes into
+// each other's memory, all others by NCCL. With one rank there is nothing to do.
+//
+// Enqueued on a stream, capturable; every rank makes the same calls.
+#ifndef LOCKSTEP_WORKER_BACKEND_CUDA_COLLECTIVES_H_
+#define LOCKSTEP_WORKER_BACKEND_CUDA_COLLECTIVES_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "kernels/all_reduce.h"
+#include "kernels/gemv.h"
+#include "kernels/types.h"
+#include "worker/comm/communicator.h"
+
+namespace lockstep {
+class DeviceCommunicator;  // worker/comm/cuda/device_communicator.h
+}
+
+namespace lockstep::cuda {
+
+class Collectives {
+ public:
+  // `comm`: of any size; above 1 it must be a DeviceCommunicator, which outlives
+  // the epoch.
+  absl::Status Attach(Communicator* comm, int hidden);
+  int size() const { return size_; }
+  bool has_peers() const;
+
+  // *fused: all that args asks for was done. Otherwise only the sum was made, in
+  // place of args.in.
+  absl::Status AllReduce(const kernels::Launch& launch, const kernels::AllReduceArgs& args,
+                         bool* fused);
+  // bytes of `send` from every rank, in rank order.
+  absl::Status AllGather(const kernels::Launch& launch, const void* send, void* gathered,
+                         size_t bytes);
+  // What push and reduce of kernels/gemv.h need; null without peers.
+  const kernels::GemvExchange* gemv_exchange() const {
+    return has_peers() ? &gemv_exchange_ : nullptr;
+  }
+  // Names the rank that a failed step waited for, if one did.
+  absl::Status Explain(const absl::Status& failure) const;
+
+  // Since the last ResetStats: as enqueued, so also while a graph is captured.
+  void Count(size_t bytes);
+  CollectiveStats stats() const { return stats_; }
+  void ResetStats() { stats_ = {}; }
+
+ private:
+  int size_ = 1;
+  DeviceCommunicator* comm_ = nullptr;
+  kernels::GemvExchange gemv_exchange_;
+  CollectiveStats stats_;
+};
+
+}  // namespace lockstep::cuda
+
+#endif  // LOCKSTEP_WORKER_BACKEND_CUDA_COLLECTIVES_H_

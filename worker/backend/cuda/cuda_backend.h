@@ -1,0 +1,41 @@
+// The seam on an NVIDIA GPU: kernels/ and cuBLASLt on one stream.
+//
+//   a step of decodes   one row a sequence, padded to a bucket; captured once as a
+//                       CUDA graph for each (bucket, kind of sampling), then replayed
+//   any other step      enqueued kernel by kernel
+//
+// The host enqueues a step while the one before runs, and hears of its end by a
+// number in mapped memory: no copy, no event, no wait in between.
+#ifndef LOCKSTEP_WORKER_BACKEND_CUDA_CUDA_BACKEND_H_
+#define LOCKSTEP_WORKER_BACKEND_CUDA_CUDA_BACKEND_H_
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "model/model_config.h"
+#include "model/shard_plan.h"
+#include "worker/backend/backend.h"
+#include "worker/backend/cuda/device_weights.h"
+
+namespace lockstep::cuda {
+
+struct CudaBackendOptions {
+  BackendLimits limits;
+  DType dtype = DType::kBFloat16;  // of activations and KV
+  bool graphs = true;
+};
+
+// On the current device; the caller's thread is the one that will call. Once for
+// a process, before the first: InitKernels.
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const ModelConfig& config,
+                                                         const ShardPlan& plan,
+                                                         std::unique_ptr<DeviceWeights> weights,
+                                                         const CudaBackendOptions& options);
+
+// Loads every kernel on the current device: a lazy load may wait for a device
+// that waits for a peer.
+absl::Status InitKernels();
+
+}  // namespace lockstep::cuda
+
+#endif  // LOCKSTEP_WORKER_BACKEND_CUDA_CUDA_BACKEND_H_

@@ -1,0 +1,197 @@
+#include "worker/backend/cuda/lt_matmul.h"
+
+#include <cublasLt.h>
+#include <dlfcn.h>
+
+#include <tuple>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
+#include "worker/backend/cuda/cuda_memory.h"
+
+namespace lockstep::cuda {
+namespace {
+
+using kernels::Type;
+
+// The few entries that are used, by name.
+struct Library {
+#define LOCKSTEP_CUBLASLT(name) decltype(&::name) name = nullptr;
+#define LOCKSTEP_CUBLASLT_ENTRIES                                                              \
+  LOCKSTEP_CUBLASLT(cublasLtCreate)                                                            \
+  LOCKSTEP_CUBLASLT(cublasLtDestroy)                                                           \
+  LOCKSTEP_CUBLASLT(cublasLtGetVersion)                                                        \
+  LOCKSTEP_CUBLASLT(cublasLtMatmul)                                                            \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulAlgoGetHeuristic)                                            \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescCreate)                                                  \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescDestroy)                                                 \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescSetAttribute)                                            \
+  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutCreate)                                                \
+  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutDestroy)                                               \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceCreate)                                            \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceDestroy)                                           \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceSetAttribute)
+  LOCKSTEP_CUBLASLT_ENTRIES
+#undef LOCKSTEP_CUBLASLT
+
+  absl::Status Open() {
+    void* library = dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) {
+      return absl::NotFoundError(absl::StrCat("--backend cuda needs libcublasLt.so.13 (cuBLAS of "
+                                              "CUDA 13): ",
+                                              dlerror()));
+    }
+#define LOCKSTEP_CUBLASLT(name)                                                                \
+  name = reinterpret_cast<decltype(name)>(dlsym(library, #name));                              \
+  if (name == nullptr) return absl::NotFoundError("libcublasLt.so.13 has no " #name);
+    LOCKSTEP_CUBLASLT_ENTRIES
+#undef LOCKSTEP_CUBLASLT
+    return absl::OkStatus();
+  }
+};
+
+cudaDataType_t DataType(Type type) {
+  switch (type) {
+    case Type::kF32:
+      return CUDA_R_32F;
+    case Type::kF16:
+      return CUDA_R_16F;
+    case Type::kBF16:
+      return CUDA_R_16BF;
+    case Type::kE4M3:
+      return CUDA_R_8F_E4M3;
+  }
+  return CUDA_R_32F;
+}
+
+absl::Status Check(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("cuBLASLt ", what, ": status ", static_cast<int>(status)));
+}
+
+// The shape that decides the algorithm.
+using Key = std::tuple<int, int, int, Type, Type, int64_t, int64_t>;
+
+}  // namespace
+
+struct LtMatmul::Impl {
+  struct Plan {
+    cublasLtMatmulDesc_t product = nullptr;
+    cublasLtMatrixLayout_t weights = nullptr, x = nullptr, out = nullptr;
+    cublasLtMatmulAlgo_t algorithm = {};
+  };
+
+  absl::StatusOr<const Plan*> PlanFor(const MatmulArgs& args);
+  absl::Status Describe(const MatmulArgs& args, Plan* plan);
+
+  Library lt;
+  cublasLtHandle_t handle = nullptr;
+  Buffer<std::byte> workspace;
+  absl::flat_hash_map<Key, Plan> plans;
+};
+
+// cuBLASLt counts by columns: out^T [n x m] = weights [k x n, transposed] . x [k x m].
+absl::Status LtMatmul::Impl::Describe(const MatmulArgs& args, Plan* plan) {
+  const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
+    return lt.cublasLtMatmulDescSetAttribute(plan->product, attribute, &value, sizeof(value));
+  };
+  cublasStatus_t status =
+      lt.cublasLtMatmulDescCreate(&plan->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+  const cublasOperation_t transposed = CUBLAS_OP_T, plain = CUBLAS_OP_N;
+  if (status == 0) status = set(CUBLASLT_MATMUL_DESC_TRANSA, transposed);
+  if (status == 0) status = set(CUBLASLT_MATMUL_DESC_TRANSB, plain);
+  if (args.type == Type::kE4M3) {
+    const cublasLtMatmulMatrixScale_t per_row = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+    if (status == 0) status = set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, per_row);
+    if (status == 0) status = set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, per_row);
+    if (status == 0) status = set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.weight_scales);
+    if (status == 0) status = set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, args.x_scales);
+  }
+  const uint64_t m = static_cast<uint64_t>(args.m), n = static_cast<uint64_t>(args.n),
+                 k = static_cast<uint64_t>(args.k);
+  if (status == 0)
+    status = lt.cublasLtMatrixLayoutCreate(&plan->weights, DataType(args.type), k, n, args.k);
+  if (status == 0)
+    status = lt.cublasLtMatrixLayoutCreate(&plan->x, DataType(args.type), k, m, args.x_stride);
+  if (status == 0)
+    status = lt.cublasLtMatrixLayoutCreate(&plan->out, DataType(args.out_type), n, m,
+                                           args.out_stride);
+  return Check(status, "describing a product");
+}
+
+absl::StatusOr<const LtMatmul::Impl::Plan*> LtMatmul::Impl::PlanFor(const MatmulArgs& args) {
+  const Key key(args.m, args.n, args.k, args.type, args.out_type, args.x_stride, args.out_stride);
+  const auto found = plans.find(key);
+  if (found != plans.end()) return &found->second;
+  Plan plan;
+  if (absl::Status status = Describe(args, &plan); !status.ok()) return status;
+  cublasLtMatmulPreference_t preference = nullptr;
+  cublasStatus_t status = lt.cublasLtMatmulPreferenceCreate(&preference);
+  const size_t bytes = kWorkspaceBytes;
+  if (status == 0)
+    status = lt.cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes));
+  cublasLtMatmulHeuristicResult_t result = {};
+  int found_algorithms = 0;
+  if (status == 0)
+    status = lt.cublasLtMatmulAlgoGetHeuristic(handle, plan.product, plan.weights, plan.x, plan.out,
+                                               plan.out, preference, 1, &result, &found_algorithms);
+  lt.cublasLtMatmulPreferenceDestroy(preference);
+  if (status != 0 || found_algorithms == 0) {
+    return absl::InternalError(absl::StrCat("cuBLASLt has no algorithm for a product of ", args.m,
+                                            " x ", args.n, " x ", args.k, " (status ",
+                                            static_cast<int>(status), ")"));
+  }
+  plan.algorithm = result.algo;
+  return &plans.emplace(key, plan).first->second;
+}
+
+LtMatmul::LtMatmul(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+LtMatmul::~LtMatmul() {
+  for (const auto& [key, plan] : impl_->plans) {
+    impl_->lt.cublasLtMatmulDescDestroy(plan.product);
+    for (cublasLtMatrixLayout_t layout : {plan.weights, plan.x, plan.out}) {
+      impl_->lt.cublasLtMatrixLayoutDestroy(layout);
+    }
+  }
+  if (impl_->handle != nullptr) impl_->lt.cublasLtDestroy(impl_->handle);
+}
+
+absl::StatusOr<std::unique_ptr<LtMatmul>> LtMatmul::Create() {
+  auto impl = std::make_unique<Impl>();
+  if (absl::Status status = impl->lt.Open(); !status.ok()) return status;
+  absl::Status status = Check(impl->lt.cublasLtCreate(&impl->handle), "starting");
+  if (status.ok()) status = impl->workspace.Allocate(kWorkspaceBytes, "cuBLASLt's workspace");
+  if (!status.ok()) return status;
+  return std::unique_ptr<LtMatmul>(new LtMatmul(std::move(impl)));
+}
+
+absl::Status LtMatmul::Run(cudaStream_t stream, const MatmulArgs& args) {
+  const absl::StatusOr<const Impl::Plan*> plan = impl_->PlanFor(args);
+  if (!plan.ok()) return plan.status();
+  if (args.type == Type::kE4M3) {
+    // The scales are the call's, the rest the shape's.
+    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const float* value) {
+      return impl_->lt.cublasLtMatmulDescSetAttribute((*plan)->product, attribute, &value,
+                                                      sizeof(value));
+    };
+    cublasStatus_t status = set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.weight_scales);
+    if (status == 0) status = set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, args.x_scales);
+    if (status != 0) return Check(status, "scales of a product");
+  }
+  const float one = 1.0f, zero = 0.0f;
+  return Check(impl_->lt.cublasLtMatmul(impl_->handle, (*plan)->product, &one, args.weights,
+                                        (*plan)->weights, args.x, (*plan)->x, &zero, args.out,
+                                        (*plan)->out, args.out, (*plan)->out, &(*plan)->algorithm,
+                                        impl_->workspace.get(), kWorkspaceBytes, stream),
+               "a product");
+}
+
+std::string LtMatmul::version() const {
+  const size_t v = impl_->lt.cublasLtGetVersion();
+  return absl::StrCat("cuBLASLt ", v / 10000, ".", v / 100 % 100, ".", v % 100);
+}
+
+}  // namespace lockstep::cuda

@@ -1,0 +1,71 @@
+#include "worker/comm/cuda/device_communicator.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "kernels/gemv.h"
+
+namespace lockstep {
+namespace {
+
+size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+}  // namespace
+
+DeviceCommunicator::DeviceCommunicator(const CommunicatorOptions& options, int device)
+    : options_(options), device_(device), layout_(kernels::DefaultExchangeLayout(options.size)) {
+  gemv_offset_ =
+      Aligned(layout_.offset + kernels::ExchangeRegionBytes(layout_, options.size));
+}
+
+DeviceCommunicator::~DeviceCommunicator() = default;
+
+void DeviceCommunicator::Abort() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  aborted_ = true;
+  if (nccl_ != nullptr) nccl_->Abort();
+}
+
+absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
+  if (options_.size == 1) return absl::OkStatus();
+  if (cudaError_t error = cudaSetDevice(device_); error != cudaSuccess) {
+    return absl::InternalError(absl::StrCat("GPU ", device_, ": ", cudaGetErrorString(error)));
+  }
+  absl::StatusOr<std::unique_ptr<NcclCommunicator>> nccl =
+      NcclCommunicator::Create(options_, device_);
+  if (!nccl.ok()) return nccl.status();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (aborted_) return absl::AbortedError("the communicator was aborted");
+    nccl_ = *std::move(nccl);
+  }
+  const size_t gemv_bytes = kernels::GemvExchangeBytes(options_.size, kMaxGemvWidth);
+  const PeerMemory::Options options = {.rank = options_.rank,
+                                       .size = options_.size,
+                                       .device = device_,
+                                       .bytes = gemv_offset_ + gemv_bytes};
+  const auto clear = [&](std::byte* own, cudaStream_t stream) {
+    const cudaError_t error =
+        kernels::ClearExchangeRegion(layout_, options_.size, own, stream);
+    // All ones: nothing has arrived (kernels/gemv.h).
+    return error != cudaSuccess ? error
+                                : cudaMemsetAsync(own + gemv_offset_, 0xff, gemv_bytes, stream);
+  };
+  absl::StatusOr<std::unique_ptr<PeerMemory>> peers = PeerMemory::Join(options, clear, exchange);
+  if (peers.ok()) {
+    peers_ = *std::move(peers);
+  } else if (absl::IsUnimplemented(peers.status())) {
+    LogInfo(absl::StrCat("NCCL carries every collective: ", std::string(peers.status().message())));
+  } else {
+    return peers.status();
+  }
+  return nccl_->Join(exchange);
+}
+
+std::string DeviceCollectiveLibrary() {
+  const absl::StatusOr<const NcclLibrary*> nccl = NcclLibrary::Open();
+  return nccl.ok() ? (*nccl)->version : std::string(nccl.status().message());
+}
+
+}  // namespace lockstep

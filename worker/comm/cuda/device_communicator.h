@@ -1,0 +1,74 @@
+// The communicator of one rank on a GPU, for one group and epoch: NCCL, and,
+// where the GPUs can reach each other's memory, the regions of the own kernels.
+//
+//   region   [all-reduce and small all-gather | folded all-reduce of kernels/gemv.h]
+//
+// Join blocks until every rank is there. The collectives themselves are enqueued
+// by worker/backend/cuda/collectives.h; those on host memory, which the base class
+// has, are refused here.
+#ifndef LOCKSTEP_WORKER_COMM_CUDA_DEVICE_COMMUNICATOR_H_
+#define LOCKSTEP_WORKER_COMM_CUDA_DEVICE_COMMUNICATOR_H_
+
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "absl/status/status.h"
+#include "kernels/all_reduce.h"
+#include "worker/comm/cuda/nccl_communicator.h"
+#include "worker/comm/cuda/peer_memory.h"
+#include "worker/comm/rank_communicator.h"
+
+namespace lockstep {
+
+class DeviceCommunicator final : public RankCommunicator {
+ public:
+  // The widest row that the folded all-reduce has room for.
+  static constexpr int kMaxGemvWidth = 16'384;
+
+  DeviceCommunicator(const CommunicatorOptions& options, int device);
+  ~DeviceCommunicator() override;
+
+  int rank() const override { return options_.rank; }
+  int size() const override { return options_.size; }
+  absl::Status Join(AddressExchange& exchange) override;
+  void Abort() override;
+  DeviceCommunicator* device() override { return this; }
+
+  // Null where the GPUs cannot reach each other, and with one rank.
+  const kernels::Peers* peers() const { return peers_ ? &peers_->peers() : nullptr; }
+  const kernels::ExchangeLayout& layout() const { return layout_; }
+  size_t gemv_offset() const { return gemv_offset_; }
+  // Above one rank, after Join.
+  NcclCommunicator* nccl() { return nccl_.get(); }
+  // Which rank a kernel waited for in vain; OK if none did.
+  absl::Status Fault() const { return peers_ ? peers_->Fault() : absl::OkStatus(); }
+
+  absl::Status AllReduceSum(absl::Span<float>) override { return OnHost(); }
+  absl::Status Gather(absl::Span<const float>, absl::Span<float>, int) override { return OnHost(); }
+  absl::Status Broadcast(absl::Span<std::byte>, int) override { return OnHost(); }
+  absl::Status Barrier() override { return OnHost(); }
+
+ private:
+  static absl::Status OnHost() {
+    return absl::UnimplementedError("a GPU's communicator has no collectives on host memory");
+  }
+
+  const CommunicatorOptions options_;
+  const int device_;
+  kernels::ExchangeLayout layout_;
+  size_t gemv_offset_ = 0;
+  std::mutex mutex_;  // nccl_ appears while another thread may abort
+  bool aborted_ = false;
+  std::unique_ptr<NcclCommunicator> nccl_;
+  std::unique_ptr<PeerMemory> peers_;
+};
+
+// "NCCL 2.28.3", or why there is none.
+std::string DeviceCollectiveLibrary();
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_WORKER_COMM_CUDA_DEVICE_COMMUNICATOR_H_

@@ -1,0 +1,103 @@
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "worker/backend/cuda/cuda_backend.h"
+#include "worker/backend/cuda/cuda_memory.h"
+#include "worker/comm/cuda/device_communicator.h"
+#include "worker/gpu.h"
+
+namespace lockstep {
+namespace {
+
+class CudaGpu final : public Gpu {
+ public:
+  explicit CudaGpu(int device) : device_(device) {}
+
+  absl::Status Init() {
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess) {
+      return absl::NotFoundError(
+          absl::StrCat("--backend cuda: no usable GPU: ", cudaGetErrorString(error)));
+    }
+    if (device_ < 0 || device_ >= count) {
+      return absl::NotFoundError(absl::StrCat("--device ", device_, ": this host shows ", count,
+                                              count == 1 ? " GPU" : " GPUs",
+                                              "; expected 0 to ", count - 1));
+    }
+    absl::Status status = cuda::ToStatus(cudaSetDevice(device_), absl::StrCat("GPU ", device_));
+    if (status.ok()) {
+      status = cuda::ToStatus(cudaGetDeviceProperties(&properties_, device_), "reading the GPU");
+    }
+    if (!status.ok()) return status;
+    if (properties_.major != 9) {
+      return absl::NotFoundError(absl::StrCat(
+          "GPU ", device_, " is ", properties_.name, " (sm_", properties_.major, properties_.minor,
+          "); this build has kernels for sm_90a (Hopper)"));
+    }
+    return cuda::InitKernels();
+  }
+
+  GpuInfo Info() override {
+    GpuInfo info;
+    info.name = properties_.name;
+    const auto* id = reinterpret_cast<const unsigned char*>(properties_.uuid.bytes);
+    info.uuid = "GPU-";
+    for (int i = 0; i < 16; ++i) {
+      if (i == 4 || i == 6 || i == 8 || i == 10) info.uuid += '-';
+      absl::StrAppend(&info.uuid, absl::Hex(id[i], absl::kZeroPad2));
+    }
+    size_t free_bytes = 0, total_bytes = 0;
+    if (cudaSetDevice(device_) == cudaSuccess &&
+        cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess) {
+      info.memory_total_bytes = total_bytes;
+      info.memory_free_bytes = free_bytes;
+    }
+    return info;
+  }
+
+  std::string collective_library() override { return DeviceCollectiveLibrary(); }
+
+  std::unique_ptr<RankCommunicator> MakeCommunicator(const CommunicatorOptions& options) override {
+    return std::make_unique<DeviceCommunicator>(options, device_);
+  }
+
+  absl::StatusOr<std::unique_ptr<Backend>> Load(const ModelConfig& config, const ShardPlan& plan,
+                                                const GpuLoad& load, ThreadPool* pool) override {
+    absl::Status status = cuda::ToStatus(cudaSetDevice(device_), absl::StrCat("GPU ", device_));
+    if (!status.ok()) return status;
+    const cuda::DeviceWeightOptions options = {
+        .dtype = load.dtype, .quantization = load.quantization, .progress = load.progress};
+    absl::StatusOr<std::unique_ptr<cuda::DeviceWeights>> weights =
+        load.checkpoint == nullptr
+            ? cuda::DeviceWeights::Dummy(plan, config, options)
+            : cuda::DeviceWeights::Load(*load.checkpoint, plan, options, pool);
+    if (!weights.ok()) return weights.status();
+    if (load.checkpoint_bytes != nullptr) *load.checkpoint_bytes = (*weights)->checkpoint_bytes();
+    if (load.end_phase) load.end_phase("load");
+    return cuda::MakeCudaBackend(
+        config, plan, *std::move(weights),
+        {.limits = load.limits, .dtype = load.dtype, .graphs = load.graphs});
+  }
+
+ private:
+  const int device_;
+  cudaDeviceProp properties_ = {};
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Gpu>> Gpu::Open(int device) {
+  // Before the driver starts: ranks wait for each other inside kernels, and a
+  // kernel loaded when first used would wait for the device, which waits for a peer.
+  setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/1);
+  auto gpu = std::make_unique<CudaGpu>(device);
+  if (absl::Status status = gpu->Init(); !status.ok()) return status;
+  return gpu;
+}
+
+}  // namespace lockstep

@@ -1,0 +1,10 @@
+#include "worker/gpu.h"
+
+namespace lockstep {
+
+absl::StatusOr<std::unique_ptr<Gpu>> Gpu::Open(int) {
+  return absl::NotFoundError(
+      "--backend cuda: this build has the cpu backend alone (configure with -DLOCKSTEP_CUDA=ON)");
+}
+
+}  // namespace lockstep
