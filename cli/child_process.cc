@@ -32,6 +32,10 @@ namespace {
     dup2(log, STDOUT_FILENO);
   }
   if (options.stdout_to_stderr) dup2(STDERR_FILENO, STDOUT_FILENO);
+  if (options.keep_fd >= 0) {
+    fcntl(options.keep_fd, F_SETFD, 0);
+    setenv(options.keep_fd_variable.c_str(), std::to_string(options.keep_fd).c_str(), 1);
+  }
   execv(argv[0], argv.data());
   _exit(127);
 }

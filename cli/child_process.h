@@ -17,6 +17,8 @@ namespace lockstep {
 struct ChildOptions {
   bool stdout_to_stderr = false;  // keeps stdout for the word `ready`
   std::string log_path;           // when set: stdout and stderr go to this file
+  int keep_fd = -1;               // a descriptor to hand on, whose number ...
+  std::string keep_fd_variable;   // ... this environment variable tells
 };
 
 // argv[0] is the path of the program. The child's signal mask is empty.

@@ -1,16 +1,20 @@
 #include "cli/supervisor.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "cli/child_process.h"
+#include "common/supervisor_link.h"
 
 namespace lockstep {
 namespace {
@@ -31,6 +35,7 @@ struct Child {
   ChildOptions options;
   pid_t pid = 0;  // 0: not running
   int64_t started_ms = 0;
+  bool was_ready = false;                // in this life
   int quick_deaths = 0;                  // in a row
   std::optional<int64_t> restart_at_ms;  // when a restart is due
   std::optional<int64_t> kill_at_ms;     // stopped by a signal: when to replace it
@@ -50,7 +55,19 @@ class Supervisor {
     }
   }
 
+  ~Supervisor() {
+    for (const int fd : notes_) {
+      if (fd >= 0) close(fd);
+    }
+  }
+
   int Run() {
+    if (pipe2(notes_, O_CLOEXEC | O_NONBLOCK) != 0) {
+      Say(absl::StrCat("cannot make a pipe: ", strerror(errno)));
+      return 1;
+    }
+    coordinator_.options.keep_fd = notes_[1];
+    coordinator_.options.keep_fd_variable = kSupervisorFdVariable;
     sigset_t set;
     sigemptyset(&set);
     for (int number : {SIGCHLD, SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, number);
@@ -76,7 +93,22 @@ class Supervisor {
            std::all_of(workers_.begin(), workers_.end(), [](const Child& w) { return w.pid == 0; });
   }
 
+  // What the coordinator has said so far is about the lives so far.
+  void TakeNotes() {
+    char note;
+    while (read(notes_[0], &note, 1) == 1) {
+      const auto apply = [note](Child& child) {
+        if (note == static_cast<char>(SupervisorNote::kServed)) child.quick_deaths = 0;
+        child.was_ready = child.pid != 0;
+      };
+      apply(coordinator_);
+      for (Child& worker : workers_) apply(worker);
+    }
+  }
+
   void Start(Child& child) {
+    TakeNotes();
+    child.was_ready = false;
     child.restart_at_ms.reset();
     child.kill_at_ms.reset();
     child.started_ms = NowMs();
@@ -118,6 +150,7 @@ class Supervisor {
   }
 
   void Reap() {
+    TakeNotes();
     int status = 0;
     for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG | WUNTRACED | WCONTINUED)) > 0;) {
       if (WIFSTOPPED(status) || WIFCONTINUED(status)) {
@@ -180,7 +213,11 @@ class Supervisor {
   void ScheduleRestart(Child& child, int status) {
     const int64_t now = NowMs();
     const bool quick = now - child.started_ms < options_.young_ms;
-    child.quick_deaths = quick ? child.quick_deaths + 1 : 0;
+    const bool killed = WIFSIGNALED(status) &&
+                        (WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGTERM) &&
+                        child.was_ready;
+    if (!quick) child.quick_deaths = 0;
+    if (quick && !killed) ++child.quick_deaths;
     if (child.quick_deaths >= options_.crash_loop_deaths) {
       Say(absl::StrCat(child.name, ": crash loop: ended ", child.quick_deaths,
                        " times in a row within ", options_.young_ms,
@@ -189,7 +226,7 @@ class Supervisor {
       return;
     }
     int64_t pause = 0;
-    if (child.quick_deaths > 0) {
+    if (child.quick_deaths > 0 && !killed) {
       pause = std::min<int64_t>(options_.max_pause_ms, int64_t{100} << child.quick_deaths);
     }
     child.restart_at_ms = now + pause;
@@ -231,6 +268,7 @@ class Supervisor {
   const SupervisorOptions options_;
   Child coordinator_;
   std::vector<Child> workers_;
+  int notes_[2] = {-1, -1};  // the coordinator's, see SupervisorLink
   int stop_signals_ = 0;
   bool draining_ = false;
   bool ending_ = false;

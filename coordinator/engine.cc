@@ -219,6 +219,7 @@ void Engine::Impl::Handle(GroupStep& step) {
   const Clock::time_point began = std::max(done.sent, last_result);
   last_result = now;
   info.last_step_ms = ToMs(now);
+  if (step.result.step == 1 && options.on_first_step) options.on_first_step();
   observer->OnStep(done.plan, step, done.plan_seconds, Seconds(now - began));
 }
 

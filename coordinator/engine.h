@@ -46,6 +46,8 @@ struct EngineOptions {
   size_t inbox_capacity = 4'096;  // submissions; cancels and group events always fit
   // Told each change of state or failure, from the engine thread; must not block.
   std::function<void(const EngineInfo&)> on_change;
+  // Told the first result of each epoch, likewise.
+  std::function<void()> on_first_step;
 };
 
 class Engine : public EngineClient {

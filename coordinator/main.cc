@@ -16,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
+#include "common/supervisor_link.h"
 #include "common/version.h"
 #include "coordinator/api/server.h"
 #include "coordinator/engine.h"
@@ -79,6 +80,7 @@ class Coordinator {
 
   const CoordinatorOptions& options_;
   const ProcessEvents& events_;
+  const SupervisorLink supervisor_;
   Phases phases_;  // until workers could attach
   Clock::time_point open_since_;
   std::string worker_address_;
@@ -124,8 +126,10 @@ absl::Status Coordinator::Start() {
   engine_options.recovery_timeout_ms = static_cast<int64_t>(options_.recovery_timeout_s * 1000);
   engine_options.on_change = [this](const EngineInfo& info) {
     api_->OnEngineChange(info);
+    if (info.state == EngineState::kReady) supervisor_.Tell(SupervisorNote::kReady);
     events_.Wake();
   };
+  engine_options.on_first_step = [this] { supervisor_.Tell(SupervisorNote::kServed); };
   engine_ =
       std::make_unique<Engine>(std::move(engine_options), *std::move(group), api_->observer());
   if (absl::Status open = api_->Start(engine_.get()); !open.ok()) return open;

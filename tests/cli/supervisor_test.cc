@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "cli/child_process.h"
+#include "cli/private_folder.h"
 #include "gtest/gtest.h"
 
 namespace lockstep {
@@ -24,7 +25,7 @@ bool Eventually(const std::function<bool()>& condition) {
   const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   while (std::chrono::steady_clock::now() < until) {
     if (condition()) return true;
-    std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   return condition();
 }
@@ -96,6 +97,73 @@ TEST_F(SupervisorTest, NamesACrashLoopAndEnds) {
   Launch(options);
   EXPECT_EQ(Wait(), 1);
   EXPECT_EQ(Starts("w0").size(), 3u);
+}
+
+// A coordinator that calls each new life of the worker ready, and says when it has.
+TEST_F(SupervisorTest, KillsOfReadyWorkersAreNoCrashLoop) {
+  SupervisorOptions options;
+  options.coordinator = Shell("said=0; while :; do n=$(wc -l < " + dir_ +
+                              "/w0); if [ \"$n\" != \"$said\" ]; then said=$n; "
+                              "printf r > /proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; echo $n >> " +
+                              dir_ + "/ready; fi; sleep 0.01; done");
+  options.workers = {Shell(Note("w0") + "exec sleep 60")};
+  options.crash_loop_deaths = 2;
+  std::ofstream(dir_ + "/w0");
+  Launch(options);
+  for (size_t life = 1; life <= 6; ++life) {
+    ASSERT_TRUE(Eventually([&] { return Starts("ready").size() == life; })) << life;
+    kill(Starts("w0").back(), SIGKILL);
+  }
+  EXPECT_TRUE(Eventually([&] { return Starts("w0").size() == 7; }));
+}
+
+TEST_F(SupervisorTest, CrashesOfReadyWorkersAreACrashLoop) {
+  SupervisorOptions options;
+  options.coordinator = Shell(
+      "while :; do printf r > /proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; "
+      "sleep 0.01; done");
+  options.workers = {Shell(Note("w0") + "sleep 0.1; exit 3")};
+  options.crash_loop_deaths = 3;
+  Launch(options);
+  EXPECT_EQ(Wait(), 1);
+  EXPECT_EQ(Starts("w0").size(), 3u);
+}
+
+TEST_F(SupervisorTest, AServedStepForgives) {
+  SupervisorOptions options;
+  options.coordinator = Shell("while [ $(wc -l < " + dir_ +
+                              "/w0) -lt 6 ]; do printf s > /proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; "
+                              "sleep 0.01; done; exit 0");
+  options.workers = {Shell(Note("w0") + "sleep 0.1; exit 3")};
+  options.crash_loop_deaths = 3;
+  options.max_pause_ms = 50;
+  std::ofstream(dir_ + "/w0");
+  Launch(options);
+  EXPECT_EQ(Wait(), 0);
+}
+
+TEST_F(SupervisorTest, AFolderIsGoneWithItsOwnerOrWithTheNextOne) {
+  const std::string prefix = dir_ + "/folder";
+  const std::string abandoned = prefix + "-abcdef", fresh = prefix + "-ghijkl";
+  std::filesystem::create_directory(abandoned);
+  std::ofstream(abandoned + "/workers");
+  std::filesystem::create_directory(fresh);
+  std::filesystem::last_write_time(
+      abandoned, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
+  std::string path;
+  {
+    const auto first = PrivateFolder::Make(prefix);
+    ASSERT_TRUE(first.ok()) << first.status();
+    path = (*first)->path();
+    EXPECT_FALSE(std::filesystem::exists(abandoned));
+    EXPECT_TRUE(std::filesystem::exists(fresh)) << "somebody may be about to use it";
+    std::filesystem::last_write_time(
+        path, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
+    const auto second = PrivateFolder::Make(prefix);
+    ASSERT_TRUE(second.ok()) << second.status();
+    EXPECT_TRUE(std::filesystem::exists(path)) << "its owner lives";
+  }
+  EXPECT_FALSE(std::filesystem::exists(path));
 }
 
 TEST_F(SupervisorTest, DoesNotRetryABadCommandLine) {
