@@ -25,7 +25,7 @@ struct EmbedRowsArgs {
   int dim = 0;
   const int32_t* tokens = nullptr;  // [slots, tokens_stride]
   int tokens_stride = 0;
-  StepRows rows;  // block_table is not read
+  StepRows rows = {};  // block_table is not read
   int num_rows = 0;
   void* out = nullptr;  // [num_rows, dim]
 };

@@ -18,16 +18,16 @@ struct RowArgs {
   const void* x = nullptr;
   float scale = 1.0f;
   const void* bias = nullptr;
-  NormSpec post;
+  NormSpec post = {};
   const void* residual_in = nullptr;
   const void* position_table = nullptr;
   const int32_t* position = nullptr;
   int position_offset = 0;
   void* residual_out = nullptr;
-  NormSpec next;
+  NormSpec next = {};
   bool norm_is_residual = false;
   void* normed = nullptr;
-  QuantizedRows quantized;
+  QuantizedRows quantized = {};
 };
 
 // N elements at a time, kPieces of them a thread: piece j of a thread is the

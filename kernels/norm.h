@@ -52,9 +52,9 @@ struct NormArgs {
   int hidden = 0;
   const int32_t* slot = nullptr;  // [num_rows]; rows of slot -1 are skipped; null: none
   const void* x = nullptr;
-  NormSpec norm;
+  NormSpec norm = {};
   void* normed = nullptr;  // null: only quantized
-  QuantizedRows quantized;
+  QuantizedRows quantized = {};
 };
 cudaError_t Norm(const Launch& launch, const NormArgs& args);
 
@@ -65,15 +65,15 @@ struct AfterEmbedArgs {
   Type type = Type::kBF16;
   int num_rows = 0;
   int hidden = 0;
-  StepRows rows;  // slot and position; slot null: every row is live
+  StepRows rows = {};  // slot and position; slot null: every row is live
   const void* x = nullptr;
   float scale = 1.0f;
   const void* position_table = nullptr;  // [positions, hidden]; null: none
   int position_offset = 0;               // OPT: 2
-  NormSpec norm;
+  NormSpec norm = {};
   void* residual = nullptr;
   void* normed = nullptr;  // null: not wanted
-  QuantizedRows quantized;
+  QuantizedRows quantized = {};
 };
 cudaError_t AfterEmbed(const Launch& launch, const AfterEmbedArgs& args);
 
@@ -86,13 +86,13 @@ struct ReduceTailArgs {
   const int32_t* slot = nullptr;  // as above
   const void* x = nullptr;
   const void* bias = nullptr;  // [hidden] of T, or null
-  NormSpec post;               // before the add
+  NormSpec post = {};          // before the add
   const void* residual_in = nullptr;
   void* residual_out = nullptr;
-  NormSpec next;                  // after it
+  NormSpec next = {};             // after it
   bool norm_is_residual = false;  // residual_out = normed
   void* normed = nullptr;         // null: not wanted
-  QuantizedRows quantized;
+  QuantizedRows quantized = {};
 };
 cudaError_t ReduceTail(const Launch& launch, const ReduceTailArgs& args);
 

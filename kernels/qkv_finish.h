@@ -25,7 +25,7 @@ namespace lockstep::kernels {
 struct QkvFinishArgs {
   Type type = Type::kBF16;
   int num_rows = 0;
-  StepRows rows;
+  StepRows rows = {};
   int heads = 0;                 // of this rank
   void* qkv = nullptr;           // [num_rows, qkv_stride] of T
   int qkv_stride = 0;            // elements, >= (heads + 2 * kv_heads) * head_dim
@@ -35,7 +35,7 @@ struct QkvFinishArgs {
   float norm_eps = 1e-6f;
   bool norm_plus_one = false;
   const float2* rotary = nullptr;  // [positions, head_dim / 2] cosine, sine; null: none
-  KvLayer kv;                      // type T or kE4M3 (stored = value / scale, saturated)
+  KvLayer kv = {};                 // type T or kE4M3 (stored = value / scale, saturated)
 };
 cudaError_t QkvFinish(const Launch& launch, const QkvFinishArgs& args);
 
