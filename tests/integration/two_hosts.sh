@@ -30,13 +30,13 @@ fail() {
   tail -n 40 "$work"/*.log
   exit 1
 }
-# await WHAT COMMAND...: at most 30 s
+# await WHAT COMMAND...: at most 2 minutes, which a sanitizer build may need
 await() {
   local what=$1 n=0
   shift
   until "$@" >/dev/null 2>&1; do
     n=$((n + 1))
-    [ "$n" -lt 600 ] || fail "$what"
+    [ "$n" -lt 2400 ] || fail "$what"
     read -rt 0.05 <> <(:) || true
   done
 }

@@ -134,7 +134,7 @@ TEST(Session, SaysHelloAndKeepsBeating) {
   const auto deadline = std::chrono::steady_clock::now() + kBound;
   while (coordinator.num_heartbeats(0) < before + 5) {
     ASSERT_LT(std::chrono::steady_clock::now(), deadline);
-    std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 }
 
@@ -421,7 +421,7 @@ TEST(Session, AnswersACloseWhileLoadingAtOnceAndKeepsWhatWasLoaded) {
   const auto deadline = std::chrono::steady_clock::now() + kBound;
   while (coordinator.num_heartbeats(0) < before + 6) {  // well past the release timeout
     ASSERT_LT(std::chrono::steady_clock::now(), deadline);
-    std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   worker.control->Set([](auto& s) { s.hold_load = false; });
   const auto ready = coordinator.AwaitCase(0, WorkerMessage::kReady);
