@@ -177,7 +177,7 @@ TEST_F(FaultTest, AKilledCoordinatorEndsStreamsAndWorkersReattach) {
 }
 
 TEST_F(FaultTest, SigtermDrainsRunningStreams) {
-  Serve(2);
+  Serve(2, {"--drain-timeout", std::to_string(Bound(100).count())});
   const std::vector<uint32_t> expected = FaultFree(Prompt(0), 600);
   std::vector<std::unique_ptr<StreamedAnswer>> streams;
   for (int i = 0; i < 4; ++i) streams.push_back(Stream(0, 600));
@@ -187,7 +187,7 @@ TEST_F(FaultTest, SigtermDrainsRunningStreams) {
     ASSERT_TRUE(stream->Await().ok()) << stream->Await();
     EXPECT_EQ(stream->token_ids(), expected);
   }
-  const int status = served_->server().AwaitEnd(30 * kSlowdown);
+  const int status = served_->server().AwaitEnd(static_cast<int>(Bound(110).count()));
   EXPECT_TRUE(WIFEXITED(status));
   EXPECT_EQ(WEXITSTATUS(status), 0) << served_->server().Log();
 }
