@@ -43,6 +43,7 @@ class SampleRig {
     }
     const int share = (vocab_ + options.tp - 1) / options.tp;
     for (int r = 0; r < options.tp; ++r) ranks_.push_back(MakeRank(r, share, slots, logits));
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);  // other streams may run next
   }
 
   // All phases, all ranks.
@@ -94,12 +95,14 @@ class SampleRig {
 
   void SetPositions(const std::vector<int32_t>& positions) {
     for (const auto& rank : ranks_) rank->position.PutBits(positions);
+    ASSERT_CUDA(cudaDeviceSynchronize());
   }
   void SetParams(int slot, const SlotParams& params) {
     for (const auto& rank : ranks_) {
       ASSERT_CUDA(
           cudaMemcpy(rank->params.get() + slot, &params, sizeof(params), cudaMemcpyHostToDevice));
     }
+    ASSERT_CUDA(cudaDeviceSynchronize());
   }
   const SampleNeeds& needs() const { return needs_; }
   const SampleArgs& args(int rank) const { return ranks_[rank]->args; }
