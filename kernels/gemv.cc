@@ -1,0 +1,182 @@
+#include "kernels/gemv.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <algorithm>
+
+#include "kernels/gemv_plan.h"
+
+namespace lockstep::kernels {
+namespace {
+
+bool IsGate(const GemvArgs& args) {
+  return args.epilogue == GemvEpilogue::kSiluGate || args.epilogue == GemvEpilogue::kGeluGate;
+}
+
+bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+constexpr int DivUp(int a, int b) { return (a + b - 1) / b; }
+
+// Of the current device; asked once, since all of a process's are alike.
+int SmCount() {
+  static const int count = [] {
+    int device = 0, sms = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+      return 1;
+    return sms;
+  }();
+  return count;
+}
+
+SkinnyPlan DefaultSkinny(const GemvArgs& args) { return PlanSkinny(args, SmCount(), 0, 0); }
+
+bool SupportsExchange(const GemvArgs& args) {
+  const bool reduce = args.prologue == GemvPrologue::kReduce;
+  const bool push = args.epilogue == GemvEpilogue::kPush;
+  if (!reduce && !push) return true;
+  if (reduce == push || args.exchange == nullptr) return false;
+  const GemvExchange& exchange = *args.exchange;
+  if (exchange.peers.size < 2 || exchange.peers.size > kMaxPeers) return false;
+  if (exchange.width % 8 != 0 || exchange.width != (push ? args.n : args.k)) return false;
+  if (push) return args.prologue == GemvPrologue::kPlain && args.n % 8 == 0;
+  return args.residual_in != nullptr && args.residual_out != nullptr &&
+         args.residual_in != args.residual_out;
+}
+
+template <typename W, typename T>
+cudaError_t Launch2(const Launch& launch, const GemvArgs& args, const SkinnyPlan* skinny) {
+  if (skinny != nullptr) return LaunchSkinny<W, T>(launch, args, *skinny);
+  return LaunchRow<W, T>(launch, args, PlanRow(args, SmCount()));
+}
+
+cudaError_t LaunchTyped(const Launch& launch, const GemvArgs& args, const SkinnyPlan* skinny) {
+  const bool bf16 = args.type == Type::kBF16;
+  if (args.weight_type == Type::kE4M3) {
+    return bf16 ? Launch2<__nv_fp8_e4m3, __nv_bfloat16>(launch, args, skinny)
+                : Launch2<__nv_fp8_e4m3, __half>(launch, args, skinny);
+  }
+  return bf16 ? Launch2<__nv_bfloat16, __nv_bfloat16>(launch, args, skinny)
+              : Launch2<__half, __half>(launch, args, skinny);
+}
+
+}  // namespace
+
+RowPlan PlanRow(const GemvArgs& args, int sm_count) {
+  const int weight_bytes = static_cast<int>(TypeBytes(args.weight_type));
+  const int unit_vectors = weight_bytes == 2 ? 4 : 2;    // the smallest capacity
+  const int pieces = DivUp(args.k * weight_bytes, 512);  // of 32 lanes x 16 bytes
+  RowPlan plan;
+  plan.unit = args.epilogue == GemvEpilogue::kPush ? 8 : IsGate(args) ? 2 : 1;
+  // More warps along K only where x would not fit the smallest capacity otherwise.
+  while (plan.split < kGemvWarps && DivUp(pieces, plan.split) > unit_vectors) plan.split *= 2;
+  int vectors = unit_vectors;
+  while (vectors * plan.split < pieces) vectors *= 2;
+  if (vectors > 4 * unit_vectors) return plan;
+
+  const size_t x_bytes = args.prologue == GemvPrologue::kPlain ? 0 : size_t{2} * args.k;
+  const size_t rest = x_bytes + sizeof(float) * plan.split * kRowChunk;
+  plan.stage_bytes = static_cast<size_t>(kGemvWarps / plan.split) * args.k * weight_bytes;
+  const size_t room = kMaxGemvShared - rest;
+  const size_t wanted = std::max<size_t>(3, (size_t{160} << 10) / plan.stage_bytes);
+  plan.stages =
+      static_cast<int>(std::min<size_t>({wanted, room / plan.stage_bytes, kMaxGemvStages}));
+  if (plan.stages < 2) return plan;
+  plan.shared_bytes = std::max(kMinGemvShared, plan.stages * plan.stage_bytes + rest);
+  const int limit = args.max_blocks > 0 ? std::min(args.max_blocks, sm_count) : sm_count;
+  plan.blocks = std::min(limit, args.n / plan.unit);
+  plan.vectors = vectors;
+  return plan;
+}
+
+SkinnyPlan PlanSkinny(const GemvArgs& args, int sm_count, int cluster, int split) {
+  const int weight_bytes = static_cast<int>(TypeBytes(args.weight_type));
+  const int pieces = args.k * weight_bytes / 64;
+  const int large = weight_bytes == 2 ? 16 : 8;
+  SkinnyPlan plan;
+  if (cluster == 0) {
+    cluster = 1;
+    while (cluster < 8 && DivUp(pieces, cluster * kGemvWarps) > large) cluster *= 2;
+  }
+  if (split == 0) {
+    split = 1;
+    while (split < kGemvWarps && DivUp(pieces, cluster * split) > large) split *= 2;
+  }
+  plan.cluster = cluster;
+  plan.split = split;
+  const int per_warp = DivUp(pieces, cluster * split);
+  if (per_warp > large) return plan;
+  plan.capacity = per_warp > large / 2 ? large : large / 2;
+
+  const int rows = args.m <= 8 ? 8 : 16;
+  plan.row_stride = static_cast<size_t>(per_warp | 1) * 64;
+  plan.stage_bytes = 16 * plan.row_stride;
+  const size_t rest = sizeof(float) * 2 * kGemvWarps * rows * 20 +
+                      (cluster > 1 ? static_cast<size_t>(kSkinnySumBytes) : 0);
+  const size_t room = std::min<size_t>(kMaxGemvShared - rest, size_t{172} << 10);
+  plan.stages = static_cast<int>(std::min<size_t>(room / plan.stage_bytes, kMaxGemvStages));
+  plan.shared_bytes = std::max(kMinGemvShared, plan.stages * plan.stage_bytes + rest);
+  int limit = args.max_blocks > 0 ? std::min(args.max_blocks, sm_count) : sm_count;
+  limit /= cluster;
+  // Fewer stages than warps would let a warp run into a stage's next but one use.
+  if (limit < 1 || plan.stages < kGemvWarps) return plan;
+  plan.blocks = std::min(limit, DivUp(args.n, 16)) * cluster;
+  plan.pieces = per_warp;
+  return plan;
+}
+
+size_t GemvExchangeBytes(int size, int width) { return size_t{4} * size * width * 2; }
+
+cudaError_t ClearGemvExchange(const GemvExchange& exchange, cudaStream_t stream) {
+  const Peers& peers = exchange.peers;
+  return cudaMemsetAsync(peers.base[peers.rank] + exchange.offset, 0xff,
+                         GemvExchangeBytes(peers.size, exchange.width), stream);
+}
+
+cudaError_t InitGemv() {
+  for (cudaError_t (*init)() :
+       {InitRow<__nv_bfloat16, __nv_bfloat16>, InitRow<__half, __half>,
+        InitRow<__nv_fp8_e4m3, __nv_bfloat16>, InitRow<__nv_fp8_e4m3, __half>,
+        InitSkinny<__nv_bfloat16, __nv_bfloat16>, InitSkinny<__half, __half>,
+        InitSkinny<__nv_fp8_e4m3, __nv_bfloat16>, InitSkinny<__nv_fp8_e4m3, __half>}) {
+    const cudaError_t status = init();
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+bool GemvSupports(const GemvArgs& args) {
+  const bool fp8 = args.weight_type == Type::kE4M3;
+  if (args.type != Type::kBF16 && args.type != Type::kF16) return false;
+  if (fp8 ? args.scales == nullptr : args.weight_type != args.type) return false;
+  if (args.m < 1 || args.m > 16 || args.n < 1 || args.k < 1 || args.k > 32768) return false;
+  if (IsGate(args) && args.n % 2 != 0) return false;
+  if (!Aligned(args.weights) || !Aligned(args.x) || !Aligned(args.norm_weight)) return false;
+  if (args.x_stride % 8 != 0 || !SupportsExchange(args)) return false;
+  if (args.m == 1) {
+    return args.k % (fp8 ? 16 : 8) == 0 && args.n >= PlanRow(args, SmCount()).unit &&
+           PlanRow(args, SmCount()).vectors != 0;
+  }
+  return args.prologue == GemvPrologue::kPlain && args.epilogue != GemvEpilogue::kPush &&
+         args.k % (fp8 ? 64 : 32) == 0 && DefaultSkinny(args).pieces != 0;
+}
+
+int GemvKeys(const GemvArgs& args) {
+  return args.m == 1 ? PlanRow(args, SmCount()).blocks : DefaultSkinny(args).blocks;
+}
+
+cudaError_t Gemv(const Launch& launch, const GemvArgs& args) {
+  if (!GemvSupports(args)) return cudaErrorInvalidValue;
+  if (args.m == 1) return LaunchTyped(launch, args, nullptr);
+  const SkinnyPlan plan = DefaultSkinny(args);
+  return LaunchTyped(launch, args, &plan);
+}
+
+cudaError_t GemvWithPlan(const Launch& launch, const GemvArgs& args, const SkinnyPlan& plan) {
+  if (plan.pieces == 0) return cudaErrorInvalidValue;
+  return LaunchTyped(launch, args, &plan);
+}
+
+}  // namespace lockstep::kernels

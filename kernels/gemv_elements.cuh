@@ -1,0 +1,93 @@
+// Weights as they lie in memory, 16 bytes at a time, and the small device functions
+// that the decode products share.
+#ifndef LOCKSTEP_KERNELS_GEMV_ELEMENTS_CUH_
+#define LOCKSTEP_KERNELS_GEMV_ELEMENTS_CUH_
+
+#include <cuda_fp8.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/device.cuh"
+#include "kernels/gemv_plan.h"
+
+namespace lockstep::kernels {
+
+__device__ __forceinline__ float2 UnpackPair(uint32_t word, __nv_bfloat16) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+__device__ __forceinline__ float2 UnpackPair(uint32_t word, __half) {
+  __half2 pair;
+  memcpy(&pair, &word, 4);
+  return __half22float2(pair);
+}
+template <typename T>
+__device__ __forceinline__ uint32_t PackPair(float a, float b) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(a, b);
+    memcpy(&word, &pair, 4);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    memcpy(&word, &pair, 4);
+  }
+  return word;
+}
+// Two e4m3 in the low half of `word`.
+__device__ __forceinline__ uint32_t HalvesOfE4M3(uint32_t word) {
+  const __half2_raw halves =
+      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word & 0xffffu), __NV_E4M3);
+  return halves.x | static_cast<uint32_t>(halves.y) << 16;
+}
+
+template <typename W>
+inline constexpr int kPerVector = 16 / static_cast<int>(sizeof(W));
+
+template <typename W>
+__device__ __forceinline__ void UnpackVector(const uint4& v, float (&out)[kPerVector<W>]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(W) == 2) {
+      const float2 pair = UnpackPair(words[i], W());
+      out[2 * i] = pair.x;
+      out[2 * i + 1] = pair.y;
+    } else {
+      const float2 low = UnpackPair(HalvesOfE4M3(words[i]), __half());
+      const float2 high = UnpackPair(HalvesOfE4M3(words[i] >> 16), __half());
+      out[4 * i] = low.x;
+      out[4 * i + 1] = low.y;
+      out[4 * i + 2] = high.x;
+      out[4 * i + 3] = high.y;
+    }
+  }
+}
+template <typename T>
+__device__ __forceinline__ uint4 PackVector(const float (&v)[8]) {
+  return {PackPair<T>(v[0], v[1]), PackPair<T>(v[2], v[3]), PackPair<T>(v[4], v[5]),
+          PackPair<T>(v[6], v[7])};
+}
+
+// The warps that compute, without the one that requests weights.
+__device__ __forceinline__ void ComputeBarrier() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kGemvWarps * 32) : "memory");
+}
+
+__device__ __forceinline__ float Gated(GemvEpilogue epilogue, float gate, float up) {
+  if (epilogue == GemvEpilogue::kSiluGate) return gate / (1.0f + __expf(-gate)) * up;
+  const float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
+  return 0.5f * gate * (1.0f + tanhf(inner)) * up;
+}
+
+// Orders as the value, and among equals the lower id first.
+__device__ __forceinline__ uint64_t LogitKey(float value, int id) {
+  if (!isfinite(value)) return kPoisonedKey;
+  const uint32_t bits = __float_as_uint(value + 0.0f);  // -0 and 0 are equals
+  const uint32_t ordered = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(id);
+}
+
+}  // namespace lockstep::kernels
+
+#endif  // LOCKSTEP_KERNELS_GEMV_ELEMENTS_CUH_

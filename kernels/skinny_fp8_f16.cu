@@ -1,0 +1,9 @@
+#include "kernels/skinny.cuh"
+
+namespace lockstep::kernels {
+
+template cudaError_t InitSkinny<__nv_fp8_e4m3, __half>();
+template cudaError_t LaunchSkinny<__nv_fp8_e4m3, __half>(const Launch&, const GemvArgs&,
+                                                         const SkinnyPlan&);
+
+}  // namespace lockstep::kernels
