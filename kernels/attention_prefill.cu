@@ -1,0 +1,94 @@
+#include "kernels/attention_mma.cuh"
+#include "kernels/attention_plain.h"
+#include "kernels/attention_prefill.h"
+#include "kernels/attention_prefill_launch.h"
+
+namespace lockstep::kernels {
+namespace {
+
+using prefill::Kernel;
+using prefill::Params;
+
+int RoundedDim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
+bool TakesTensorCores(const PrefillAttentionArgs& a) {
+  return (a.type == Type::kBF16 || a.type == Type::kF16) &&
+         (a.kv.type == a.type || a.kv.type == Type::kE4M3) && a.kv.head_dim % 8 == 0 &&
+         a.kv.head_dim <= 256 && a.kv.block_size > 0 && a.q_stride % 8 == 0 &&
+         a.out_stride % 8 == 0 && Aligned16(a.q) && Aligned16(a.out) && Aligned16(a.kv.k) &&
+         Aligned16(a.kv.v);
+}
+
+Params ParamsOf(const PrefillAttentionArgs& args) {
+  const bool narrow = args.kv.type == Type::kE4M3;
+  Params p = {};
+  p.spans = args.spans;
+  p.block_table = args.block_table;
+  p.table_stride = args.table_stride;
+  p.k = args.kv.k;
+  p.v = args.kv.v;
+  p.kv_heads = args.kv.kv_heads;
+  p.block_size = args.kv.block_size;
+  p.head_dim = args.kv.head_dim;
+  p.group = args.heads / args.kv.kv_heads;
+  p.q = args.q;
+  p.out = args.out;
+  p.q_stride = args.q_stride;
+  p.out_stride = args.out_stride;
+  const float factor = args.scale * kLog2E * (narrow ? args.kv.k_scale : 1.0f);
+  const bool scale_q = narrow && args.type == Type::kBF16;
+  p.q_factor = scale_q ? factor : 1.0f;
+  p.score_factor = scale_q ? 1.0f : factor;
+  p.v_scale = narrow ? args.kv.v_scale : 1.0f;
+  p.window = args.window;
+  return p;
+}
+
+}  // namespace
+
+cudaError_t InitPrefillAttention() {
+  const Type pairs[][2] = {{Type::kBF16, Type::kBF16},
+                           {Type::kF16, Type::kF16},
+                           {Type::kBF16, Type::kE4M3},
+                           {Type::kF16, Type::kE4M3}};
+  for (const auto& pair : pairs) {
+    for (int dim : {64, 128, 256}) {
+      const cudaError_t status = cudaFuncSetAttribute(
+          prefill::FindMma(pair[0], pair[1], dim), cudaFuncAttributeMaxDynamicSharedMemorySize,
+          static_cast<int>(prefill::MmaSharedBytes(dim)));
+      if (status != cudaSuccess) return status;
+    }
+  }
+  return InitPlainAttention();
+}
+
+cudaError_t PrefillAttention(const Launch& launch, const PrefillAttentionArgs& args) {
+  if (args.num_spans == 0 || args.max_count == 0) return cudaSuccess;
+  if (args.kv.kv_heads < 1 || args.heads < args.kv.kv_heads || args.heads % args.kv.kv_heads != 0) {
+    return cudaErrorInvalidValue;
+  }
+  if (!TakesTensorCores(args)) {
+    return PlainAttention(launch, {.type = args.type,
+                                   .kv = args.kv,
+                                   .heads = args.heads,
+                                   .rows = {nullptr, nullptr, args.block_table, args.table_stride},
+                                   .spans = args.spans,
+                                   .num_spans = args.num_spans,
+                                   .max_count = args.max_count,
+                                   .q = args.q,
+                                   .q_stride = args.q_stride,
+                                   .out = args.out,
+                                   .out_stride = args.out_stride,
+                                   .scale = args.scale,
+                                   .window = args.window});
+  }
+  const Params p = ParamsOf(args);
+  const int rows = args.max_count * p.group;
+  const int dim = RoundedDim(args.kv.head_dim);
+  const dim3 grid((rows + prefill::kMmaRows - 1) / prefill::kMmaRows, args.kv.kv_heads,
+                  args.num_spans);
+  return LaunchKernel(launch, prefill::FindMma(args.type, args.kv.type, dim), grid,
+                      prefill::kMmaThreads, prefill::MmaSharedBytes(dim), 1, p);
+}
+
+}  // namespace lockstep::kernels

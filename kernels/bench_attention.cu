@@ -1,0 +1,214 @@
+// Times the attention kernels: decode over caches that the L2 does not hold
+// (every launch of a graph reads another layer's), with and without dependent
+// launch, and prefill of one prompt. Prints microseconds a launch, and GB/s of
+// KV read or TFLOP/s (causal half only). Arguments: decode, prefill; none: both.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "kernels/attention_decode.h"
+#include "kernels/attention_prefill.h"
+#include "kernels/device.cuh"
+
+namespace lockstep::kernels {
+namespace {
+
+#define CHECK_CUDA(call)                                                \
+  do {                                                                  \
+    const cudaError_t status = (call);                                  \
+    if (status != cudaSuccess) {                                        \
+      std::fprintf(stderr, "%s:%d %s: %s\n", __FILE__, __LINE__, #call, \
+                   cudaGetErrorString(status));                         \
+      std::exit(1);                                                     \
+    }                                                                   \
+  } while (0)
+
+__global__ void FillRandom(__nv_bfloat16* to, int64_t count, uint32_t seed) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count;
+       i += step) {
+    uint32_t x = static_cast<uint32_t>(i) * 2654435761u + seed;
+    x ^= x >> 16;
+    x *= 2246822519u;
+    x ^= x >> 13;
+    x *= 3266489917u;
+    x ^= x >> 16;
+    to[i] = __float2bfloat16_rn(static_cast<float>(x) * (4.0f / 4294967296.0f) - 2.0f);
+  }
+}
+
+template <typename T>
+T* Upload(const std::vector<T>& values) {
+  T* to;
+  CHECK_CUDA(cudaMalloc(&to, values.size() * sizeof(T)));
+  CHECK_CUDA(cudaMemcpy(to, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return to;
+}
+__nv_bfloat16* Random(int64_t count, uint32_t seed) {
+  __nv_bfloat16* to;
+  CHECK_CUDA(cudaMalloc(&to, count * 2));
+  FillRandom<<<2048, 256>>>(to, count, seed);
+  CHECK_CUDA(cudaGetLastError());
+  return to;
+}
+
+// Microseconds of one of the `count` launches that `enqueue` makes.
+template <typename Enqueue>
+float Time(int count, int replays, Enqueue enqueue) {
+  cudaStream_t stream;
+  CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  enqueue(stream);
+  CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+  CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  cudaEvent_t begin, end;
+  CHECK_CUDA(cudaEventCreate(&begin));
+  CHECK_CUDA(cudaEventCreate(&end));
+  CHECK_CUDA(cudaGraphLaunch(exec, stream));
+  CHECK_CUDA(cudaEventRecord(begin, stream));
+  for (int i = 0; i < replays; ++i) CHECK_CUDA(cudaGraphLaunch(exec, stream));
+  CHECK_CUDA(cudaEventRecord(end, stream));
+  CHECK_CUDA(cudaStreamSynchronize(stream));
+  float ms = 0.0f;
+  CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+  CHECK_CUDA(cudaEventDestroy(begin));
+  CHECK_CUDA(cudaEventDestroy(end));
+  CHECK_CUDA(cudaGraphExecDestroy(exec));
+  CHECK_CUDA(cudaGraphDestroy(graph));
+  CHECK_CUDA(cudaStreamDestroy(stream));
+  return ms * 1000.0f / static_cast<float>(count * replays);
+}
+
+struct Shape {
+  const char* name;
+  int heads, kv_heads;
+};
+constexpr Shape kShapes[] = {{"8B tp1", 32, 8}, {"8B tp4", 8, 2}, {"70B tp4", 16, 2}};
+constexpr int kDim = 128, kBlock = 16;
+constexpr int64_t kPoolBytes = int64_t{9} << 30;
+
+// Blocks of a sequence are scattered over its layer's cache.
+std::vector<int32_t> Scattered(int slots, int per_slot) {
+  std::vector<int32_t> table(static_cast<size_t>(slots) * per_slot);
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+  uint32_t state = 1;
+  for (size_t i = table.size(); i > 1; --i) {
+    state = state * 1664525u + 1013904223u;
+    std::swap(table[i - 1], table[state % i]);
+  }
+  return table;
+}
+
+void BenchDecode(char* pool) {
+  std::printf("decode, head_dim 128: us a launch and GB/s of KV\n%-8s %5s %6s %8s %16s %16s %16s\n",
+              "shape", "batch", "ctx", "MB", "plain", "pdl", "pdl+history");
+  __nv_bfloat16* q = Random(int64_t{256} * 6144, 1);
+  __nv_bfloat16* out = Random(int64_t{256} * 6144, 2);
+  void* workspace;
+  CHECK_CUDA(cudaMalloc(&workspace, 1 << 20));
+  CHECK_CUDA(cudaMemset(workspace, 0, 1 << 20));
+  const char* only = std::getenv("BENCH_SPLITS");
+  for (const Shape& shape : kShapes) {
+    for (const int context : {1024, 8192, 32768, 131072}) {
+      for (const int batch : {1, 16, 64, 256}) {
+        const int per_slot = context / kBlock;
+        const int64_t half = int64_t{batch} * per_slot * shape.kv_heads * kBlock * kDim * 2;
+        if (2 * half > kPoolBytes || (context > 32768 && batch > 1)) continue;
+        const int layers = static_cast<int>(std::min<int64_t>(32, kPoolBytes / (2 * half)));
+        int32_t* table = Upload(Scattered(batch, per_slot));
+        std::vector<int32_t> slots(batch), positions(batch, context - 1);
+        for (int i = 0; i < batch; ++i) slots[i] = i;
+        int32_t* slot = Upload(slots);
+        int32_t* position = Upload(positions);
+        DecodeAttentionArgs args;
+        args.num_rows = batch;
+        args.rows = {slot, position, table, per_slot};
+        args.heads = shape.heads;
+        args.q = q;
+        args.q_stride = (shape.heads + 2 * shape.kv_heads) * kDim;
+        args.out = out;
+        args.out_stride = shape.heads * kDim;
+        args.scale = 0.08f;
+        args.max_context = 131072;
+        args.splits = only != nullptr ? std::atoi(only) : 0;
+        args.workspace = workspace;
+        std::printf("%-8s %5d %6d %8.1f", shape.name, batch, context, 2.0 * half / 1e6);
+        for (const int mode : {0, 1, 2}) {
+          args.history_ready = mode == 2;
+          const float us = Time(
+              layers, 2 * half * layers > (int64_t{1} << 30) ? 3 : 10, [&](cudaStream_t stream) {
+                for (int i = 0; i < layers; ++i) {
+                  char* base = pool + int64_t{i} * 2 * half;
+                  args.kv = {base, base + half, Type::kBF16, shape.kv_heads, kBlock, kDim};
+                  CHECK_CUDA(DecodeAttention({stream, mode > 0}, args));
+                }
+              });
+          std::printf(" %8.2f %7.0f", us, 2.0 * half / us / 1e3);
+        }
+        std::printf("\n");
+        CHECK_CUDA(cudaFree(table));
+        CHECK_CUDA(cudaFree(slot));
+        CHECK_CUDA(cudaFree(position));
+      }
+    }
+  }
+  CHECK_CUDA(cudaFree(q));
+  CHECK_CUDA(cudaFree(out));
+  CHECK_CUDA(cudaFree(workspace));
+}
+
+void BenchPrefill(char* pool) {
+  std::printf("prefill of one prompt, head_dim 128\n%-8s %7s %10s %9s\n", "shape", "tokens", "us",
+              "TFLOP/s");
+  for (const Shape& shape : kShapes) {
+    for (const int tokens : {1024, 6144, 8192}) {
+      const int blocks = tokens / kBlock, width = (shape.heads + 2 * shape.kv_heads) * kDim;
+      __nv_bfloat16* q = Random(int64_t{tokens} * width, 1);
+      __nv_bfloat16* out = Random(int64_t{tokens} * shape.heads * kDim, 2);
+      int32_t* table = Upload(Scattered(1, blocks));
+      PrefillSpan* spans = Upload(std::vector<PrefillSpan>{{0, 0, 0, tokens}});
+      const int64_t half = int64_t{blocks} * shape.kv_heads * kBlock * kDim * 2;
+      PrefillAttentionArgs args;
+      args.kv = {pool, pool + half, Type::kBF16, shape.kv_heads, kBlock, kDim};
+      args.heads = shape.heads;
+      args.spans = spans;
+      args.num_spans = 1;
+      args.max_count = tokens;
+      args.block_table = table;
+      args.table_stride = blocks;
+      args.q = q;
+      args.q_stride = width;
+      args.out = out;
+      args.out_stride = shape.heads * kDim;
+      args.scale = 0.08f;
+      const float us = Time(4, 5, [&](cudaStream_t stream) {
+        for (int i = 0; i < 4; ++i) CHECK_CUDA(PrefillAttention({stream, false}, args));
+      });
+      const double flops = 2.0 * shape.heads * kDim * static_cast<double>(tokens) * (tokens + 1);
+      std::printf("%-8s %7d %10.1f %9.1f\n", shape.name, tokens, us, flops / us / 1e6);
+      CHECK_CUDA(cudaFree(q));
+      CHECK_CUDA(cudaFree(out));
+      CHECK_CUDA(cudaFree(table));
+      CHECK_CUDA(cudaFree(spans));
+    }
+  }
+}
+
+void Main(int argc, char** argv) {
+  CHECK_CUDA(InitDecodeAttention());
+  CHECK_CUDA(InitPrefillAttention());
+  char* pool = reinterpret_cast<char*>(Random(kPoolBytes / 2, 3));
+  if (argc < 2 || std::strcmp(argv[1], "decode") == 0) BenchDecode(pool);
+  if (argc < 2 || std::strcmp(argv[1], "prefill") == 0) BenchPrefill(pool);
+  CHECK_CUDA(cudaFree(pool));
+}
+
+}  // namespace
+}  // namespace lockstep::kernels
+
+int main(int argc, char** argv) { lockstep::kernels::Main(argc, argv); }
