@@ -30,6 +30,13 @@ struct RigOptions {
   SampleNeeds needs;  // beside what the slots need
 };
 
+inline SlotParams Uploaded(const ReferenceSlot& slot) {
+  SlotParams params = slot.params;
+  params.num_bias = static_cast<int32_t>(slot.bias.size());
+  params.num_ending_ids = static_cast<int32_t>(slot.ending_ids.size());
+  return params;
+}
+
 class SampleRig {
  public:
   // logits: [rows][vocab].
@@ -39,7 +46,7 @@ class SampleRig {
     needs_ = options.needs;
     for (const RigRow& row : rows) {
       if (row.slot < 0) continue;
-      needs_ = needs_ | NeedsOf(slots[row.slot].params, row.score_position >= 0);
+      needs_ = needs_ | NeedsOf(Uploaded(slots[row.slot]), row.score_position >= 0);
     }
     const int share = (vocab_ + options.tp - 1) / options.tp;
     for (int r = 0; r < options.tp; ++r) ranks_.push_back(MakeRank(r, share, slots, logits));
@@ -239,9 +246,7 @@ class SampleRig {
     std::vector<float> bias_values(slots.size() * kMaxBias);
     std::vector<int32_t> tokens(slots.size() * options_.tokens_stride, -1);
     for (size_t s = 0; s < slots.size(); ++s) {
-      params.push_back(slots[s].params);
-      params.back().num_bias = static_cast<int32_t>(slots[s].bias.size());
-      params.back().num_ending_ids = static_cast<int32_t>(slots[s].ending_ids.size());
+      params.push_back(Uploaded(slots[s]));
       for (size_t i = 0; i < slots[s].bias.size(); ++i) {
         bias_ids[s * kMaxBias + i] = slots[s].bias[i].first;
         bias_values[s * kMaxBias + i] = slots[s].bias[i].second;

@@ -484,10 +484,7 @@ TEST(Sample, ReplaysAsAGraph) {
     if (replay == 2) {
       for (size_t s = 0; s < b.slots.size(); ++s) {
         b.slots[s].params.temperature = 0.0f;
-        SlotParams params = b.slots[s].params;
-        params.num_bias = static_cast<int32_t>(b.slots[s].bias.size());
-        params.num_ending_ids = static_cast<int32_t>(b.slots[s].ending_ids.size());
-        rig.SetParams(static_cast<int>(s), params);
+        rig.SetParams(static_cast<int>(s), Uploaded(b.slots[s]));
       }
     }
     ASSERT_CUDA(cudaGraphLaunch(exec, stream));
