@@ -1,5 +1,5 @@
+#include "kernels/activation.cuh"
 #include "kernels/activation.h"
-#include "kernels/vector.cuh"
 
 // A thread makes N outputs of one row, 16 bytes of them where all is aligned. A
 // row's threads are whole blocks, so that its number is the block's.
@@ -7,38 +7,6 @@ namespace lockstep::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-
-// For 16-bit results the fast exponential and division are exact enough by far.
-template <typename T>
-__device__ __forceinline__ float Logistic(float x) {  // 1 / (1 + e^-x)
-  if constexpr (sizeof(T) == 4) return 1.0f / (1.0f + expf(-x));
-  return __frcp_rn(1.0f + __expf(-x));
-}
-
-template <typename T, Activation kActivation>
-__device__ __forceinline__ float Apply(float x) {
-  if constexpr (kActivation == Activation::kSilu) {
-    return x * Logistic<T>(x);
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    // (1 + tanh(y)) / 2 is the logistic function of 2 y.
-    const float cubic = fmaf(x * x * x, 0.044715f, x);
-    return x * Logistic<T>(cubic * (2.0f * 0.7978845608028654f));
-  } else if constexpr (kActivation == Activation::kGelu) {
-    return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-  } else {
-    return x < 0.0f ? 0.0f : x;  // NaN stays
-  }
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void Load(const T* in, const T* bias, int64_t at, float (&out)[N]) {
-  Unpack(LoadData<T, N>(in + at), out);
-  if (bias == nullptr) return;
-  float b[N];
-  Unpack(LoadConstant<T, N>(bias + at), b);
-#pragma unroll
-  for (int e = 0; e < N; ++e) out[e] += b[e];
-}
 
 template <typename T, int N, Activation kActivation>
 __global__ void __launch_bounds__(kThreads)
@@ -50,29 +18,9 @@ __global__ void __launch_bounds__(kThreads)
       N;
   WaitForPrevious();
   if (at >= a.width || (a.slot != nullptr && a.slot[row] < 0)) return;
-  const T* in = static_cast<const T*>(a.in) + row * a.in_stride;
-  const T* bias = static_cast<const T*>(a.bias);
-  float gate[N], up[N];
-  if (a.layout == GateLayout::kInterleaved) {
-    float first[N], second[N];
-    Load(in, bias, int64_t{2} * at, first);
-    Load(in, bias, int64_t{2} * at + N, second);
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      const int pair = 2 * e;
-      gate[e] = pair < N ? first[pair] : second[pair - N];
-      up[e] = pair + 1 < N ? first[pair + 1 < N ? pair + 1 : 0] : second[pair + 1 - N];
-    }
-  } else {
-    Load(in, bias, at, gate);
-    if (a.layout == GateLayout::kHalves) Load(in, bias, int64_t{a.width} + at, up);
-  }
-#pragma unroll
-  for (int e = 0; e < N; ++e) {
-    gate[e] = Apply<T, kActivation>(gate[e]);
-    if (a.layout != GateLayout::kNone) gate[e] *= up[e];
-  }
-  Store(static_cast<T*>(a.out) + row * a.out_stride + at, Pack<T, N>(gate));
+  float v[N];
+  ActivatePiece<T, N>(a, kActivation, row, at, v);
+  Store(static_cast<T*>(a.out) + row * a.out_stride + at, Pack<T, N>(v));
 }
 
 template <typename T, int N>
@@ -109,10 +57,12 @@ cudaError_t ActivateOf(const Launch& launch, const ActivateArgs& a) {
 
 cudaError_t Activate(const Launch& launch, const ActivateArgs& a) {
   const int64_t in_width = a.layout == GateLayout::kNone ? a.width : int64_t{2} * a.width;
-  if (a.num_rows < 0 || a.width < 1 || a.in_stride < in_width || a.out_stride < a.width) {
+  if (a.num_rows < 0 || a.width < 1 || a.in_stride < in_width ||
+      (a.quantized.values == nullptr && a.out_stride < a.width)) {
     return cudaErrorInvalidValue;
   }
   if (a.num_rows == 0) return cudaSuccess;
+  if (a.quantized.values != nullptr) return ActivateQuantized(launch, a);
   switch (a.type) {
     case Type::kF32:
       return ActivateOf<float>(launch, a);

@@ -30,6 +30,9 @@ struct ActivateArgs {
   const void* bias = nullptr;     // of T, laid out as a row of `in`; or null
   void* out = nullptr;            // [num_rows, out_stride]; may be `in` for kNone and kHalves
   int64_t out_stride = 0;
+  // Instead of `out`, which is then not written: types of 16 bits, width at most
+  // 32768 and a multiple of 16, addresses of 16 bytes; else cudaErrorInvalidValue.
+  QuantizedRows quantized = {};
 };
 cudaError_t Activate(const Launch& launch, const ActivateArgs& args);
 

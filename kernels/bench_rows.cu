@@ -80,6 +80,7 @@ struct Buffers {
   char* slot = Allocate(kRows * 4);
   char* position = Allocate(kRows * 4);
   char* table = Allocate(1 << 20);
+  char* scales = Allocate(1 << 20);
 };
 
 void Norms(const Buffers& b, int hidden) {
@@ -98,7 +99,7 @@ void Norms(const Buffers& b, int hidden) {
       return ReduceTail(launch, tail);
     };
     Report("tail bf16 " + shape, Time(launches, run), 4 * row_bytes);
-    tail.quantized = {b.a + kBuffer / 4, reinterpret_cast<float*>(b.table)};
+    tail.quantized = {b.a + kBuffer / 4, reinterpret_cast<float*>(b.scales)};
     tail.normed = nullptr;
     Report("tail bf16 -> e4m3 " + shape, Time(launches, run), 3.5 * row_bytes);
     QuantizeRowsArgs quantize;
@@ -107,7 +108,7 @@ void Norms(const Buffers& b, int hidden) {
     quantize.in = b.a;
     quantize.in_stride = quantize.out_stride = hidden;
     quantize.out = b.c;
-    quantize.scales = reinterpret_cast<float*>(b.table);
+    quantize.scales = reinterpret_cast<float*>(b.scales);
     Report("quantize bf16 " + shape,
            Time(launches, [&](const Launch& l, int) { return QuantizeRows(l, quantize); }),
            1.5 * row_bytes);
@@ -189,7 +190,7 @@ void Others(const Buffers& b) {
   quantize.in = b.a;
   quantize.in_stride = quantize.out_stride = 8192;
   quantize.out = b.b;
-  quantize.scales = reinterpret_cast<float*>(b.table);
+  quantize.scales = reinterpret_cast<float*>(b.scales);
   Report("quantize weights, 1 GiB of bf16",
          Time(4, [&](const Launch& l, int) { return QuantizeRows(l, quantize); }), 1.5 * kBuffer);
 }

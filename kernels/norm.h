@@ -38,13 +38,6 @@ struct NormSpec {
   bool plus_one = false;  // kRms: times (1 + w)
 };
 
-// Where the result also goes, or goes instead, as e4m3 with a scale a row (the
-// very values that QuantizeRows of `normed` would give).
-struct QuantizedRows {
-  void* values = nullptr;   // [rows, hidden] e4m3; null: not wanted
-  float* scales = nullptr;  // [rows]
-};
-
 // normed = norm(x). x and normed may be the same.
 struct NormArgs {
   Type type = Type::kBF16;

@@ -51,6 +51,14 @@ struct KvLayer {
   float v_scale = 1.0f;
 };
 
+// Rows of e4m3 with a scale each (value = stored * scale), where they are wanted
+// beside or instead of rows of T: the very values that QuantizeRows of those
+// would give.
+struct QuantizedRows {
+  void* values = nullptr;   // [rows, width] e4m3, contiguous; null: not wanted
+  float* scales = nullptr;  // [rows]
+};
+
 // Which positions a step's rows are, on the device, at addresses that do not
 // change from step to step (CUDA graphs read them).
 struct StepRows {

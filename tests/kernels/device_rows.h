@@ -61,7 +61,7 @@ float HostRounded(float v) {
 template <typename T>
 double HalfUlp() {
   if constexpr (std::is_same_v<T, __half>) return 0x1p-11 * 1.02 + 2e-6;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return 0x1p-8 * 0.51 + 2e-6;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return 0x1p-8 * 1.02 + 2e-6;
   if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) return 0x1p-4 * 1.01;
   return 4e-6;
 }

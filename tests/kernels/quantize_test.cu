@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "kernels/activation.h"
 #include "kernels/norm.h"
 #include "kernels/quantize.h"
 #include "tests/kernels/device_rows.h"
@@ -164,6 +165,56 @@ TYPED_TEST(QuantizeTest, NormsQuantiseAsQuantizeRowsDoes) {
     EXPECT_EQ(fused_scales.Bits(), apart_scales.Bits()) << hidden;
     EXPECT_TRUE(fused.Bits() == apart.Bits()) << hidden;
   }
+}
+
+template <typename T>
+void CheckActivation(Activation activation, GateLayout layout, int width) {
+  constexpr int kRows = 3;
+  const int in_width = layout == GateLayout::kNone ? width : 2 * width;
+  const DeviceRows<T> in(RandomValues<T>(kRows * in_width, 11, 6.0f)), out(kRows * width);
+  const DeviceRows<T> bias(RandomValues<T>(in_width, 12));
+  const DeviceRows<uint8_t> fused(kRows * width), apart(kRows * width);
+  const DeviceRows<float> fused_scales(kRows), apart_scales(kRows);
+  ActivateArgs args = {.type = TypeOf<T>(),
+                       .activation = activation,
+                       .layout = layout,
+                       .num_rows = kRows,
+                       .width = width,
+                       .in = in.get(),
+                       .in_stride = in_width,
+                       .bias = bias.get(),
+                       .out = out.get(),
+                       .out_stride = width};
+  ASSERT_CUDA(Activate({}, args));
+  ASSERT_CUDA(QuantizeRows({}, {.type = TypeOf<T>(),
+                                .num_rows = kRows,
+                                .width = width,
+                                .in = out.get(),
+                                .in_stride = width,
+                                .out = apart.get(),
+                                .out_stride = width,
+                                .scales = apart_scales.get()}));
+  args.out = nullptr;
+  args.quantized = {fused.get(), fused_scales.get()};
+  ASSERT_CUDA(Activate({}, args));
+  ASSERT_CUDA(cudaDeviceSynchronize());
+  fused.ExpectGuards("fused");
+  fused_scales.ExpectGuards("fused scales");
+  EXPECT_EQ(fused_scales.Bits(), apart_scales.Bits()) << width;
+  EXPECT_TRUE(fused.Bits() == apart.Bits()) << width;
+}
+
+TEST(QuantizeActivations, GiveWhatQuantizeRowsOfThemGives) {
+  for (const int width : {16, 96, 4096, 4112, 14336, 32768}) {
+    for (const GateLayout layout :
+         {GateLayout::kNone, GateLayout::kHalves, GateLayout::kInterleaved}) {
+      CheckActivation<__half>(Activation::kSilu, layout, width);
+      CheckActivation<__nv_bfloat16>(Activation::kGeluTanh, layout, width);
+    }
+  }
+  ActivateArgs args = {.type = Type::kF32, .num_rows = 1, .width = 16, .in_stride = 32};
+  args.quantized.values = &args;
+  EXPECT_EQ(Activate({}, args), cudaErrorInvalidValue);
 }
 
 }  // namespace
