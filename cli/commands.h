@@ -20,6 +20,7 @@ void AddChatCommand(CLI::App* app, Command* chosen);
 void AddBatchCommand(CLI::App* app, Command* chosen);
 void AddPlanCommand(CLI::App* app, Command* chosen);
 void AddBenchCommand(CLI::App* app, Command* chosen);
+void AddCompareCommand(CLI::App* app, Command* chosen);
 void AddDoctorCommand(CLI::App* app, Command* chosen);
 
 }  // namespace lockstep

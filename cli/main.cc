@@ -63,6 +63,7 @@ int main(int argc, char** argv) {
   lockstep::AddBatchCommand(&app, &chosen);
   lockstep::AddPlanCommand(&app, &chosen);
   lockstep::AddBenchCommand(&app, &chosen);
+  lockstep::AddCompareCommand(&app, &chosen);
   lockstep::AddDoctorCommand(&app, &chosen);
   try {
     app.parse(argc, argv);

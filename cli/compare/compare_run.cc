@@ -1,0 +1,264 @@
+#include "cli/compare/compare_run.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "cli/batch_job.h"
+#include "cli/bench/prompts.h"
+#include "cli/client.h"
+#include "cli/compare/compare_figures.h"
+#include "cli/local_server.h"
+
+namespace lockstep {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int64_t kConnectTimeoutMs = 10'000;
+constexpr int kThreads = 8;  // requests under way
+
+// One configuration while it is asked.
+struct OpenSide {
+  std::unique_ptr<LocalServer> local;
+  std::unique_ptr<Client> client;
+  v1::GetModelInfoResponse info;
+};
+
+absl::Status Prefix(const std::string& where, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat(where, ": ", std::string(status.message())));
+}
+
+absl::StatusOr<OpenSide> Open(const CompareSide& side, const std::string& model) {
+  OpenSide open;
+  std::string address = side.server;
+  if (address.empty()) {
+    std::vector<std::string> args = CLI::detail::split_up(side.flags);
+    if (!model.empty())
+      args.insert(args.begin(), {"--model", model});  // the side's own comes later
+    absl::StatusOr<std::unique_ptr<LocalServer>> local = LocalServer::Start(args);
+    if (!local.ok()) return local.status();
+    open.local = *std::move(local);
+    address = open.local->address();
+  }
+  open.client = std::make_unique<Client>(address);
+  absl::StatusOr<v1::GetModelInfoResponse> info = open.client->WaitReady(kConnectTimeoutMs);
+  if (!info.ok()) return Prefix(address, info.status());
+  open.info = *std::move(info);
+  return open;
+}
+
+// Runs work(0) .. work(count - 1) on a few threads; the first error.
+absl::Status ForEach(size_t count, const std::function<absl::Status(size_t)>& work) {
+  std::atomic<size_t> next = 0;
+  std::mutex mutex;
+  absl::Status first;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&] {
+      for (size_t i = next++; i < count; i = next++) {
+        const absl::Status status = work(i);
+        if (status.ok()) continue;
+        std::lock_guard lock(mutex);
+        if (first.ok()) first = status;
+        next = count;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return first;
+}
+
+PositionView View(const v1::TokenLogprobs& logprobs) {
+  PositionView view;
+  view.chosen = logprobs.chosen().logprob();
+  for (const v1::Logprob& top : logprobs.top()) {
+    view.top.emplace_back(top.token_id(), top.logprob());
+  }
+  return view;
+}
+
+// A set of prompts and what has been learnt of each so far.
+class Comparison {
+ public:
+  explicit Comparison(const CompareFlags& flags) : flags_(flags) {}
+
+  absl::Status ReadPrompts() {
+    if (flags_.prompts.empty()) return absl::OkStatus();
+    absl::StatusOr<std::vector<BatchItem>> items = ReadBatch(flags_.prompts);
+    if (!items.ok()) return items.status();
+    for (BatchItem& item : *items) {
+      if (!item.error.ok()) return Prefix(flags_.prompts, item.error);
+      requests_.push_back(std::move(item.request));
+      names_.push_back(item.custom_id);
+    }
+    if (!requests_.empty()) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat("--prompts ", flags_.prompts, ": no prompts"));
+  }
+
+  // A's answers, with its view of every token.
+  absl::Status AskA(const OpenSide& a) {
+    if (requests_.empty()) MakeRandom(a.info.vocab_size());
+    prompts_.resize(requests_.size());
+    prompt_ids_.resize(requests_.size());
+    return ForEach(requests_.size(), [&](size_t i) -> absl::Status {
+      v1::GenerateRequest request = requests_[i];
+      SetGreedy(&request);
+      request.mutable_sampling()->set_logprobs(flags_.top);
+      const absl::StatusOr<v1::GenerateResponse> response = a.client->Generate(request);
+      if (!response.ok()) return Prefix(names_[i], response.status());
+      const v1::Completion& answer = response->completions(0);
+      prompts_[i].name = names_[i];
+      prompts_[i].tokens_a.assign(answer.token_ids().begin(), answer.token_ids().end());
+      for (const v1::TokenLogprobs& each : answer.logprobs()) {
+        prompts_[i].view_a.push_back(View(each));
+      }
+      const auto& ids = response->prompt().prompt_token_ids();
+      prompt_ids_[i].assign(ids.begin(), ids.end());
+      return absl::OkStatus();
+    });
+  }
+
+  // B's answers to the same token ids, then its view of A's answers.
+  absl::Status AskB(const OpenSide& b) {
+    return ForEach(prompts_.size(), [&](size_t i) -> absl::Status {
+      ComparedPrompt& prompt = prompts_[i];
+      v1::GenerateRequest request = requests_[i];
+      SetGreedy(&request);
+      SetIds(prompt_ids_[i], &request);
+      const absl::StatusOr<v1::GenerateResponse> answer = b.client->Generate(request);
+      if (!answer.ok()) return Prefix(prompt.name, answer.status());
+      const auto& ids = answer->completions(0).token_ids();
+      prompt.tokens_b.assign(ids.begin(), ids.end());
+
+      std::vector<uint32_t> whole = prompt_ids_[i];
+      whole.insert(whole.end(), prompt.tokens_a.begin(), prompt.tokens_a.end());
+      v1::GenerateRequest score;
+      SetIds(whole, &score);
+      score.mutable_sampling()->set_max_tokens(0);
+      score.mutable_sampling()->set_prompt_logprobs(flags_.top);
+      const absl::StatusOr<v1::GenerateResponse> scored = b.client->Generate(score);
+      if (!scored.ok()) return Prefix(prompt.name, scored.status());
+      const auto& views = scored->prompt().prompt_logprobs();
+      for (size_t at = prompt_ids_[i].size(); at < whole.size(); ++at) {
+        if (at >= static_cast<size_t>(views.size())) {
+          return absl::DataLossError(absl::StrCat(prompt.name, ": B scored ", views.size(), " of ",
+                                                  whole.size(), " tokens"));
+        }
+        prompt.view_b.push_back(View(views[static_cast<int>(at)]));
+      }
+      return absl::OkStatus();
+    });
+  }
+
+  const std::vector<ComparedPrompt>& prompts() const { return prompts_; }
+
+ private:
+  void MakeRandom(uint32_t vocab_size) {
+    std::mt19937_64 random(flags_.seed);
+    for (uint32_t i = 0; i < flags_.random_prompts; ++i) {
+      requests_.push_back(
+          RandomRequest({flags_.random_tokens, flags_.max_tokens}, vocab_size, &random));
+      names_.push_back(absl::StrCat("random ", i));
+    }
+  }
+
+  // Of a file's own sampling fields, those that change what is greedy are dropped.
+  void SetGreedy(v1::GenerateRequest* request) const {
+    v1::SamplingParams sampling;
+    sampling.set_temperature(0);
+    sampling.set_max_tokens(flags_.max_tokens);
+    sampling.set_ignore_eos(request->sampling().ignore_eos());
+    *request->mutable_sampling() = sampling;
+  }
+
+  static void SetIds(const std::vector<uint32_t>& ids, v1::GenerateRequest* request) {
+    request->mutable_token_ids()->mutable_ids()->Assign(ids.begin(), ids.end());
+  }
+
+  const CompareFlags& flags_;
+  std::vector<v1::GenerateRequest> requests_;
+  std::vector<std::string> names_;
+  std::vector<std::vector<uint32_t>> prompt_ids_;
+  std::vector<ComparedPrompt> prompts_;
+};
+
+std::string Describe(const CompareSide& side, const v1::GetModelInfoResponse& info) {
+  return absl::StrFormat("%s, %s, tp %u, %s (%s)", info.model(), info.dtype(), info.tp_size(),
+                         info.ranks_size() > 0 ? info.ranks(0).device() : "?",
+                         side.server.empty() ? side.flags : side.server);
+}
+
+absl::Status Report(const CompareFlags& flags, const std::string& a, const std::string& b,
+                    const CompareFigures& figures) {
+  Json json = {{"a", a}, {"b", b}, {"max_tokens", flags.max_tokens}, {"top", flags.top}};
+  json.update(ToJson(figures));
+  const std::string text =
+      json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  const std::string table = absl::StrCat("A  ", a, "\nB  ", b, "\n\n", ToTable(figures));
+  std::fputs(flags.json ? text.c_str() : table.c_str(), stdout);
+  std::fflush(stdout);
+  if (!flags.output.empty()) {
+    std::ofstream file(flags.output, std::ios::trunc);
+    file << text << std::flush;
+    if (!file) {
+      return absl::UnavailableError(absl::StrCat("--output ", flags.output, ": cannot be written"));
+    }
+  }
+  if (flags.max_error > 0 && !(figures.max_error <= flags.max_error)) {
+    return absl::FailedPreconditionError(
+        absl::StrFormat("the largest log-probability error is %.4g, above --max-error %g",
+                        figures.max_error, flags.max_error));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckSide(const char* name, const CompareSide& side, const std::string& model) {
+  if (!side.server.empty() && !side.flags.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--flags-%s: a server that runs already takes no flags", name));
+  }
+  if (side.server.empty() && model.empty() && side.flags.find("--model") == std::string::npos) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--server-%s: give an address, or --model DIR to start one", name));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status RunCompare(const CompareFlags& flags) {
+  for (const absl::Status& status :
+       {CheckSide("a", flags.a, flags.model), CheckSide("b", flags.b, flags.model)}) {
+    if (!status.ok()) return status;
+  }
+  Comparison comparison(flags);
+  if (absl::Status status = comparison.ReadPrompts(); !status.ok()) return status;
+  std::string described_a;
+  {
+    std::fprintf(stderr, "A: answering\n");
+    absl::StatusOr<OpenSide> a = Open(flags.a, flags.model);
+    if (!a.ok()) return Prefix("A", a.status());
+    described_a = Describe(flags.a, a->info);
+    if (absl::Status status = comparison.AskA(*a); !status.ok()) return Prefix("A", status);
+  }
+  std::fprintf(stderr, "B: answering, and scoring A's answers\n");
+  absl::StatusOr<OpenSide> b = Open(flags.b, flags.model);
+  if (!b.ok()) return Prefix("B", b.status());
+  if (absl::Status status = comparison.AskB(*b); !status.ok()) return Prefix("B", status);
+  return Report(flags, described_a, Describe(flags.b, b->info), Compare(comparison.prompts()));
+}
+
+}  // namespace lockstep
