@@ -2,6 +2,7 @@
 #include "kernels/attention_plain.h"
 #include "kernels/attention_prefill.h"
 #include "kernels/attention_prefill_launch.h"
+#include "kernels/attention_prefill_wgmma.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -59,7 +60,8 @@ cudaError_t InitPrefillAttention() {
       if (status != cudaSuccess) return status;
     }
   }
-  return InitPlainAttention();
+  const cudaError_t status = prefill::InitWgmma();
+  return status != cudaSuccess ? status : InitPlainAttention();
 }
 
 cudaError_t PrefillAttention(const Launch& launch, const PrefillAttentionArgs& args) {
@@ -83,6 +85,7 @@ cudaError_t PrefillAttention(const Launch& launch, const PrefillAttentionArgs& a
                                    .window = args.window});
   }
   const Params p = ParamsOf(args);
+  if (prefill::WgmmaTakes(args)) return prefill::LaunchWgmma(launch, args, p);
   const int rows = args.max_count * p.group;
   const int dim = RoundedDim(args.kv.head_dim);
   const dim3 grid((rows + prefill::kMmaRows - 1) / prefill::kMmaRows, args.kv.kv_heads,

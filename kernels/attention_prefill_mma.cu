@@ -40,7 +40,9 @@ __device__ __forceinline__ void LoadTransposed(uint32_t (&m)[4], uint32_t at) {
 }
 
 template <typename T, typename KV, int kDim>
-__global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 1)
+__global__ void __launch_bounds__(kMmaThreads, kDim == 64    ? 3
+                                               : kDim == 128 ? 2
+                                                             : 1)
     MmaKernel(const __grid_constant__ Params p) {
   using M = typename Chunk<KV>::M;
   using Raw = typename Chunk<KV>::Raw;

@@ -1,0 +1,183 @@
+// Hopper's warpgroup products and bulk tensor copies, as the prefill kernel uses
+// them: shared memory in rows of 128 bytes, swizzled by the copy engine (16-byte
+// chunk ch of row t lies at ch ^ (t % 8)), eight rows to 1,024 aligned bytes.
+#ifndef LOCKSTEP_KERNELS_ATTENTION_WGMMA_CUH_
+#define LOCKSTEP_KERNELS_ATTENTION_WGMMA_CUH_
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/device.cuh"
+
+namespace lockstep::kernels {
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
+// Barriers in shared memory that count arrivals and copied bytes.
+__device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+__device__ __forceinline__ void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void ArriveExpecting(uint64_t* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void Arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+// Waits for the phase of that parity to end. A wait that never ends is a bug of
+// the kernel: it stops with an error rather than hang the device.
+__device__ __forceinline__ void Await(uint64_t* barrier, int parity) {
+  uint32_t done = 0;
+  for (int tries = 0; tries < (1 << 26); ++tries) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(SharedAddress(barrier)), "r"(parity)
+        : "memory");
+    if (done != 0) return;
+  }
+  __trap();
+}
+
+// A box of a three-dimensional tensor map into shared memory.
+__device__ __forceinline__ void CopyBox(void* to, const CUtensorMap* map, int x, int y, int z,
+                                        uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(SharedAddress(to)),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(z), "r"(SharedAddress(barrier))
+      : "memory");
+}
+// Ordinary stores to shared memory, before the tensor cores read them.
+__device__ __forceinline__ void FenceForTensorCores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Barriers among some of the block's warps; `threads` in all.
+__device__ __forceinline__ void NamedSync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void NamedArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// A matrix in swizzled 128-byte rows. leading: bytes from one 64 elements of the
+// contiguous dimension to the next, where a product spans several and that
+// dimension is not the summed one.
+__device__ __forceinline__ uint64_t SwizzledMatrix(uint32_t address, uint32_t leading) {
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 |
+         static_cast<uint64_t>(1) << 62;
+}
+
+__device__ __forceinline__ void ProductsBegin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ProductsCommit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void ProductsAwait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving uses of results across the waits.
+template <int N>
+__device__ __forceinline__ void Pin(float (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(v[i])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void Pin(uint32_t (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(v[i])::"memory");
+}
+
+#define LOCKSTEP_R8(d, i)                                                                     \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define LOCKSTEP_R32(d, i) \
+  LOCKSTEP_R8(d, i), LOCKSTEP_R8(d, i + 8), LOCKSTEP_R8(d, i + 16), LOCKSTEP_R8(d, i + 24)
+#define LOCKSTEP_NAMES32                                                             \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LOCKSTEP_NAMES64                                                                    \
+  LOCKSTEP_NAMES32                                                                          \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// d [64, 128] (+)= a [64, 16] * b [128, 16]^T, both in shared memory, the summed
+// dimension contiguous.
+#define LOCKSTEP_SCORE_PRODUCT(type)                                                     \
+  asm volatile(                                                                          \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                       \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" LOCKSTEP_NAMES64 \
+      "}, %64, %65, p, 1, 1, 0, 0;\n}"                                                   \
+      : LOCKSTEP_R32(d, 0), LOCKSTEP_R32(d, 32)                                          \
+      : "l"(a), "l"(b), "r"(add))
+// d [64, n] += a [64, 16] in registers * b [16, n] in shared memory, n contiguous.
+#define LOCKSTEP_OUTPUT_PRODUCT128(type)                                                 \
+  asm volatile(                                                                          \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                         \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" LOCKSTEP_NAMES64 \
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"                                     \
+      : LOCKSTEP_R32(d, 0), LOCKSTEP_R32(d, 32)                                          \
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
+#define LOCKSTEP_OUTPUT_PRODUCT64(type)                                                 \
+  asm volatile(                                                                         \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                        \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" LOCKSTEP_NAMES32 \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"                                    \
+      : LOCKSTEP_R32(d, 0)                                                              \
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
+
+template <typename M>
+__device__ __forceinline__ void ScoreProduct(float (&d)[64], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<M, __half>) {
+    LOCKSTEP_SCORE_PRODUCT("f16");
+  } else {
+    LOCKSTEP_SCORE_PRODUCT("bf16");
+  }
+}
+template <typename M>
+__device__ __forceinline__ void OutputProduct(float (&d)[64], uint32_t a0, uint32_t a1, uint32_t a2,
+                                              uint32_t a3, uint64_t b) {
+  if constexpr (std::is_same_v<M, __half>) {
+    LOCKSTEP_OUTPUT_PRODUCT128("f16");
+  } else {
+    LOCKSTEP_OUTPUT_PRODUCT128("bf16");
+  }
+}
+template <typename M>
+__device__ __forceinline__ void OutputProduct(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2,
+                                              uint32_t a3, uint64_t b) {
+  if constexpr (std::is_same_v<M, __half>) {
+    LOCKSTEP_OUTPUT_PRODUCT64("f16");
+  } else {
+    LOCKSTEP_OUTPUT_PRODUCT64("bf16");
+  }
+}
+
+#undef LOCKSTEP_R8
+#undef LOCKSTEP_R32
+#undef LOCKSTEP_NAMES32
+#undef LOCKSTEP_NAMES64
+#undef LOCKSTEP_SCORE_PRODUCT
+#undef LOCKSTEP_OUTPUT_PRODUCT128
+#undef LOCKSTEP_OUTPUT_PRODUCT64
+
+}  // namespace lockstep::kernels
+
+#endif  // LOCKSTEP_KERNELS_ATTENTION_WGMMA_CUH_
