@@ -46,6 +46,7 @@ function(lockstep_gpu_test)
   add_executable(lockstep_${A_NAME} ${A_SRCS})
   target_link_libraries(lockstep_${A_NAME} PRIVATE ${deps} GTest::gmock GTest::gtest_main CUDA::cudart_static)
   _lockstep_own_cuda(lockstep_${A_NAME})
+  target_compile_definitions(lockstep_${A_NAME} PRIVATE LOCKSTEP_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
   set_target_properties(lockstep_${A_NAME} PROPERTIES OUTPUT_NAME ${A_NAME}
                         RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/gpu-tests)
 endfunction()

@@ -39,7 +39,7 @@ bool SupportsExchange(const GemvArgs& args) {
   if (!reduce && !push) return true;
   if (reduce == push || args.exchange == nullptr) return false;
   const GemvExchange& exchange = *args.exchange;
-  if (exchange.peers.size < 2 || exchange.peers.size > kMaxPeers) return false;
+  if (exchange.peers.size < 1 || exchange.peers.size > kMaxPeers) return false;
   if (exchange.width % 8 != 0 || exchange.width != (push ? args.n : args.k)) return false;
   if (push) return args.prologue == GemvPrologue::kPlain && args.n % 8 == 0;
   return args.residual_in != nullptr && args.residual_out != nullptr &&

@@ -65,7 +65,7 @@ enum class GemvEpilogue : uint8_t {
 // Residuals: residual_in and residual_out are two buffers that change roles from
 // one kReduce to the next.
 struct GemvExchange {
-  Peers peers;        // size 2..8
+  Peers peers;        // size 1..8; of 1: only the sum of the step itself crosses
   size_t offset = 0;  // of this part in a region; a multiple of 256
   int width = 0;      // elements of an exchanged row: the hidden size, a multiple of 8
 };

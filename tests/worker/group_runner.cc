@@ -33,6 +33,18 @@ T TakeAt(std::vector<T>& from, size_t at) {
   return value;
 }
 
+absl::StatusOr<std::unique_ptr<Backend>> MakeCpu(const ModelConfig& config, const ShardPlan& plan,
+                                                 const Checkpoint* checkpoint,
+                                                 const BackendLimits& limits, DType dtype,
+                                                 ThreadPool* pool) {
+  const WeightOptions options = {.dtype = dtype, .progress = {}};
+  absl::StatusOr<std::unique_ptr<Weights>> weights =
+      checkpoint == nullptr ? Weights::Dummy(plan, config, options, pool)
+                            : Weights::Load(*checkpoint, plan, options, pool);
+  if (!weights.ok()) return weights.status();
+  return MakeCpuBackend(config, plan, *std::move(weights), limits, dtype, pool);
+}
+
 }  // namespace
 
 SlotSampling GreedySampling() {
@@ -62,25 +74,21 @@ absl::StatusOr<std::unique_ptr<GroupRunner>> GroupRunner::Make(const ModelConfig
     r.pool = std::make_unique<ThreadPool>(options.threads);
     absl::StatusOr<ShardPlan> plan = MakeShardPlan(config, options.tp_size, rank);
     if (!plan.ok()) return plan.status();
-    absl::StatusOr<std::unique_ptr<Weights>> weights;
-    if (model_dir.empty()) {
-      weights =
-          Weights::Dummy(*plan, config, {.dtype = options.dtype, .progress = {}}, r.pool.get());
-    } else {
-      absl::StatusOr<std::unique_ptr<Checkpoint>> checkpoint = Checkpoint::Open(model_dir);
-      if (!checkpoint.ok()) return checkpoint.status();
-      weights = Weights::Load(**checkpoint, *plan, {.dtype = options.dtype, .progress = {}},
-                              r.pool.get());
+    std::unique_ptr<Checkpoint> checkpoint;
+    if (!model_dir.empty()) {
+      absl::StatusOr<std::unique_ptr<Checkpoint>> opened = Checkpoint::Open(model_dir);
+      if (!opened.ok()) return opened.status();
+      checkpoint = *std::move(opened);
     }
-    if (!weights.ok()) return weights.status();
+    const BackendLimits limits = {.max_num_seqs = options.max_num_seqs,
+                                  .max_batched_tokens = options.max_batched_tokens,
+                                  .max_model_len = options.max_model_len,
+                                  .block_size = options.block_size,
+                                  .num_kv_blocks = options.num_kv_blocks};
     absl::StatusOr<std::unique_ptr<Backend>> backend =
-        MakeCpuBackend(config, *plan, *std::move(weights),
-                       {.max_num_seqs = options.max_num_seqs,
-                        .max_batched_tokens = options.max_batched_tokens,
-                        .max_model_len = options.max_model_len,
-                        .block_size = options.block_size,
-                        .num_kv_blocks = options.num_kv_blocks},
-                       options.dtype, r.pool.get());
+        options.make_backend
+            ? options.make_backend(config, *plan, checkpoint.get(), limits, r.pool.get())
+            : MakeCpu(config, *plan, checkpoint.get(), limits, options.dtype, r.pool.get());
     if (!backend.ok()) return backend.status();
     r.decoder = std::make_unique<Decoder>(config, *plan, *std::move(backend));
   }

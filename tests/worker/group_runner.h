@@ -9,6 +9,7 @@
 #define LOCKSTEP_TESTS_WORKER_GROUP_RUNNER_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -17,7 +18,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "model/model_config.h"
+#include "model/safetensors.h"
+#include "model/shard_plan.h"
 #include "wire/step_plan.h"
+#include "worker/backend/backend.h"
 #include "worker/comm/communicator.h"
 #include "worker/decoder.h"
 #include "worker/step_executor.h"
@@ -34,6 +38,11 @@ struct GroupOptions {
   uint32_t max_batched_tokens = 128;
   uint32_t max_model_len = 160;
   DType dtype = DType::kFloat32;  // of weights and KV
+  // Null: the cpu backend.
+  std::function<absl::StatusOr<std::unique_ptr<Backend>>(
+      const ModelConfig& config, const ShardPlan& plan, const Checkpoint* checkpoint,
+      const BackendLimits& limits, ThreadPool* pool)>
+      make_backend = nullptr;
 };
 
 struct TestRequest {

@@ -27,6 +27,7 @@
 #include "worker/backend/cuda/slots.h"
 #include "worker/backend/cuda/step_graphs.h"
 #include "worker/backend/cuda/step_io.h"
+#include "worker/comm/cuda/device_communicator.h"
 
 namespace lockstep::cuda {
 namespace {
@@ -46,6 +47,7 @@ class CudaBackend final : public Backend {
               const CudaBackendOptions& options);
   ~CudaBackend() override;
   absl::Status Init();
+  absl::Status PrepareExchange();
 
   absl::Status Attach(Communicator* comm) override;
   void Admit(const NewSequence& sequence) override {
@@ -86,7 +88,10 @@ class CudaBackend final : public Backend {
     CollectiveStats collectives;
   };
 
-  // How a step of decodes is captured; see StepGraphs.
+  // Whether a step of one row may fold its all-reduces into the products around
+  // them: then every matrix of the layers goes by Gemv.
+  bool CanFold() const;
+  void Push(const void* x, const Linear& linear);
   bool IsDecode(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) const;
   void Check(cudaError_t error, const char* what) {
     if (status_.ok() && error != cudaSuccess) status_ = ToStatus(error, what);
@@ -95,13 +100,16 @@ class CudaBackend final : public Backend {
   // done, where they do not take it.
   bool Gemv(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
             int64_t out_stride, GemvEpilogue epilogue);
+  // What a product of one row does to its input, when the sum before it is still
+  // on its way (see folded_).
+  void TakeReduce(GemvArgs* args);
   // out = x . weights in the serving dtype, or the logits in fp32, by what is best.
   void Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
               int64_t out_stride, GemvEpilogue epilogue = GemvEpilogue::kStore);
   bool Quantized(const Linear& linear) const { return linear.weight.type == Type::kE4M3; }
   Launch launch() const { return {.stream = stream_, .pdl = true}; }
   kernels::KvLayer Kv(int64_t layer) const;
-  void AddNeeds(absl::Span<const LogitRow> rows);
+  kernels::DecodeAttentionArgs DecodeArgs(int64_t layer) const;
 
   const ModelConfig config_;
   const ShardPlan plan_;
@@ -115,6 +123,9 @@ class CudaBackend final : public Backend {
   std::string description_;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<LtMatmul> lt_;
+  Buffer<std::byte> own_exchange_;  // with one rank, what is pushed stays here
+  kernels::GemvExchange exchange_region_;
+  bool can_fold_ = false;
   Collectives collectives_;
   Slots slots_;
   StepIo io_;
@@ -136,11 +147,29 @@ class CudaBackend final : public Backend {
   int max_context_ = 0;  // of a decoded row
   int sampled_rows_ = 0;  // logit rows enqueued so far
   bool capturing_ = false;
+  // One decoded row: a row-parallel product pushes its sums to every rank, and the
+  // product after it polls for them, adds the residual and norms them as it waits
+  // for its weights. No kernel and no launch of its own is left of the all-reduce.
+  bool folded_ = false;
+  bool reduce_pending_ = false;
+  kernels::NormSpec pending_norm_;
+  uint32_t exchange_ = 0;
+  void* residual_ = nullptr;  // the current one of two, while folded
+  const float2* fresh_rotary_ = nullptr;  // what attention is left to do of Qkv
+  bool fresh_ = false;
   const StepGraphs::Graph* replay_ = nullptr;
   StepGraphs::Key key_;
   kernels::SampleNeeds needs_;
   std::deque<InFlight> in_flight_;
 };
+
+// The gate's activation in the product's own epilogue; kStore: it has none.
+GemvEpilogue GateEpilogue(const ModelConfig& config) {
+  if (!config.gated_mlp || config.mlp_bias) return GemvEpilogue::kStore;
+  if (config.activation == Activation::kSilu) return GemvEpilogue::kSiluGate;
+  if (config.activation == Activation::kGeluTanh) return GemvEpilogue::kGeluGate;
+  return GemvEpilogue::kStore;
+}
 
 kernels::Activation ToKernel(Activation activation) {
   switch (activation) {
@@ -242,12 +271,100 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
   in_flight_.clear();
   graphs_.Clear();  // they hold the last epoch's peers
   status_ = collectives_.Attach(comm, hidden_);
+  if (status_.ok()) status_ = PrepareExchange();
   graphs_.SetLimits(static_cast<int>(max_logit_rows_), static_cast<int>(limits_.max_model_len));
   if (status_.ok()) status_ = io_.Reset(stream_);
   if (status_.ok()) status_ = slots_.Reset(stream_);
   if (status_.ok()) status_ = sampling_.Reset(stream_);
   if (status_.ok()) status_ = ToStatus(cudaStreamSynchronize(stream_), "an epoch's buffers");
   return status_;
+}
+
+absl::Status CudaBackend::PrepareExchange() {
+  can_fold_ = false;
+  if (collectives_.size() == 1) {
+    absl::Status status = own_exchange_.Allocate(kernels::GemvExchangeBytes(1, hidden_), "a step's sums");
+    if (!status.ok()) return status;
+    exchange_region_ = {};
+    exchange_region_.peers.base[0] = own_exchange_.get();
+    exchange_region_.width = hidden_;
+    status = ToStatus(kernels::ClearGemvExchange(exchange_region_, stream_), "a step's sums");
+    if (!status.ok()) return status;
+  } else if (collectives_.gemv_exchange() != nullptr) {
+    exchange_region_ = *collectives_.gemv_exchange();
+  } else {
+    return absl::OkStatus();
+  }
+  can_fold_ = CanFold();
+  return absl::OkStatus();
+}
+
+bool CudaBackend::CanFold() const {
+  // The slots of the exchange go round by four; a step uses two a layer.
+  if (type_ == Type::kF32 || config_.num_layers % 2 != 0 || !config_.norm_before ||
+      config_.sandwich_norms || config_.norm != NormKind::kRms || !config_.norm_affine ||
+      !config_.final_norm || hidden_ > DeviceCommunicator::kMaxGemvWidth ||
+      config_.mlp_bias || config_.attention_output_bias || model_.project_out.data != nullptr) {
+    return false;
+  }
+  GemvArgs args;
+  args.type = type_;
+  args.exchange = &exchange_region_;
+  const auto takes = [&](const Linear& linear, kernels::GemvPrologue prologue, GemvEpilogue epilogue) {
+    args.weights = linear.weight.data;
+    args.weight_type = linear.weight.type;
+    args.scales = linear.weight.scales;
+    args.n = static_cast<int>(linear.weight.rows);
+    args.k = static_cast<int>(linear.weight.cols);
+    args.prologue = prologue;
+    args.epilogue = epilogue;
+    args.x = buffers_.heads.get();
+    args.out = buffers_.qkv.get();
+    args.norm_weight = model_.final_norm.weight;
+    args.residual_in = buffers_.residual.get();
+    args.residual_out = buffers_.partial.get();
+    return kernels::GemvSupports(args);
+  };
+  using kernels::GemvPrologue;
+  const LayerWeights& w = model_.layers[0];
+  return config_.gated_mlp && GateEpilogue(config_) != GemvEpilogue::kStore &&
+         takes(w.qkv, GemvPrologue::kReduce, GemvEpilogue::kStore) &&
+         takes(w.o, GemvPrologue::kPlain, GemvEpilogue::kPush) &&
+         takes(w.up, GemvPrologue::kReduce, GateEpilogue(config_)) &&
+         takes(w.down, GemvPrologue::kPlain, GemvEpilogue::kPush) &&
+         takes({model_.head, nullptr}, GemvPrologue::kReduce, GemvEpilogue::kLogits);
+}
+
+void CudaBackend::TakeReduce(GemvArgs* args) {
+  if (!reduce_pending_) return;
+  void* other = residual_ == buffers_.residual.get() ? buffers_.partial.get() : buffers_.residual.get();
+  args->prologue = kernels::GemvPrologue::kReduce;
+  args->x = nullptr;
+  args->norm_weight = pending_norm_.weight;
+  args->norm_eps = pending_norm_.eps;
+  args->norm_plus_one = pending_norm_.plus_one;
+  args->residual_in = residual_;
+  args->residual_out = other;
+  args->exchange = &exchange_region_;
+  args->exchange_number = exchange_++;
+  residual_ = other;
+  reduce_pending_ = false;
+}
+
+void CudaBackend::Push(const void* x, const Linear& linear) {
+  const DeviceTensor& w = linear.weight;
+  Check(kernels::Gemv(launch(), {.weights = w.data,
+                                 .weight_type = w.type,
+                                 .scales = w.scales,
+                                 .n = static_cast<int>(w.rows),
+                                 .k = static_cast<int>(w.cols),
+                                 .type = type_,
+                                 .m = 1,
+                                 .x = x,
+                                 .epilogue = GemvEpilogue::kPush,
+                                 .exchange = &exchange_region_,
+                                 .exchange_number = exchange_}),
+        "a product that is pushed");
 }
 
 kernels::KvLayer CudaBackend::Kv(int64_t layer) const {
@@ -297,7 +414,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
   io_.Write(spans, rows);
 
   replay_ = nullptr;
-  capturing_ = false;
+  capturing_ = folded_ = false;
   if (use_graphs_ && rows_ > 0 && IsDecode(spans, rows)) {
     key_ = graphs_.KeyFor(rows_, max_context_, needs_);
     rows_ = decode_rows_ = key_.rows;
@@ -306,6 +423,10 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
     replay_ = graphs_.Find(key_);
     if (replay_ != nullptr) return true;
     capturing_ = true;
+    folded_ = can_fold_ && rows_ == 1;
+    reduce_pending_ = false;
+    exchange_ = 0;
+    residual_ = buffers_.residual.get();
     Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
   }
   const int logit_rows = capturing_ ? rows_ : static_cast<int>(rows.size());
@@ -318,7 +439,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
 bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
                        int64_t out_stride, GemvEpilogue epilogue) {
   const DeviceTensor& w = linear.weight;
-  const GemvArgs args = {.weights = w.data,
+  GemvArgs args = {.weights = w.data,
                          .weight_type = w.type,
                          .scales = w.scales,
                          .n = static_cast<int>(w.rows),
@@ -330,6 +451,7 @@ bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, in
                          .epilogue = epilogue,
                          .out = out,
                          .out_stride = out_stride};
+  TakeReduce(&args);
   if (m > kMaxSkinnyRows || !kernels::GemvSupports(args)) return false;
   Check(kernels::Gemv(launch(), args), "a product of few rows");
   return true;
@@ -413,9 +535,17 @@ void CudaBackend::Qkv(const QkvOp& op) {
   if (!status_.ok()) return;
   const LayerWeights& w = model_.layers[op.layer];
   Matmul(buffers_.normed.get(), hidden_, w.qkv, rows_, buffers_.qkv.get(), qkv_width_);
-  const float2* rotary = op.rope == RopeTable::kNone                                  ? nullptr
+  const float2* rotary =
+      op.rope == RopeTable::kNone                                  ? nullptr
                          : op.rope == RopeTable::kLocal && rope_local_.get() != nullptr ? rope_local_.get()
                                                                                       : rope_.get();
+  fresh_ = false;
+  if (prefill_spans_ == 0 && w.qkv.bias == nullptr && w.q_norm == nullptr) {
+    fresh_rotary_ = rotary;
+    kernels::DecodeAttentionArgs args = DecodeArgs(op.layer);
+    fresh_ = kernels::DecodeAttentionTakesFresh(args);
+    if (fresh_) return;
+  }
   Check(kernels::QkvFinish(launch(), {.type = type_,
                                       .num_rows = rows_,
                                       .rows = io_.rows(),
@@ -432,23 +562,38 @@ void CudaBackend::Qkv(const QkvOp& op) {
         "rotary embedding");
 }
 
+// As if rotary embedding and the cache write were the kernel's.
+kernels::DecodeAttentionArgs CudaBackend::DecodeArgs(int64_t layer) const {
+  kernels::DecodeAttentionArgs args;
+  args.type = type_;
+  args.num_rows = decode_rows_;
+  args.rows = io_.rows();
+  args.kv = Kv(layer);
+  args.heads = static_cast<int>(plan_.local_heads);
+  args.q = buffers_.qkv.get();
+  args.q_stride = qkv_width_;
+  args.out = buffers_.heads.get();
+  args.out_stride = q_width_;
+  args.max_context = max_context_;
+  args.workspace = attention_workspace_.get();
+  // What a replayed step reads of the context was written by the steps before; its
+  // slots and tables, half a layer and more ago.
+  args.history_ready = capturing_ && layer > 0;
+  const size_t element = kernels::TypeBytes(type_);
+  args.fresh_k = buffers_.qkv.get() + q_width_ * element;
+  args.fresh_v = buffers_.qkv.get() + (q_width_ + kv_width_) * element;
+  args.rotary = fresh_rotary_;
+  return args;
+}
+
 void CudaBackend::Attention(const AttentionOp& op) {
   if (!status_.ok()) return;
   if (decode_rows_ > 0) {
-    kernels::DecodeAttentionArgs args;
-    args.type = type_;
-    args.num_rows = decode_rows_;
-    args.rows = io_.rows();
-    args.kv = Kv(op.layer);
-    args.heads = static_cast<int>(plan_.local_heads);
-    args.q = buffers_.qkv.get();
-    args.q_stride = qkv_width_;
-    args.out = buffers_.heads.get();
-    args.out_stride = q_width_;
+    kernels::DecodeAttentionArgs args = DecodeArgs(op.layer);
     args.scale = op.scale;
     args.window = static_cast<int>(op.window);
-    args.max_context = max_context_;
-    args.workspace = attention_workspace_.get();
+    if (!fresh_) args.fresh_k = args.fresh_v = nullptr;
+    if (!fresh_) args.rotary = nullptr;
     Check(kernels::DecodeAttention(launch(), args), "attention of single rows");
   }
   if (prefill_spans_ > 0) {
@@ -473,6 +618,7 @@ void CudaBackend::Attention(const AttentionOp& op) {
 
 void CudaBackend::AttentionOutput(int64_t layer) {
   if (!status_.ok()) return;
+  if (folded_) return Push(buffers_.heads.get(), model_.layers[layer].o);
   Matmul(buffers_.heads.get(), q_width_, model_.layers[layer].o, rows_, buffers_.partial.get(),
          hidden_);
 }
@@ -482,6 +628,12 @@ void CudaBackend::ReduceResidualNorm(const ReduceOp& op) {
   const LayerWeights& w = model_.layers[op.layer];
   const void* bias = op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
   const kernels::NormSpec post = model_.Find(op.post), next = model_.Find(op.next);
+  if (folded_) {
+    pending_norm_ = next;
+    reduce_pending_ = true;
+    if (collectives_.size() > 1) collectives_.Count(hidden_ * kernels::TypeBytes(type_));
+    return;
+  }
   bool summed = collectives_.size() == 1;
   if (!summed) {
     kernels::AllReduceArgs args = {.type = type_,
@@ -524,12 +676,7 @@ void CudaBackend::GateUp(int64_t layer) {
   if (!status_.ok()) return;
   const Linear& up = model_.layers[layer].up;
   const bool gated = config_.gated_mlp;
-  // The gate's activation in the product's own epilogue, where there is one.
-  const GemvEpilogue epilogue = !gated || up.bias != nullptr         ? GemvEpilogue::kStore
-                                : config_.activation == Activation::kSilu ? GemvEpilogue::kSiluGate
-                                : config_.activation == Activation::kGeluTanh
-                                    ? GemvEpilogue::kGeluGate
-                                    : GemvEpilogue::kStore;
+  const GemvEpilogue epilogue = GateEpilogue(config_);
   if (epilogue != GemvEpilogue::kStore && Gemv(buffers_.normed.get(), hidden_, up, rows_,
                                                buffers_.activated.get(), intermediate_, epilogue)) {
     return;
@@ -552,6 +699,7 @@ void CudaBackend::GateUp(int64_t layer) {
 
 void CudaBackend::Down(int64_t layer) {
   if (!status_.ok()) return;
+  if (folded_) return Push(buffers_.activated.get(), model_.layers[layer].down);
   Matmul(buffers_.activated.get(), intermediate_, model_.layers[layer].down, rows_,
          buffers_.partial.get(), hidden_);
 }
