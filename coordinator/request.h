@@ -33,27 +33,28 @@ struct SamplingParams {
   bool ignore_eos = false;
   bool include_stop_str_in_output = false;
   bool skip_special_tokens = true;
-  int32_t logprobs = -1;         // alternatives a token; -1: none
+  int32_t logprobs = -1;  // alternatives a token; -1: none
   int32_t prompt_logprobs = -1;
 };
 
 inline constexpr int64_t kNoDeadline = std::numeric_limits<int64_t>::max();
 
 struct Request {
-  RequestId id;                      // given by Engine::Submit
-  std::string external_id;           // the client's x-request-id, or ours
-  std::vector<TokenId> prompt;       // never empty
+  RequestId id;                 // given by Engine::Submit
+  std::string external_id;      // the client's x-request-id, or ours
+  std::vector<TokenId> prompt;  // never empty
   SamplingParams sampling;
-  std::vector<TokenId> ending_ids;   // sorted union of eos ids (unless ignore_eos) and stop_token_ids
-  int32_t priority = 0;              // lower runs first; equal: first come
-  int64_t arrival_ms = 0;            // on the engine's clock
-  int64_t deadline_ms = kNoDeadline; // on the engine's clock
-  uint64_t cache_salt = 0;           // prefix-cache sharing is within one salt
+  std::vector<TokenId>
+      ending_ids;          // sorted union of eos ids (unless ignore_eos) and stop_token_ids
+  int32_t priority = 0;    // lower runs first; equal: first come
+  int64_t arrival_ms = 0;  // on the engine's clock
+  int64_t deadline_ms = kNoDeadline;  // on the engine's clock
+  uint64_t cache_salt = 0;            // prefix-cache sharing is within one salt
 };
 
 enum class FinishReason {
-  kStop,     // an ending token, or (reported by the text stage) a stop string
-  kLength,   // max_tokens or max_model_len
+  kStop,    // an ending token, or (reported by the text stage) a stop string
+  kLength,  // max_tokens or max_model_len
 };
 
 }  // namespace lockstep

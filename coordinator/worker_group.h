@@ -28,15 +28,15 @@ struct GroupFormed {
   uint32_t max_num_seqs = 0;
   std::vector<RankReport> ranks;
 };
-struct GroupStep {  // every rank has answered and all agree (digest, collective count)
-  StepResult result;                // rank 0's
+struct GroupStep {    // every rank has answered and all agree (digest, collective count)
+  StepResult result;  // rank 0's
   std::vector<StepTiming> timings;  // by rank
 };
 struct GroupFailed {
   uint64_t epoch = 0;
-  int rank = -1;           // the root cause; -1: unknown
-  absl::Status reason;     // Unavailable, one line naming the rank
-  bool fatal = false;      // another epoch would fail the same way (bad checkpoint)
+  int rank = -1;        // the root cause; -1: unknown
+  absl::Status reason;  // Unavailable, one line naming the rank
+  bool fatal = false;   // another epoch would fail the same way (bad checkpoint)
 };
 using GroupEvent = std::variant<GroupFormed, GroupStep, GroupFailed>;
 

@@ -164,9 +164,9 @@ TEST(ChatTemplateTest, DeepValuesDoNotOverflowTheStack) {
   const std::string literal = std::string(40, '[') + "ns.x" + std::string(40, ']');
   for (const std::string use :
        {"{{ ns.x == [ns.x] }}", "{% set y = ns.x ~ '' %}", "{% set y = {ns.x: 1} %}"}) {
-    const ChatTemplate deepest =
-        Compile("{% set ns = namespace(x=[]) %}{% for i in range(10000) %}{% set ns.x = " + literal +
-                " %}{% endfor %}" + use);
+    const ChatTemplate deepest = Compile(
+        "{% set ns = namespace(x=[]) %}{% for i in range(10000) %}{% set ns.x = " + literal +
+        " %}{% endfor %}" + use);
     EXPECT_TRUE(deepest.Render(many, false).ok()) << use;
   }
   std::string deep;
