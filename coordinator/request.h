@@ -44,10 +44,9 @@ struct Request {
   std::string external_id;      // the client's x-request-id, or ours
   std::vector<TokenId> prompt;  // never empty
   SamplingParams sampling;
-  std::vector<TokenId>
-      ending_ids;          // sorted union of eos ids (unless ignore_eos) and stop_token_ids
-  int32_t priority = 0;    // lower runs first; equal: first come
-  int64_t arrival_ms = 0;  // on the engine's clock
+  std::vector<TokenId> ending_ids;    // sorted: eos ids unless ignore_eos, and stop_token_ids
+  int32_t priority = 0;               // lower runs first; equal: first come
+  int64_t arrival_ms = 0;             // on the engine's clock
   int64_t deadline_ms = kNoDeadline;  // on the engine's clock
   uint64_t cache_salt = 0;            // prefix-cache sharing is within one salt
 };
