@@ -18,9 +18,9 @@ namespace lockstep::kernels {
 namespace {
 
 constexpr int kTileVectors = 256;
-constexpr int kMaxCluster = 8;  // what every device that has clusters allows
-constexpr int kMaxThreads = 1024;
-constexpr int kStretch = 32;  // vectors a rank owns in one piece: a warp's, 512 bytes
+constexpr int kMaxCluster = 8;    // what every device that has clusters allows
+constexpr int kMaxThreads = 512;  // of a block
+constexpr int kStretch = 32;      // vectors a rank owns in one piece: a warp's, 512 bytes
 
 struct Params {
   std::byte* base[kMaxPeers];  // of these kernels' part of each rank's region
@@ -260,10 +260,16 @@ __device__ __forceinline__ uint4 Normed(uint4 v, uint4 weight, float scale, bool
   return Pack<T>(f);
 }
 
+// Registers: none spilled, and room for as many threads as they allow.
+constexpr int BlocksPerSm(int max_ranks, bool rows) {
+  if (rows) return max_ranks <= 2 ? 2 : 1;
+  return max_ranks <= 2 ? 4 : max_ranks <= 4 ? 3 : 2;
+}
+
 // kRows: bias, residual, norm and padding rows may occur; blocks [row * cluster,
 // + cluster) share a row. Otherwise a row is a tile, of which the last may end early.
 template <typename T, int kMax, bool kTwoShot, bool kRows>
-__global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors)
+__global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerSm(kMax, kRows))
     AllReduceKernel(const __grid_constant__ Params p) {
   __shared__ RowSum::Storage storage;
   TriggerDependents();

@@ -52,7 +52,7 @@ struct ExchangeLayout {
 // The limits up to which these kernels beat NCCL among `size` GPUs on NVLink.
 ExchangeLayout DefaultExchangeLayout(int size);
 
-// From layout.offset to the end of these kernels' part of the region.
+// Of these kernels' part of the region, which begins at layout.offset.
 size_t ExchangeRegionBytes(const ExchangeLayout& layout, int size);
 
 // Makes one's own region ready; after it has completed on every rank, and every
@@ -91,7 +91,7 @@ struct AllReduceArgs {
 };
 
 // Which path takes it. With a norm or `slots` a row must be whole vectors of 16
-// bytes and at most 8,192 of them; otherwise any rows and hidden.
+// bytes and at most 4,096 of them; otherwise any rows and hidden.
 AllReducePath ChooseAllReduce(const AllReduceArgs& args, const ExchangeLayout& layout, int size);
 
 // cudaErrorInvalidValue: the path does not take it (as ChooseAllReduce says).

@@ -136,7 +136,7 @@ void AllReduceTest<T>::Check(const FusedCase& c, VirtualRanks* ranks) {
       args.plus_one = c.plus_one;
       args.eps = 1e-6f;
       if (c.padding) args.slots = static_cast<const int32_t*>(slots[r].get());
-      args.max_blocks = ranks->BlocksAtOnce(1024);
+      args.max_blocks = ranks->BlocksAtOnce(512);
       ASSERT_CUDA(AllReduce(ranks->launch(r), ranks->peers(r), ranks->layout(), path, args));
     }
     ranks->Synchronize();

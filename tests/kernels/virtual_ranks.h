@@ -33,6 +33,7 @@ class Guarded {
   explicit Guarded(size_t bytes) : bytes_(bytes) {
     EXPECT_EQ(cudaMalloc(&base_, bytes + 2 * kGuard), cudaSuccess);
     EXPECT_EQ(cudaMemset(base_, kPoison, bytes + 2 * kGuard), cudaSuccess);
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);  // other streams do not wait for it
   }
   Guarded(Guarded&& other) noexcept
       : base_(std::exchange(other.base_, nullptr)), bytes_(other.bytes_) {}
@@ -47,6 +48,7 @@ class Guarded {
     ASSERT_LE(values.size() * sizeof(T), bytes_);
     ASSERT_CUDA(
         cudaMemcpy(get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+    ASSERT_CUDA(cudaDeviceSynchronize());
   }
   template <typename T>
   std::vector<T> Get() const {
@@ -87,7 +89,8 @@ class VirtualRanks {
         }
       }
       EXPECT_EQ(InitAllReduce(), cudaSuccess);
-      EXPECT_EQ(cudaMalloc(&peers_.base[r], ExchangeRegionBytes(layout, size)), cudaSuccess);
+      EXPECT_EQ(cudaMalloc(&peers_.base[r], layout.offset + ExchangeRegionBytes(layout, size)),
+                cudaSuccess);
       cudaStream_t stream = nullptr;
       EXPECT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
       streams_.push_back(stream);
@@ -98,7 +101,8 @@ class VirtualRanks {
     peers_.fault = fault_;
     cudaDeviceProp properties;
     EXPECT_EQ(cudaGetDeviceProperties(&properties, 0), cudaSuccess);
-    threads_at_once_ = properties.multiProcessorCount * 1024 / ((size + devices_ - 1) / devices_);
+    // Of the most register-hungry kernel 512 fit; the rest is for what comes next in a stream.
+    threads_at_once_ = properties.multiProcessorCount * 384 / ((size + devices_ - 1) / devices_);
   }
   ~VirtualRanks() {
     for (int r = 0; r < size_; ++r) {
