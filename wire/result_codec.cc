@@ -55,6 +55,7 @@ StepTiming DecodeTiming(const worker::v1::StepTiming& from) {
   to.sampling_ns = from.sampling_ns();
   to.total_ns = from.total_ns();
   to.collective_bytes = from.collective_bytes();
+  to.device_idle_ns = from.device_idle_ns();
   return to;
 }
 
@@ -75,6 +76,7 @@ worker::v1::StepResult Encode(const StepResult& result) {
   timing->set_sampling_ns(result.timing.sampling_ns);
   timing->set_total_ns(result.timing.total_ns);
   timing->set_collective_bytes(result.timing.collective_bytes);
+  timing->set_device_idle_ns(result.timing.device_idle_ns);
   bool any_logprobs = false;
   for (const SampledToken& sampled : result.sampled) any_logprobs |= sampled.has_logprobs;
   for (const SampledToken& sampled : result.sampled) {

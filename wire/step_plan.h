@@ -106,6 +106,7 @@ struct StepTiming {
   uint64_t sampling_ns = 0;
   uint64_t total_ns = 0;
   uint64_t collective_bytes = 0;
+  uint64_t device_idle_ns = 0;  // before this step; 0: the backend does not measure it
   bool operator==(const StepTiming&) const = default;
 };
 

@@ -33,7 +33,8 @@ struct StepOutput {
   std::vector<SlotPromptLogprobs> prompt_logprobs;  // rank 0
   CollectiveStats collectives;
   uint64_t sampling_ns = 0;
-  uint64_t device_ns = 0;  // from the step's first operation to its last; 0: not measured
+  uint64_t device_ns = 0;       // from the step's first operation to its last; 0: not measured
+  uint64_t device_idle_ns = 0;  // before the first operation, since the last step's end
 };
 
 }  // namespace lockstep

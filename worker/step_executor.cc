@@ -34,6 +34,7 @@ StepTiming TimingOf(const StepOutput& output, const InFlight& in_flight) {
   t.collective_transfer_ns = comm.transfer_ns;
   t.sampling_ns = output.sampling_ns;
   t.collective_bytes = comm.bytes_sent;
+  t.device_idle_ns = output.device_idle_ns;
   const uint64_t other = comm.wait_ns + comm.transfer_ns + output.sampling_ns;
   t.compute_ns = t.total_ns > other ? t.total_ns - other : 0;
   return t;

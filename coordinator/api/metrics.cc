@@ -26,6 +26,7 @@ using Labels = std::map<std::string, std::string>;
 // Seconds, fine where a figure is promised and coarse where it is not.
 const Buckets kStepBuckets = {0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
                               0.05,   0.1,     0.25,   0.5,   1.0,    2.5,   5.0,  10.0};
+const Buckets kDeviceBuckets = {2e-6, 3e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3};
 const Buckets kPlanBuckets = {5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2};
 const Buckets kTokenBuckets = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15,
                                0.2,   0.3,    0.4,   0.5,  0.75,  1.0,  2.5,   5.0, 10.0};
@@ -207,6 +208,16 @@ struct Metrics::Impl {
           .Name("lockstep_collective_transfer_seconds")
           .Help("A rank's time in transfers, per step.")
           .Register(registry);
+  prometheus::Family<Histogram>& rank_step =
+      prometheus::BuildHistogram()
+          .Name("lockstep_rank_step_seconds")
+          .Help("A rank's own time in a step, by what it went on.")
+          .Register(registry);
+  prometheus::Family<Histogram>& device_idle =
+      prometheus::BuildHistogram()
+          .Name("lockstep_device_idle_seconds")
+          .Help("A rank's device between two steps, while the next one was known.")
+          .Register(registry);
   prometheus::Family<Counter>& collective_bytes = prometheus::BuildCounter()
                                                       .Name("lockstep_collective_bytes_total")
                                                       .Help("Bytes a rank put into collectives.")
@@ -247,6 +258,16 @@ void Metrics::OnStep(const StepPlan& plan, const GroupStep& step, double plan_se
     impl_->collective_transfer.Add(labels, kStepBuckets)
         .Observe(static_cast<double>(timing.collective_transfer_ns) * 1e-9);
     impl_->collective_bytes.Add(labels).Increment(static_cast<double>(timing.collective_bytes));
+    if (timing.device_idle_ns != 0) {
+      impl_->device_idle.Add(labels, kDeviceBuckets)
+          .Observe(static_cast<double>(timing.device_idle_ns) * 1e-9);
+    }
+    for (const auto& [kind, ns] :
+         {std::pair("compute", timing.compute_ns), std::pair("sampling", timing.sampling_ns),
+          std::pair("total", timing.total_ns)}) {
+      impl_->rank_step.Add({{"rank", absl::StrCat(rank)}, {"kind", kind}}, kStepBuckets)
+          .Observe(static_cast<double>(ns) * 1e-9);
+    }
   }
 }
 

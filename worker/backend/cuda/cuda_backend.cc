@@ -39,6 +39,8 @@ using kernels::Type;
 
 // A product of so few rows streams its weights; see kernels/gemv.h.
 constexpr int kMaxSkinnyRows = 16;
+// A longer pause between two steps is a server without work.
+constexpr uint64_t kIdleWithoutWorkNs = 20'000'000;
 
 class CudaBackend final : public Backend {
  public:
@@ -161,6 +163,7 @@ class CudaBackend final : public Backend {
   StepGraphs::Key key_;
   kernels::SampleNeeds needs_;
   std::deque<InFlight> in_flight_;
+  uint64_t last_end_ns_ = 0;  // of the step collected last, on the device's clock
 };
 
 // The gate's activation in the product's own epilogue; kStore: it has none.
@@ -269,6 +272,7 @@ absl::Status CudaBackend::Init() {
 
 absl::Status CudaBackend::Attach(Communicator* comm) {
   in_flight_.clear();
+  last_end_ns_ = 0;
   graphs_.Clear();  // they hold the last epoch's peers
   status_ = collectives_.Attach(comm, hidden_);
   if (status_.ok()) status_ = PrepareExchange();
@@ -810,6 +814,9 @@ absl::StatusOr<StepOutput> CudaBackend::Collect() {
   output.collectives = step.collectives;
   const kernels::StepStamp& stamp = io_.stamp(step.number);
   output.device_ns = stamp.end_ns - stamp.begin_ns;
+  const uint64_t gap = stamp.begin_ns - last_end_ns_;
+  if (last_end_ns_ != 0 && gap < kIdleWithoutWorkNs) output.device_idle_ns = gap;
+  last_end_ns_ = stamp.end_ns;
   if (plan_.rank != 0) return output;
   const kernels::SampledRow* results = io_.results(step.number);
   const kernels::RowLogprobs* logprobs = io_.logprobs(step.number);
