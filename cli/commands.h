@@ -21,6 +21,7 @@ void AddBatchCommand(CLI::App* app, Command* chosen);
 void AddPlanCommand(CLI::App* app, Command* chosen);
 void AddBenchCommand(CLI::App* app, Command* chosen);
 void AddCompareCommand(CLI::App* app, Command* chosen);
+void AddTopCommand(CLI::App* app, Command* chosen);
 void AddDoctorCommand(CLI::App* app, Command* chosen);
 
 }  // namespace lockstep

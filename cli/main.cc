@@ -64,6 +64,7 @@ int main(int argc, char** argv) {
   lockstep::AddPlanCommand(&app, &chosen);
   lockstep::AddBenchCommand(&app, &chosen);
   lockstep::AddCompareCommand(&app, &chosen);
+  lockstep::AddTopCommand(&app, &chosen);
   lockstep::AddDoctorCommand(&app, &chosen);
   try {
     app.parse(argc, argv);

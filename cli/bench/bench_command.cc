@@ -5,12 +5,21 @@
 #include <string>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/str_join.h"
 #include "cli/bench/fixed_benches.h"
+#include "cli/bench/model_shapes.h"
 #include "cli/bench/serve_bench.h"
 #include "cli/commands.h"
 
 namespace lockstep {
 namespace {
+
+int ExitCode(const std::string& name, const absl::Status& status) {
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "lockstep bench %s: %s\n", name.c_str(),
+               std::string(status.message()).c_str());
+  return absl::IsCancelled(status) ? 130 : 1;
+}
 
 // A subcommand with its own flags; `run` is what it does with them.
 template <typename Flags>
@@ -19,15 +28,7 @@ CLI::App* AddBench(CLI::App* bench, const std::string& name, const std::string& 
                    const std::function<absl::Status(const Flags&)>& run, Command* chosen) {
   CLI::App* command = bench->add_subcommand(name, what);
   AddBenchFlags(command, &flags->bench);
-  command->callback([=] {
-    *chosen = [=] {
-      const absl::Status status = run(*flags);
-      if (status.ok()) return 0;
-      std::fprintf(stderr, "lockstep bench %s: %s\n", name.c_str(),
-                   std::string(status.message()).c_str());
-      return absl::IsCancelled(status) ? 130 : 1;
-    };
-  });
+  command->callback([=] { *chosen = [=] { return ExitCode(name, run(*flags)); }; });
   return command;
 }
 
@@ -106,6 +107,17 @@ void AddServe(CLI::App* bench, Command* chosen) {
   command->add_option("--html", flags->html, "Write a report with plots to this file");
 }
 
+void AddShape(CLI::App* bench, Command* chosen) {
+  auto name = std::make_shared<std::string>();
+  auto directory = std::make_shared<std::string>();
+  CLI::App* command =
+      bench->add_subcommand("shape", "Write a model directory without weights, for dummy loading");
+  command->add_option("name", *name, absl::StrJoin(ModelShapeNames(), ", "))->required();
+  command->add_option("directory", *directory, "Where to write it")->required();
+  command->callback(
+      [=] { *chosen = [=] { return ExitCode("shape", WriteModelShape(*name, *directory)); }; });
+}
+
 }  // namespace
 
 void AddBenchCommand(CLI::App* app, Command* chosen) {
@@ -116,6 +128,7 @@ void AddBenchCommand(CLI::App* app, Command* chosen) {
   AddPrefill(bench, chosen);
   AddThroughput(bench, chosen);
   AddServe(bench, chosen);
+  AddShape(bench, chosen);
 }
 
 }  // namespace lockstep

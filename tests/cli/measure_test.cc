@@ -1,0 +1,227 @@
+// bench, compare and top as a user types them, against the demo model.
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/integration/test_server.h"
+
+namespace lockstep {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+struct Shell {
+  int code = -1;
+  std::string out;
+};
+
+// stderr goes to the same place unless the arguments send it elsewhere.
+Shell Lockstep(const std::string& arguments, const std::string& redirect = "2>&1") {
+  UseBuiltPrograms();
+  const std::string command =
+      absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep ", arguments, " ", redirect);
+  Shell shell;
+  FILE* pipe = popen(command.c_str(), "r");
+  char buffer[4096];
+  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) shell.out.append(buffer, n);
+  const int status = pclose(pipe);
+  shell.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  return shell;
+}
+
+// The flag goes in front of what is passed on to serve.
+json JsonOf(std::string arguments) {
+  const size_t passed_on = arguments.find(" -- ");
+  arguments.insert(passed_on == std::string::npos ? arguments.size() : passed_on, " --json");
+  const Shell shell = Lockstep(arguments, "2>/dev/null");
+  EXPECT_EQ(shell.code, 0) << Lockstep(arguments).out;
+  return json::parse(shell.out, nullptr, /*allow_exceptions=*/false);
+}
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+class MeasureTest : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    served_ = TestServer::Start(DemoModel(), 2, {"--max-num-seqs", "16", "--num-kv-blocks", "256"})
+                  .release();
+  }
+  static void TearDownTestSuite() { delete std::exchange(served_, nullptr); }
+  void SetUp() override { ASSERT_NE(served_, nullptr); }
+
+  static std::string At() { return "--server " + served_->server().address(); }
+  static std::string Http() {
+    return absl::StrCat("--server 127.0.0.1:", served_->server().http_port());
+  }
+
+  static TestServer* served_;
+};
+
+TestServer* MeasureTest::served_ = nullptr;
+
+TEST_F(MeasureTest, LatencyReportsEveryBatchWithFloorAndRatio) {
+  const json report = JsonOf("bench latency " + At() + " --batch 1,8 --context 64 --output-len 48" +
+                             " --runs 2 --bandwidth 20GB/s --model " + DemoModel());
+  ASSERT_TRUE(report.is_object());
+  EXPECT_EQ(report["target"]["tensor_parallel_size"], 2);
+  ASSERT_EQ(report["cases"].size(), 2u);
+  for (const json& each : report["cases"]) {
+    EXPECT_EQ(each["runs"].size(), 2u);
+    EXPECT_GT(each["step_ms"], 0);
+    EXPECT_GT(each["ttft_median_ms"], 0);
+    EXPECT_GT(each["floor_ms"], 0);
+    EXPECT_NEAR(each["ratio"].get<double>(),
+                each["step_ms"].get<double>() / each["floor_ms"].get<double>(), 1e-9);
+    // Random prompts: no cache has seen them.
+    EXPECT_EQ(each["cached_prompt_tokens"], 0);
+  }
+  EXPECT_EQ(report["cases"][1]["batch"], 8);
+}
+
+TEST_F(MeasureTest, LatencyNeedsRoomForTheWholeBatch) {
+  const Shell many = Lockstep("bench latency " + At() + " --batch 17 --context 16 --output-len 16");
+  EXPECT_EQ(many.code, 1);
+  EXPECT_THAT(many.out, HasSubstr("--max-num-seqs 17"));
+  const Shell blocks = Lockstep("bench latency " + At() + " --batch 16 --context 512");
+  EXPECT_EQ(blocks.code, 1);
+  EXPECT_THAT(blocks.out, HasSubstr("--num-kv-blocks"));
+}
+
+TEST_F(MeasureTest, PrefillTimesTheFirstToken) {
+  const json report = JsonOf("bench prefill " + At() + " --prompts 1x100,4x50 --runs 1");
+  ASSERT_EQ(report["cases"].size(), 2u);
+  EXPECT_EQ(report["cases"][1]["prompts"], 4);
+  EXPECT_GE(report["cases"][1]["ttft_last_ms"], report["cases"][1]["ttft_median_ms"]);
+  const Shell bad = Lockstep("bench prefill " + At() + " --prompts 4by50");
+  EXPECT_EQ(bad.code, 1);
+  EXPECT_THAT(bad.out, HasSubstr("--prompts: \"4by50\""));
+}
+
+TEST_F(MeasureTest, ThroughputCountsOutputTokensOfAllRequests) {
+  const json report =
+      JsonOf("bench throughput " + At() + " --requests 40 --input-len 20 --output-len 10 --runs 1");
+  EXPECT_GT(report["output_tokens_per_second"], 0);
+  EXPECT_GT(report["client_us_per_token"], 0);
+}
+
+TEST_F(MeasureTest, ServeReportsOpenAndClosedLoopsInOneSelfContainedFile) {
+  const std::string html = ::testing::TempDir() + "/serve-report.html";
+  const std::string copy = ::testing::TempDir() + "/serve-report.json";
+  const json report = JsonOf("bench serve " + At() +
+                             " --request-rate 40,80 --concurrency 2 --requests 12 --input-len 16" +
+                             " --output-len 8 --slo-ttft-ms 100000 --slo-tpot-ms 100000 --html " +
+                             html + " --output " + copy);
+  ASSERT_EQ(report["points"].size(), 3u);
+  for (const json& point : report["points"]) {
+    EXPECT_EQ(point["completed"], 12);
+    EXPECT_EQ(point["good"], 12);
+    EXPECT_EQ(point["output_tokens"], 96);
+  }
+  EXPECT_EQ(report["points"][2]["loop"], "closed");
+  const std::string page = ReadFile(html);
+  EXPECT_THAT(page, HasSubstr("<svg"));
+  EXPECT_THAT(page, Not(HasSubstr("<script")));
+  EXPECT_EQ(json::parse(ReadFile(copy)), report);
+}
+
+TEST_F(MeasureTest, ServeWithAnImpossibleServiceLevelHasNoGoodput) {
+  const json report =
+      JsonOf("bench serve " + At() +
+             " --concurrency 2 --requests 3 --lengths sharegpt --slo-ttft-ms 0.001");
+  EXPECT_EQ(report["points"][0]["completed"], 3);
+  EXPECT_EQ(report["points"][0]["goodput_per_second"], 0);
+}
+
+TEST_F(MeasureTest, BenchStartsAServerOfItsOwnAndPassesFlagsOn) {
+  const json report =
+      JsonOf("bench latency --model " + DemoModel() +
+             " --tp 1 --load-format dummy --batch 2 --context 16 --output-len 8" +
+             " --runs 1 --dtype float32 -- --num-kv-blocks 77" + " --served-model-name x");
+  EXPECT_EQ(report["target"]["model"], "x");
+  EXPECT_EQ(report["target"]["dtype"], "float32");
+  EXPECT_EQ(report["target"]["kv_tokens"], 77 * 16);
+}
+
+TEST_F(MeasureTest, AShapeWithoutWeightsCanBeMeasured) {
+  const std::string folder = ::testing::TempDir() + "/tiny-shape";
+  std::filesystem::remove_all(folder);
+  EXPECT_EQ(Lockstep("bench shape tiny " + folder).code, 0);
+  const json report = JsonOf("bench latency --load-format dummy --tp 2 --batch 2 --context 16" +
+                             (" --output-len 8 --runs 1 --bandwidth 1GB/s --model " + folder));
+  EXPECT_EQ(report["target"]["model"], "tiny-shape");
+  EXPECT_GT(report["cases"][0]["floor_ms"], 0);
+  // Never over what is there.
+  EXPECT_EQ(Lockstep("bench shape tiny " + folder).code, 1);
+  EXPECT_THAT(Lockstep("bench shape huge " + folder).out, HasSubstr("llama-8b"));
+}
+
+TEST_F(MeasureTest, BenchSaysWhatIsMissing) {
+  EXPECT_THAT(Lockstep("bench latency").out, HasSubstr("--server"));
+  EXPECT_THAT(Lockstep("bench serve " + At()).out, HasSubstr("--request-rate"));
+  EXPECT_THAT(Lockstep("bench latncy").out, HasSubstr("did you mean latency?"));
+  EXPECT_THAT(Lockstep("bench latency --btach 1").out, HasSubstr("did you mean --batch?"));
+  EXPECT_EQ(Lockstep("bench latency --model /nowhere").code, 1);
+}
+
+TEST_F(MeasureTest, CompareFindsASplitModelEqualToTheWhole) {
+  const json report = JsonOf("compare --server-b " + served_->server().address() + " --model " +
+                             DemoModel() + " --random-prompts 3 --max-tokens 12");
+  EXPECT_EQ(report["prompts"], 3);
+  EXPECT_EQ(report["same_answers"], 3);
+  EXPECT_EQ(report["positions"], 36);
+  EXPECT_EQ(report["same_next_token"], 36);
+  EXPECT_EQ(report["max_logprob_error"], 0);
+}
+
+TEST_F(MeasureTest, CompareSeesAnotherPrecisionAndFailsBeyondTheBound) {
+  const std::string prompts = ::testing::TempDir() + "/compare.jsonl";
+  std::ofstream(prompts, std::ios::trunc)
+      << R"({"messages":[{"role":"user","content":"What is 35 + 28?"}]})"
+      << "\n";
+  const Shell shell =
+      Lockstep("compare --server-a " + served_->server().address() + " --model " + DemoModel() +
+               " --flags-b='--dtype float32' --max-error 1e-6" + " --prompts " + prompts);
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("above --max-error"));
+  EXPECT_THAT(shell.out, HasSubstr("same answers         1 of 1 prompts"));
+}
+
+TEST_F(MeasureTest, TopPrintsOneFrameOfAWorkingServer) {
+  v1::GenerateRequest request = LongGreedy("Tell me", 1500);
+  StreamedAnswer answer(&served_->client(), request);
+  answer.AwaitTokens(1);
+  const Shell shell = Lockstep("top --once --interval 0.2 " + Http());
+  answer.Cancel();
+  EXPECT_EQ(shell.code, 0) << shell.out;
+  EXPECT_THAT(shell.out, HasSubstr("running 1"));
+  EXPECT_THAT(shell.out, HasSubstr("rank"));
+  EXPECT_THAT(shell.out, HasSubstr("the others wait for rank"));
+  EXPECT_THAT(shell.out, Not(HasSubstr("out 0.0/s")));
+  EXPECT_THAT(shell.out, Not(HasSubstr("\x1b[")));
+}
+
+TEST_F(MeasureTest, TopNeedsTheHttpDoor) {
+  const Shell grpc_door = Lockstep("top --once " + At());
+  EXPECT_EQ(grpc_door.code, 1);
+  EXPECT_THAT(grpc_door.out, HasSubstr("HTTP door"));
+  EXPECT_EQ(Lockstep("top --once --server 127.0.0.1:1").code, 1);
+  EXPECT_THAT(Lockstep("top --once --server nonsense").out, HasSubstr("expected host:port"));
+}
+
+}  // namespace
+}  // namespace lockstep
