@@ -2,7 +2,7 @@
 // dependent on the one before (programmatic launches), so that a line says what
 // one more of it costs. Prints microseconds and the bytes it must move a second.
 //
-//   bench_rows
+//   bench_rows [norms | qkv | others]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -84,7 +84,7 @@ struct Buffers {
 };
 
 void Norms(const Buffers& b, int hidden) {
-  for (const int rows : {1, 16, 64, 256, kRows}) {
+  for (const int rows : {1, 4, 16, 32, 64, 128, 256, kRows}) {
     const double row_bytes = 2.0 * hidden * rows;
     const std::string shape = std::to_string(rows) + " x " + std::to_string(hidden);
     const int launches = rows > 1000 ? 20 : 200;
@@ -198,8 +198,9 @@ void Others(const Buffers& b) {
 }  // namespace
 }  // namespace lockstep::kernels
 
-int main() {
+int main(int argc, char** argv) {
   using namespace lockstep::kernels;
+  const std::string only = argc > 1 ? argv[1] : "";
   const Buffers buffers;
   AppendTokensArgs nothing;  // the least a dependent launch costs
   nothing.tokens = reinterpret_cast<int32_t*>(buffers.table);
@@ -208,10 +209,14 @@ int main() {
   nothing.count = 1;
   Report("one thread", Time(200, [&](const Launch& l, int) { return AppendTokens(l, nothing); }),
          0);
-  Norms(buffers, 4096);
-  Norms(buffers, 8192);
-  Qkv(buffers, 32, 8);
-  Qkv(buffers, 8, 2);
-  Others(buffers);
+  if (only.empty() || only == "norms") {
+    Norms(buffers, 4096);
+    Norms(buffers, 8192);
+  }
+  if (only.empty() || only == "qkv") {
+    Qkv(buffers, 32, 8);
+    Qkv(buffers, 8, 2);
+  }
+  if (only.empty() || only == "others") Others(buffers);
   return 0;
 }

@@ -1,8 +1,8 @@
 #include "kernels/norm.h"
-#include "kernels/vector.cuh"
+#include "kernels/norm_rows.cuh"
 
-// One kernel for all three launchers: each step of the chain in norm.h is there
-// or not by a null pointer, the same for the whole grid. A row lives in fp32
+// One kernel for all that norm.h describes: each step of the chain is there or
+// not by a null pointer, the same for the whole grid. A row lives in fp32
 // registers from the first load to the last store; how it is cut over the
 // threads depends on its width alone.
 namespace lockstep::kernels {
@@ -11,24 +11,6 @@ namespace {
 constexpr int kMaxHidden = 16384;
 constexpr int kMaxThreads = 512;         // of the 16-byte path
 constexpr int kMaxThreadsScalar = 1024;  // fewer registers each
-
-struct RowArgs {
-  int hidden = 0;
-  const int32_t* slot = nullptr;
-  const void* x = nullptr;
-  float scale = 1.0f;
-  const void* bias = nullptr;
-  NormSpec post = {};
-  const void* residual_in = nullptr;
-  const void* position_table = nullptr;
-  const int32_t* position = nullptr;
-  int position_offset = 0;
-  void* residual_out = nullptr;
-  NormSpec next = {};
-  bool norm_is_residual = false;
-  void* normed = nullptr;
-  QuantizedRows quantized = {};
-};
 
 // N elements at a time, kPieces of them a thread: piece j of a thread is the
 // (j * blockDim.x + threadIdx.x)th of the row.
@@ -71,7 +53,7 @@ struct Row {
         squares = fmaf(v[j][e], v[j][e], squares);
       }
     });
-    const float scale = 1.0f / sqrtf(BlockSum(squares, scratch[1]) * inverse + norm.eps);
+    const float scale = rsqrtf(BlockSum(squares, scratch[1]) * inverse + norm.eps);
     const float offset = norm.plus_one ? 1.0f : 0.0f;
     ForEach(hidden, [&](int j, int at) {
       float w[N], b[N];
@@ -198,15 +180,8 @@ cudaError_t LaunchRow(const Launch& launch, int num_rows, const RowArgs& args) {
 }
 
 template <typename T>
-cudaError_t LaunchRowOf(const Launch& launch, int num_rows, const RowArgs& a) {
-  bool wide = a.hidden * sizeof(T) % 16 == 0;
-  for (const void* address :
-       {a.x, a.bias, a.post.weight, a.post.bias, a.residual_in, a.position_table,
-        static_cast<const void*>(a.residual_out), a.next.weight, a.next.bias,
-        static_cast<const void*>(a.normed), static_cast<const void*>(a.quantized.values)}) {
-    wide = wide && Aligned16(address);
-  }
-  if (!wide) return LaunchRow<T, 1, kMaxHidden / kMaxThreadsScalar>(launch, num_rows, a);
+cudaError_t LaunchRowOf(const Launch& launch, Type type, int num_rows, const RowArgs& a) {
+  if (!IsWide(type, a)) return LaunchRow<T, 1, kMaxHidden / kMaxThreadsScalar>(launch, num_rows, a);
   constexpr int kN = 16 / sizeof(T);
   const int pieces = a.hidden / kN;
   if (pieces <= 256) return LaunchRow<T, kN, 1>(launch, num_rows, a);
@@ -222,13 +197,14 @@ cudaError_t LaunchRows(const Launch& launch, Type type, int num_rows, const RowA
     return cudaErrorInvalidValue;
   }
   if (num_rows == 0) return cudaSuccess;
+  if (IsPlain(type, args)) return LaunchPlain(launch, type, num_rows, args);
   switch (type) {
     case Type::kF32:
-      return LaunchRowOf<float>(launch, num_rows, args);
+      return LaunchRowOf<float>(launch, type, num_rows, args);
     case Type::kF16:
-      return LaunchRowOf<__half>(launch, num_rows, args);
+      return LaunchRowOf<__half>(launch, type, num_rows, args);
     case Type::kBF16:
-      return LaunchRowOf<__nv_bfloat16>(launch, num_rows, args);
+      return LaunchRowOf<__nv_bfloat16>(launch, type, num_rows, args);
     case Type::kE4M3:
       break;
   }
@@ -236,6 +212,17 @@ cudaError_t LaunchRows(const Launch& launch, Type type, int num_rows, const RowA
 }
 
 }  // namespace
+
+bool IsWide(Type type, const RowArgs& a) {
+  bool wide = a.hidden * TypeBytes(type) % 16 == 0;
+  for (const void* address :
+       {a.x, a.bias, a.post.weight, a.post.bias, a.residual_in, a.position_table,
+        static_cast<const void*>(a.residual_out), a.next.weight, a.next.bias,
+        static_cast<const void*>(a.normed), static_cast<const void*>(a.quantized.values)}) {
+    wide = wide && Aligned16(address);
+  }
+  return wide;
+}
 
 cudaError_t Norm(const Launch& launch, const NormArgs& args) {
   RowArgs row;

@@ -265,32 +265,48 @@ TYPED_TEST(NormTest, ScalesEmbeddingsAndAddsLearnedPositions) {
   }
 }
 
-// Batch composition must not show in a row's result.
+// Batch composition must not show in a row's result, however many rows share the
+// device.
 TYPED_TEST(NormTest, ARowAloneGivesTheSameBits) {
-  const int rows = 9, hidden = 4096;
-  const DeviceRows<TypeParam> x(RandomValues<TypeParam>(rows * hidden, 31));
-  const DeviceRows<TypeParam> residual(RandomValues<TypeParam>(rows * hidden, 32));
-  const DeviceRows<TypeParam> out(rows * hidden), normed(rows * hidden);
-  const DeviceRows<TypeParam> one(hidden), one_normed(hidden);
-  ReduceTailArgs args;
-  args.type = TypeOf<TypeParam>();
-  args.num_rows = rows;
-  args.hidden = hidden;
-  args.x = x.get();
-  args.residual_in = residual.get();
-  args.residual_out = out.get();
-  args.next.kind = NormKind::kRms;
-  args.normed = normed.get();
-  ASSERT_CUDA(ReduceTail({}, args));
-  args.num_rows = 1;
-  args.x = x.get() + 5 * hidden;
-  args.residual_in = residual.get() + 5 * hidden;
-  args.residual_out = one.get();
-  args.normed = one_normed.get();
-  ASSERT_CUDA(ReduceTail({}, args));
-  ASSERT_CUDA(cudaDeviceSynchronize());
-  const std::vector<float> all = normed.Values(), alone = one_normed.Values();
-  for (int i = 0; i < hidden; ++i) ASSERT_EQ(all[5 * hidden + i], alone[i]) << i;
+  using T = TypeParam;
+  for (const int hidden : {2048, 4096, 5120, 8192, 16384}) {
+    const int rows = UnderSanitizer() ? 70 : 600;
+    const int64_t n = int64_t{rows} * hidden;
+    const DeviceRows<T> x(n), residual(n), out(n), normed(n);
+    const DeviceRows<T> weight(RandomValues<T>(hidden, 33));
+    const std::vector<float> some_x = RandomValues<T>(hidden, 31);
+    const std::vector<float> some_residual = RandomValues<T>(hidden, 32);
+    const DeviceRows<T> one_x(some_x), one_residual(some_residual);
+    for (const int r : {0, 5, 63, rows - 1}) {  // the rest are the pattern, a number too
+      ASSERT_CUDA(cudaMemcpy(x.get() + r * int64_t{hidden}, one_x.get(), hidden * sizeof(T),
+                             cudaMemcpyDeviceToDevice));
+      ASSERT_CUDA(cudaMemcpy(residual.get() + r * int64_t{hidden}, one_residual.get(),
+                             hidden * sizeof(T), cudaMemcpyDeviceToDevice));
+    }
+    ReduceTailArgs args;
+    args.type = TypeOf<T>();
+    args.hidden = hidden;
+    args.x = x.get();
+    args.residual_in = residual.get();
+    args.residual_out = out.get();
+    args.next = {.kind = NormKind::kRms, .weight = weight.get()};
+    args.normed = normed.get();
+    std::vector<std::vector<T>> results;
+    for (const int count : {1, 6, 64, rows}) {
+      args.num_rows = count;
+      ASSERT_CUDA(ReduceTail({}, args));
+      std::vector<T> row(hidden);
+      for (const int r : {0, 5, 63, rows - 1}) {
+        if (r >= count) break;
+        ASSERT_CUDA(cudaMemcpy(row.data(), normed.get() + r * int64_t{hidden}, hidden * sizeof(T),
+                               cudaMemcpyDeviceToHost));
+        results.push_back(row);
+      }
+    }
+    for (const std::vector<T>& row : results) {
+      ASSERT_EQ(std::memcmp(row.data(), results[0].data(), hidden * sizeof(T)), 0) << hidden;
+    }
+  }
 }
 
 // Each launch depends on the one before through the residual, in place: a kernel

@@ -33,14 +33,14 @@ void ExpectCached(float stored, double want, double scale, const std::string& wh
 }
 
 template <typename T, typename Kv>
-void Check(const Variant& variant, const Heads& h) {
+void Check(const Variant& variant, const Heads& h, int num_rows) {
   const std::string where = std::string(variant.name) + " head_dim " + std::to_string(h.head_dim) +
                             " heads " + std::to_string(h.heads) + "/" + std::to_string(h.kv_heads);
-  constexpr int kRows = 6, kSlots = 4, kBlocksOfSlot = 3, kBlocks = kSlots * kBlocksOfSlot;
+  constexpr int kSlots = 4, kBlocksOfSlot = 3, kBlocks = kSlots * kBlocksOfSlot;
   const int half = h.head_dim / 2, units = h.heads + 2 * h.kv_heads, width = units * h.head_dim;
   const int stride = width + 16;
   const int max_positions = kBlocksOfSlot * h.block_size;
-  const std::vector<float> qkv = RandomValues<T>(kRows * stride, 1);
+  const std::vector<float> qkv = RandomValues<T>(num_rows * stride, 1);
   const std::vector<float> bias = RandomValues<T>(width, 2);
   const std::vector<float> q_norm = RandomValues<T>(h.head_dim, 3);
   const std::vector<float> k_norm = RandomValues<T>(h.head_dim, 4);
@@ -52,15 +52,17 @@ void Check(const Variant& variant, const Heads& h) {
       rotary.push_back(std::sin(angle));
     }
   }
-  const std::vector<int32_t> slots = {2, 0, -1, 3, 3, 1};
+  std::vector<int32_t> slots = {2, 0, -1, 3, 3, 1};
   std::vector<int32_t> positions = {0, 2 * h.block_size, 0, h.block_size, max_positions - 1, 1};
   if (h.block_size == 1) positions[5] = 2;
+  slots.resize(num_rows, -1);
+  positions.resize(num_rows, 1 << 30);  // of padding: not looked at
   std::vector<int32_t> blocks(kBlocks);
   for (int i = 0; i < kBlocks; ++i) blocks[i] = (i * 5 + 3) % kBlocks;  // a permutation
 
-  const DeviceRows<int32_t> slot(kRows), position(kRows), table(kBlocks);
-  ASSERT_CUDA(cudaMemcpy(slot.get(), slots.data(), kRows * 4, cudaMemcpyHostToDevice));
-  ASSERT_CUDA(cudaMemcpy(position.get(), positions.data(), kRows * 4, cudaMemcpyHostToDevice));
+  const DeviceRows<int32_t> slot(num_rows), position(num_rows), table(kBlocks);
+  ASSERT_CUDA(cudaMemcpy(slot.get(), slots.data(), num_rows * 4, cudaMemcpyHostToDevice));
+  ASSERT_CUDA(cudaMemcpy(position.get(), positions.data(), num_rows * 4, cudaMemcpyHostToDevice));
   ASSERT_CUDA(cudaMemcpy(table.get(), blocks.data(), kBlocks * 4, cudaMemcpyHostToDevice));
   const DeviceRows<T> x(qkv, variant.shift), device_bias(bias, variant.shift);
   const DeviceRows<T> device_q_norm(q_norm), device_k_norm(k_norm);
@@ -70,7 +72,7 @@ void Check(const Variant& variant, const Heads& h) {
 
   QkvFinishArgs args;
   args.type = TypeOf<T>();
-  args.num_rows = kRows;
+  args.num_rows = num_rows;
   args.rows = {slot.get(), position.get(), table.get(), kBlocksOfSlot};
   args.heads = h.heads;
   args.qkv = x.get();
@@ -99,7 +101,7 @@ void Check(const Variant& variant, const Heads& h) {
   const std::vector<float> got = x.Values();
   const std::vector<Kv> got_k = k.Bits(), got_v = v.Bits();
   std::vector<bool> written(cached);
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < num_rows; ++r) {
     for (int i = h.heads * h.head_dim; i < stride; ++i) {
       ASSERT_EQ(got[r * stride + i], qkv[r * stride + i]) << where << ": beside q";
     }
@@ -156,6 +158,12 @@ void Check(const Variant& variant, const Heads& h) {
   }
 }
 
+// All but six are padding; many rows are cut over the device in another way.
+std::vector<int> RowCounts() {
+  if (UnderSanitizer()) return {6, 129};
+  return {6, 150};
+}
+
 template <typename T>
 class QkvFinishTest : public testing::Test {};
 using Types = testing::Types<float, __half, __nv_bfloat16>;
@@ -174,7 +182,7 @@ std::vector<Heads> Shapes() {
 TYPED_TEST(QkvFinishTest, RotatesAndCachesInTheModelsType) {
   for (const Heads& heads : Shapes()) {
     for (const Variant& variant : kVariants) {
-      Check<TypeParam, TypeParam>(variant, heads);
+      for (const int num_rows : RowCounts()) Check<TypeParam, TypeParam>(variant, heads, num_rows);
       if (this->HasFatalFailure()) return;
     }
   }
@@ -183,7 +191,8 @@ TYPED_TEST(QkvFinishTest, RotatesAndCachesInTheModelsType) {
 TYPED_TEST(QkvFinishTest, CachesScaledE4M3) {
   for (const Heads& heads : Shapes()) {
     for (const Variant& variant : kVariants) {
-      Check<TypeParam, __nv_fp8_e4m3>(variant, heads);
+      for (const int num_rows : RowCounts())
+        Check<TypeParam, __nv_fp8_e4m3>(variant, heads, num_rows);
       if (this->HasFatalFailure()) return;
     }
   }
