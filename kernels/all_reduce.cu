@@ -25,8 +25,7 @@ constexpr int kStretch = 32;      // vectors a rank owns in one piece: a warp's,
 struct Params {
   std::byte* base[kMaxPeers];  // of these kernels' part of each rank's region
   int rank, size;
-  PeerFault* fault;
-  uint64_t patience_ns;
+  WaitLimits limits;
   uint64_t* counter;
   // In vectors, from base.
   uint32_t receive, receive_slot, receive_source;  // one-shot, or the scatter
@@ -97,9 +96,8 @@ __device__ __forceinline__ uint4 LoadVector(const void* from, uint32_t index) {
 template <int kMax>
 __device__ __forceinline__ void Receive(const Params& p, PeerWait code, uint64_t exchange,
                                         uint4* first, uint4 mine, uint4 (&got)[kMax]) {
-  Patience patience;
+  PeerWaiter waiter(p.limits, code, exchange);
   for (;;) {
-    bool all = true;
 #pragma unroll
     for (int r = 0; r < kMax; ++r) {
       if (r < p.size && r != p.rank) got[r] = LoadSystem(first + size_t{p.receive_source} * r);
@@ -111,14 +109,10 @@ __device__ __forceinline__ void Receive(const Params& p, PeerWait code, uint64_t
       if (r == p.rank) {
         got[r] = mine;
       } else if (!Arrived(got[r])) {
-        all = false;
         missing = r;
       }
     }
-    if (all) break;
-    if (patience.Over(p.patience_ns)) {
-      GiveUp(p.fault, code, static_cast<uint32_t>(exchange), missing);
-    }
+    if (missing < 0 || waiter.Over(missing)) break;
   }
 #pragma unroll
   for (int r = 0; r < kMax; ++r) {
@@ -169,13 +163,11 @@ __device__ __forceinline__ uint4 TwoShot(const Params& p, uint64_t exchange, int
   if (owner != p.rank) {
     StoreSystem(Vectors(p.base[owner]) + slot + p.rank * p.receive_source + owned, mine);
     uint4* at = Vectors(p.base[p.rank]) + sums + index;
-    Patience patience;
+    PeerWaiter waiter(p.limits, PeerWait::kGather, exchange);
     uint4 sum;
-    while (sum = LoadSystem(at), !Arrived(sum)) {
-      if (patience.Over(p.patience_ns)) {
-        GiveUp(p.fault, PeerWait::kGather, static_cast<uint32_t>(exchange), owner);
-      }
-    }
+    do {
+      sum = LoadSystem(at);
+    } while (!Arrived(sum) && !waiter.Over(owner));
     *at = NothingYet();
     return sum;
   }
@@ -450,8 +442,7 @@ cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLa
   for (int r = 0; r < peers.size; ++r) p.base[r] = peers.base[r] + layout.offset;
   p.rank = peers.rank;
   p.size = peers.size;
-  p.fault = peers.fault;
-  p.patience_ns = peers.patience_ns;
+  p.limits = LimitsOf(peers);
   p.counter = reinterpret_cast<uint64_t*>(
       p.base[p.rank] + (two_shot ? RegionParts::kTwoShotCounter : RegionParts::kOneShotCounter));
   const size_t source = two_shot ? parts.scatter_source : parts.one_shot_source;

@@ -23,8 +23,9 @@
 // in the order of one stream. Any number of calls may be captured in CUDA graphs
 // and replayed: which slot is next is counted on the device. A kernel waits at
 // most peers.patience_ns, then fills in *peers.fault and traps; the context is
-// lost. Grids that wait for each other must run at the same time: nothing that
-// waits for the end of one of these kernels may hold up a peer's.
+// lost. Once *peers.abort is set it ends soon, and the region is worthless. Grids that wait for
+// each other must run at the same time: nothing that waits for the end of one of these kernels may
+// hold up a peer's.
 //
 // Element types kF32, kF16, kBF16. Pointers 16-byte aligned (the all-gather's: 4).
 #ifndef LOCKSTEP_KERNELS_ALL_REDUCE_H_

@@ -16,8 +16,7 @@ constexpr int kThreads = 128;
 struct GatherParams {
   std::byte* base[kMaxPeers];
   int rank, size;
-  PeerFault* fault;
-  uint64_t patience_ns;
+  WaitLimits limits;
   uint64_t* counter;
   size_t gather, gather_source;  // bytes from base
   const uint32_t* in;
@@ -50,13 +49,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < p.size; ++r) {
       ulonglong2 got = packet;
       if (r != p.rank) {
-        Patience patience;
-        while (got = LoadSystem(Packets(p, p.rank, exchange, r) + i),
-               (got.x ^ number) >> 32 != 0 || (got.y ^ number) >> 32 != 0) {
-          if (patience.Over(p.patience_ns)) {
-            GiveUp(p.fault, PeerWait::kSmallAllGather, static_cast<uint32_t>(exchange), r);
-          }
-        }
+        PeerWaiter waiter(p.limits, PeerWait::kSmallAllGather, exchange);
+        do {
+          got = LoadSystem(Packets(p, p.rank, exchange, r) + i);
+        } while (((got.x ^ number) >> 32 != 0 || (got.y ^ number) >> 32 != 0) && !waiter.Over(r));
       }
       uint32_t* out = p.out + size_t{p.words} * r + 2 * i;
       out[0] = static_cast<uint32_t>(got.x);
@@ -109,8 +105,7 @@ cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const Excha
   for (int r = 0; r < peers.size; ++r) p.base[r] = peers.base[r] + layout.offset;
   p.rank = peers.rank;
   p.size = peers.size;
-  p.fault = peers.fault;
-  p.patience_ns = peers.patience_ns;
+  p.limits = LimitsOf(peers);
   p.counter = reinterpret_cast<uint64_t*>(p.base[p.rank] + RegionParts::kGatherCounter);
   p.gather = parts.gather;
   p.gather_source = parts.gather_source;

@@ -61,34 +61,75 @@ __device__ __forceinline__ uint4 Sendable(uint4 v) {
   return v;
 }
 
-// How long this thread has been waiting. Looks at the clock every 256 tries.
-class Patience {
- public:
-  __device__ bool Over(uint64_t limit_ns) {
-    if ((++tries_ & 255u) != 0) return false;
-    uint64_t now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    if (tries_ == 256) since_ns_ = now;
-    return now - since_ns_ > limit_ns;
-  }
-
- private:
-  uint32_t tries_ = 0;
-  uint64_t since_ns_ = 0;
+// What bounds a thread's wait for a word of a peer.
+struct WaitLimits {
+  PeerFault* fault;
+  const uint32_t* abort;
+  uint32_t* aborted;
+  uint64_t patience_ns;
 };
 
-// Says what was missing, whole words at once, and ends the kernel and its context.
+inline WaitLimits LimitsOf(const Peers& peers) {
+  return {peers.fault, peers.abort, peers.aborted, peers.patience_ns};
+}
+
+// Says what was missing, in one store, and ends the kernel and its context.
 [[noreturn]] __device__ inline void GiveUp(PeerFault* fault, PeerWait code, uint32_t exchange,
                                            int rank) {
   if (fault != nullptr) {
-    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(fault),
-                 "r"(static_cast<uint32_t>(code)), "r"(exchange), "r"(rank), "r"(blockIdx.x)
-                 : "memory");
+    StoreSystem(reinterpret_cast<uint4*>(fault),
+                make_uint4(static_cast<uint32_t>(code), exchange, rank, blockIdx.x));
     __threadfence_system();
   }
   __trap();
   __builtin_unreachable();
 }
+
+class PeerWaiter {
+ public:
+  __device__ PeerWaiter(const WaitLimits& limits, PeerWait code, uint64_t exchange)
+      : limits_(limits), code_(code), exchange_(static_cast<uint32_t>(exchange)) {}
+
+  // After a try in vain. True: the group is given up, stop waiting. Does not
+  // return once patience has ended.
+  __device__ bool Over(int missing) {
+    if ((++tries_ & 255u) != 0) return false;
+    since_ns_ = Look(limits_, code_, exchange_, missing, tries_, since_ns_);
+    return since_ns_ == 0;
+  }
+
+ private:
+  __device__ static uint32_t LoadWord(const uint32_t* from) {
+    uint32_t v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+  }
+  // Since when this thread has been waiting, or 0: no longer. Out of line, and its
+  // state by value, so that the loop around it stays in registers.
+  __device__ __noinline__ static uint64_t Look(const WaitLimits& limits, PeerWait code,
+                                               uint32_t exchange, int missing, uint32_t tries,
+                                               uint64_t since_ns) {
+    if (limits.abort != nullptr) {
+      if (LoadWord(limits.aborted) != 0) return 0;
+      // Far away: the lanes of a warp take turns.
+      if (((tries >> 8) ^ threadIdx.x) % 32 == 0 && LoadWord(limits.abort) != 0) {
+        *limits.aborted = 1;
+        return 0;
+      }
+    }
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (since_ns == 0) return now;
+    if (now - since_ns > limits.patience_ns) GiveUp(limits.fault, code, exchange, missing);
+    return since_ns;
+  }
+
+  const WaitLimits& limits_;
+  const PeerWait code_;
+  const uint32_t exchange_;
+  uint32_t tries_ = 0;
+  uint64_t since_ns_ = 0;
+};
 
 // Counts exchanges without an atomic's answer: the blocks of one launch add up
 // to 2^16, so as long as one of them has not counted, the upper bits stay.
@@ -130,8 +171,10 @@ constexpr RegionParts PartsOf(const ExchangeLayout& layout, int size) {
   parts.one_shot = RegionParts::kCounterBytes;
   parts.one_shot_source = RoundUpTo(layout.one_shot_bytes, 256);
   parts.scatter = parts.one_shot + 2 * size * parts.one_shot_source;
-  // A tile whose stretches do not come out even takes up to one stretch more a rank.
-  parts.scatter_source = RoundUpTo(layout.two_shot_bytes / size * 9 / 8, 256);
+  // Stretches that do not come out even leave gaps, many if they are few.
+  const size_t share = layout.two_shot_bytes / size;
+  const bool even = (size & (size - 1)) == 0;
+  parts.scatter_source = RoundUpTo(even ? share * 5 / 4 : share * 2, 256);
   parts.sums = parts.scatter + 2 * size * parts.scatter_source;
   parts.sums_slot = RoundUpTo(layout.two_shot_bytes, 256);
   parts.gather = parts.sums + 2 * parts.sums_slot;

@@ -39,6 +39,11 @@ struct Peers {
   int rank = 0;
   int size = 1;
   PeerFault* fault = nullptr;  // mapped host memory, outlives a trap; nullptr: trap only
+  // Mapped host memory, or nullptr: not 0 once the group is given up. Kernels stop
+  // waiting and end; what they write from then on means nothing. The first to see
+  // it sets *aborted, in this device's memory, which the others look at.
+  const uint32_t* abort = nullptr;
+  uint32_t* aborted = nullptr;  // set if `abort` is
   // How long a kernel waits for a rank before it traps. Above every honest delay:
   // the coordinator's step deadline is what users meet.
   uint64_t patience_ns = 20'000'000'000;

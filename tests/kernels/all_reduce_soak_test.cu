@@ -28,13 +28,14 @@ void Prepare(const VirtualRanks& ranks, int rank, Type type, bool pdl, RankState
                               state->weight.get(),
                               static_cast<RoundsProgress*>(state->progress.get())};
   ASSERT_CUDA(cudaStreamBeginCapture(launch.stream, cudaStreamCaptureModeThreadLocal));
-  ASSERT_CUDA(EnqueueRounds(launch, ranks.peers(rank), ranks.layout(), type,
-                            ranks.BlocksAtOnce(1), buffers, rounds));
+  ASSERT_CUDA(EnqueueRounds(launch, ranks.peers(rank), ranks.layout(), type, ranks.BlocksAtOnce(1),
+                            buffers, rounds));
   cudaGraph_t graph = nullptr;
   ASSERT_CUDA(cudaStreamEndCapture(launch.stream, &graph));
   ASSERT_CUDA(cudaGraphInstantiate(&state->graph, graph, 0));
   ASSERT_CUDA(cudaGraphDestroy(graph));
   ASSERT_CUDA(cudaGraphUpload(state->graph, launch.stream));
+  ASSERT_CUDA(cudaDeviceSynchronize());
 }
 
 void Soak(int size, Type type, bool pdl, int replays) {

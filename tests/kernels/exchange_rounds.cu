@@ -32,12 +32,15 @@ __global__ void MakeInput(const RoundsProgress* progress, int k, int rank, T* in
   }
 }
 
+// The checks trigger late: ranks that share a GPU must not fill it with kernels
+// launched ahead while a peer's exchange waits for room.
+//
 // The sums are in residual_out where there is one, and `out` is only digested.
 template <typename T>
 __global__ void CheckSums(RoundsProgress* progress, int k, int size, const T* out,
                           const T* residual_out, uint32_t count) {
-  TriggerDependents();
   WaitForPrevious();
+  TriggerDependents();
   const uint32_t round = static_cast<uint32_t>(progress->round) + k;
   unsigned long long errors = 0, digest = 0;
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
@@ -59,8 +62,8 @@ __global__ void MakeWords(const RoundsProgress* progress, int k, int rank, uint3
 }
 __global__ void CheckWords(RoundsProgress* progress, int k, int size, const uint32_t* out,
                            uint32_t words) {
-  TriggerDependents();
   WaitForPrevious();
+  TriggerDependents();
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= words) return;
   for (int r = 0; r < size; ++r) {

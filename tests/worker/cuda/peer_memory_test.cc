@@ -52,6 +52,7 @@ absl::Status Allocate(RoundsBuffers* b) {
   RETURN_IF_CUDA_ERROR(cudaMalloc(&progress, sizeof(RoundsProgress)));
   RETURN_IF_CUDA_ERROR(cudaMemset(progress, 0, sizeof(RoundsProgress)));
   b->progress = static_cast<RoundsProgress*>(progress);
+  RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize());  // other streams do not wait for the above
   return absl::OkStatus();
 }
 
@@ -246,6 +247,36 @@ TEST(PeerMemoryTest, NamesTheRankThatAKernelMissed) {
                    return p.exchange->Publish("over", "");
                  }
                  return p.exchange->Await("over").status();
+               }),
+      "");
+}
+
+TEST(PeerMemoryTest, AbortEndsEveryWaitAndKeepsTheContext) {
+  EXPECT_EQ(
+      RunRanks(2,
+               [&](const RankProcess& p) -> absl::Status {
+                 auto memory = JoinRounds(p, *p.exchange);
+                 RETURN_IF_BAD(memory.status());
+                 if (p.rank == 1) return p.exchange->Await("over").status();
+                 RoundsBuffers buffers;
+                 RETURN_IF_BAD(Allocate(&buffers));
+                 cudaStream_t stream = nullptr;
+                 RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+                 int rounds = 0;
+                 for (int i = 0; i < 10; ++i) {
+                   RETURN_IF_CUDA_ERROR(EnqueueRounds(Launch{stream, true}, (*memory)->peers(),
+                                                      kRoundsLayout, Type::kBF16, 64 << 10, buffers,
+                                                      &rounds));
+                 }
+                 RETURN_UNLESS(cudaStreamQuery(stream) == cudaErrorNotReady);
+                 const auto start = std::chrono::steady_clock::now();
+                 (*memory)->Abort();
+                 RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream));
+                 RETURN_UNLESS(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
+                 RETURN_IF_BAD((*memory)->Fault());
+                 RETURN_IF_CUDA_ERROR(cudaMemset(buffers.in, 0, 64));
+                 RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize());
+                 return p.exchange->Publish("over", "");
                }),
       "");
 }

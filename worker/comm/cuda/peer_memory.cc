@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <fstream>
 #include <mutex>
@@ -97,25 +98,40 @@ const char* WaitedFor(PeerWait code) {
 
 }  // namespace
 
+struct PeerMemory::Mailbox {
+  PeerFault fault;                 // the kernels write it
+  std::atomic<uint32_t> abort{0};  // the kernels read it
+};
+
 absl::Status PeerMemory::Allocate(const Clear& clear) {
   const std::string device = absl::StrCat("device ", options_.device);
   if (absl::Status status = CudaStatus(device, cudaSetDevice(options_.device)); !status.ok()) {
     return status;
   }
-  void* fault = nullptr;
+  void* mailbox = nullptr;
   absl::Status status =
-      CudaStatus("pinned memory", cudaHostAlloc(&fault, sizeof(PeerFault), cudaHostAllocMapped));
+      CudaStatus("pinned memory", cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocMapped));
   if (!status.ok()) return status;
-  peers_.fault = new (fault) PeerFault;
+  mailbox_ = new (mailbox) Mailbox;
+  static_assert(sizeof(mailbox_->abort) == sizeof(uint32_t));
+  peers_.fault = &mailbox_->fault;
+  peers_.abort = reinterpret_cast<const uint32_t*>(&mailbox_->abort);
   void* own = nullptr;
-  status = CudaStatus(absl::StrCat(device, ", an exchange region of ", options_.bytes, " bytes"),
-                      cudaMalloc(&own, (options_.bytes + kPageBytes - 1) / kPageBytes * kPageBytes));
+  const size_t flag = (options_.bytes + 255) / 256 * 256;  // behind the region
+  status = CudaStatus(
+      absl::StrCat(device, ", an exchange region of ", options_.bytes, " bytes"),
+      cudaMalloc(&own, (flag + sizeof(uint32_t) + kPageBytes - 1) / kPageBytes * kPageBytes));
   if (!status.ok()) return status;
   peers_.base[options_.rank] = static_cast<std::byte*>(own);
+  peers_.aborted = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(own) + flag);
   cudaStream_t stream = nullptr;
   status = CudaStatus(device, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   if (!status.ok()) return status;
   status = CudaStatus("clearing an exchange region", clear(peers_.base[options_.rank], stream));
+  if (status.ok()) {
+    status = CudaStatus("clearing an exchange region",
+                        cudaMemsetAsync(peers_.aborted, 0, sizeof(uint32_t), stream));
+  }
   if (status.ok()) {
     status = CudaStatus("clearing an exchange region", cudaStreamSynchronize(stream));
   }
@@ -208,12 +224,14 @@ PeerMemory::~PeerMemory() {
     if (mapped_[peer]) cudaIpcCloseMemHandle(peers_.base[peer]);
   }
   if (peers_.base[options_.rank] != nullptr) Retired::Get().Add(peers_.base[options_.rank]);
-  cudaFreeHost(peers_.fault);
+  cudaFreeHost(mailbox_);
 }
+
+void PeerMemory::Abort() { mailbox_->abort.store(1, std::memory_order_relaxed); }
 
 absl::Status PeerMemory::Fault() const {
   PeerFault fault;
-  std::memcpy(&fault, peers_.fault, sizeof(fault));
+  std::memcpy(&fault, &mailbox_->fault, sizeof(fault));
   if (fault.code == PeerWait::kNothing) return absl::OkStatus();
   return absl::UnavailableError(
       absl::StrCat(WaitedFor(fault.code), " ", fault.exchange, " (phase ",

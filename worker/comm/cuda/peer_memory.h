@@ -55,6 +55,10 @@ class PeerMemory {
   // Valid as long as this object.
   const kernels::Peers& peers() const { return peers_; }
 
+  // From any thread, at once: kernels that wait for a peer stop waiting and end, and
+  // so does every later one. What they compute is worthless, the context is not.
+  void Abort();
+
   // After a kernel has trapped: Unavailable, naming the rank that did not come;
   // OK if no kernel waited in vain. Readable although the context is lost.
   absl::Status Fault() const;
@@ -65,7 +69,10 @@ class PeerMemory {
   // "" or why rank `peer`'s region cannot be mapped.
   std::string Map(int peer, const std::string& offer);
 
+  struct Mailbox;  // mapped host memory
+
   const Options options_;
+  Mailbox* mailbox_ = nullptr;
   kernels::Peers peers_;
   bool mapped_[kernels::kMaxPeers] = {};
 };
