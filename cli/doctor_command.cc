@@ -13,6 +13,7 @@
 #include "CLI/CLI.hpp"
 #include "cli/child_process.h"
 #include "cli/commands.h"
+#include "cli/doctor_links.h"
 #include "cli/terminal.h"
 
 namespace lockstep {
@@ -142,7 +143,9 @@ int RunDoctor() {
 void AddDoctorCommand(CLI::App* app, Command* chosen) {
   CLI::App* command = app->add_subcommand("doctor", "Say what this host offers and lacks");
   command->group("Look");
-  command->callback([=] { *chosen = [] { return RunDoctor(); }; });
+  const auto links = std::make_shared<bool>(false);
+  command->add_flag("--links", *links, "Measure how the GPUs reach each other instead");
+  command->callback([=] { *chosen = [=] { return *links ? RunDoctorLinks() : RunDoctor(); }; });
 }
 
 }  // namespace lockstep
