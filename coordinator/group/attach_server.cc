@@ -1,6 +1,7 @@
 #include "coordinator/group/attach_server.h"
 
 #include <grpcpp/grpcpp.h>
+#include <grpcpp/impl/server_builder_option.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -8,9 +9,11 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
@@ -145,6 +148,16 @@ class Stream final : public RawReactor, public std::enable_shared_from_this<Stre
   bool done_ = false;      // context_ is gone
 };
 
+// Whatever is linked in offers itself to every server of the process (reflection
+// does): here there is the worker plane and nothing else.
+class NoPlugins final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    plugins->clear();
+  }
+};
+
 // gRPC removes a socket file that is in the way, even one in use.
 bool UnixSocketIsServed(const std::string& path) {
   sockaddr_un address{};
@@ -223,6 +236,7 @@ absl::StatusOr<std::unique_ptr<AttachServer>> AttachServer::Listen(const std::st
   grpc::ServerBuilder builder;
   // Without this, a second coordinator would share the port instead of failing.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder.SetOption(std::make_unique<NoPlugins>());
   builder.SetMaxReceiveMessageSize(wire::kMaxMessageBytes);
   builder.SetMaxSendMessageSize(wire::kMaxMessageBytes);
   int port = 0;
