@@ -194,12 +194,18 @@ std::string Dump(const json& value) {
   return value.dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
+// Discarded where it is none. The parser alone would take a NUL byte for the end.
+json ParseLine(const std::string& line) {
+  if (line.find('\0') != std::string::npos) return json(json::value_t::discarded);
+  return json::parse(line, nullptr, /*allow_exceptions=*/false);
+}
+
 }  // namespace
 
 BatchItem ParseBatchLine(const std::string& line, size_t line_number) {
   BatchItem item;
   item.custom_id = absl::StrCat("line-", line_number);
-  const json object = json::parse(line, nullptr, /*allow_exceptions=*/false);
+  const json object = ParseLine(line);
   if (!object.is_object()) {
     item.error =
         absl::InvalidArgumentError(absl::StrCat("line ", line_number, ": not a JSON object"));
@@ -242,7 +248,7 @@ absl::StatusOr<std::unordered_set<std::string>> ResumeOutput(const std::string& 
   std::string line;
   while (std::getline(file, line)) {
     if (file.eof()) break;  // no newline: the line was cut off
-    const json object = json::parse(line, nullptr, false);
+    const json object = ParseLine(line);
     if (!object.is_object() || !object.contains("custom_id") || !object["custom_id"].is_string()) {
       return absl::InvalidArgumentError(
           absl::StrCat(path, ": holds a line that is not an answer; name another output"));

@@ -34,6 +34,8 @@ absl::StatusOr<std::optional<Json>> ReadJsonObject(const std::string& path) {
   absl::StatusOr<std::string> text = ReadModelFile(path, kMaxConfigBytes);
   if (absl::IsNotFound(text.status())) return std::nullopt;
   if (!text.ok()) return text.status();
+  // The parser takes a NUL byte for the end of its input.
+  if (text->find('\0') != std::string::npos) return Bad(path, "not JSON: has a NUL byte");
   Json json = Json::parse(*text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) return Bad(path, "not JSON");
   if (!json.is_object()) return Bad(path, "expected a JSON object");

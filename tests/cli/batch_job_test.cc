@@ -73,6 +73,7 @@ TEST_F(BatchJobTest, CarriesEverySamplingField) {
 TEST_F(BatchJobTest, NamesWhatIsWrongWithALine) {
   EXPECT_EQ(ErrorOf("{"), "line 7: not a JSON object");
   EXPECT_EQ(ErrorOf("[]"), "line 7: not a JSON object");
+  EXPECT_EQ(ErrorOf(std::string("{\"prompt\":\"a\"}\0x", 16)), "line 7: not a JSON object");
   EXPECT_THAT(ErrorOf("{}"), HasSubstr("prompt, messages: exactly one"));
   EXPECT_THAT(ErrorOf(R"({"prompt":"a","messages":[]})"), HasSubstr("exactly one"));
   EXPECT_THAT(ErrorOf(R"({"prompt":"a","max_token":1})"), HasSubstr("max_token: unknown field"));

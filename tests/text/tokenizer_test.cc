@@ -161,6 +161,11 @@ TEST(TokenizerTest, NamesTheFileThatIsMissingOrBad) {
     dir.Write("tokenizer_config.json", text);
     EXPECT_THAT(LoadError(dir), HasSubstr("tokenizer_config.json: ")) << text;
   }
+  dir.Write("tokenizer_config.json", std::string("{}\0{", 4));
+  EXPECT_THAT(LoadError(dir), HasSubstr("NUL"));
+  dir.Write("tokenizer_config.json", "{}");
+  dir.Write("tokenizer.json", good + std::string("\0x", 2));
+  EXPECT_THAT(LoadError(dir), HasSubstr("tokenizer.json: "));
 }
 
 TEST(TokenizerTest, RefusesIdsTooLargeForATable) {

@@ -95,6 +95,10 @@ class StrictBuilder : public nlohmann::json_sax<Json> {
 
 absl::StatusOr<Json> ParseJson(const std::string& text) {
   if (text.empty()) return absl::InvalidArgumentError("body: empty; send a JSON object");
+  // The parser takes a NUL byte for the end of its input.
+  if (const size_t nul = text.find('\0'); nul != std::string::npos) {
+    return absl::InvalidArgumentError(absl::StrCat("body: not JSON at byte ", nul, ": a NUL byte"));
+  }
   StrictBuilder builder;
   if (Json::sax_parse(text, &builder)) return std::move(builder.result());
   if (!builder.status().ok()) return builder.status();

@@ -47,7 +47,12 @@ class HostileHttp : public ApiFixture {
 };
 
 TEST_F(HostileHttp, BodiesThatAreNotJson) {
+  using namespace std::string_literals;
   const std::vector<std::string> bodies = {"",
+                                           "\0"s,
+                                           "{\"prompt\":\"x\"}\0"s,
+                                           "{\"prompt\":\"x\"}\0{}"s,
+                                           "{\"prompt\":\"a\0b\"}"s,
                                            " ",
                                            "{",
                                            "}",
