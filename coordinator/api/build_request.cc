@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "coordinator/api/api_error.h"
+#include "coordinator/api/bounded_encode.h"
 #include "coordinator/api/client_request.h"
 #include "coordinator/api/limits.h"
 #include "coordinator/text/utf8.h"
@@ -21,15 +22,17 @@ absl::Status AsFieldError(std::string_view field, const absl::Status& status) {
 }
 
 absl::StatusOr<std::vector<TokenId>> EncodeText(const std::string& text, bool add_special_tokens,
-                                                const ServedModel& model, const char* field) {
+                                                const ServedModel& model, const char* field,
+                                                size_t max_tokens) {
   if (!IsValidUtf8(text)) return FieldError(field, "not UTF-8");
-  absl::StatusOr<std::vector<TokenId>> ids = model.tokenizer->Encode(text, add_special_tokens);
+  absl::StatusOr<std::vector<TokenId>> ids =
+      BoundedEncode(*model.tokenizer, text, add_special_tokens, max_tokens);
   if (!ids.ok()) return AsFieldError(field, ids.status());
   return ids;
 }
 
 absl::StatusOr<std::vector<TokenId>> EncodeChat(const ChatPrompt& chat, bool add_special_tokens,
-                                                const ServedModel& model) {
+                                                const ServedModel& model, size_t max_tokens) {
   if (chat.messages.empty()) return FieldError("messages", "empty; send at least one");
   if (chat.messages.size() > limits::kChatMessages) {
     return FieldError("messages", absl::StrCat(chat.messages.size(),
@@ -46,7 +49,7 @@ absl::StatusOr<std::vector<TokenId>> EncodeChat(const ChatPrompt& chat, bool add
   absl::StatusOr<std::string> text =
       model.chat_template->Render(chat.messages, chat.add_generation_prompt);
   if (!text.ok()) return AsFieldError("messages", text.status());
-  return EncodeText(*text, add_special_tokens, model, "messages");
+  return EncodeText(*text, add_special_tokens, model, "messages", max_tokens);
 }
 
 absl::Status CheckPromptIds(const std::vector<TokenId>& ids, uint32_t vocab_size,
@@ -109,20 +112,25 @@ absl::Status CheckModel(std::string_view asked, const ServedModel& model) {
 
 absl::StatusOr<std::vector<TokenId>> EncodePrompt(const ClientRequest& client,
                                                   const ServedModel& model,
-                                                  const char* prompt_field) {
+                                                  const char* prompt_field, size_t max_tokens) {
   absl::StatusOr<std::vector<TokenId>> ids;
   if (const auto* text = std::get_if<std::string>(&client.prompt)) {
-    ids = EncodeText(*text, client.add_special_tokens.value_or(true), model, prompt_field);
+    ids = EncodeText(*text, client.add_special_tokens.value_or(true), model, prompt_field,
+                     max_tokens);
   } else if (const auto* given = std::get_if<std::vector<TokenId>>(&client.prompt)) {
     absl::Status status = CheckPromptIds(*given, model.vocab_size, prompt_field);
     if (!status.ok()) return status;
     ids = *given;
   } else if (const auto* chat = std::get_if<ChatPrompt>(&client.prompt)) {
-    ids = EncodeChat(*chat, client.add_special_tokens.value_or(false), model);
+    ids = EncodeChat(*chat, client.add_special_tokens.value_or(false), model, max_tokens);
   } else {
     return FieldError(prompt_field, "missing; send text, token ids or messages");
   }
   return ids;
+}
+
+size_t TokenizeLimit(const ServedModel& model) {
+  return std::max<size_t>(size_t{2} * model.max_model_len, limits::kTokenizeTokens);
 }
 
 absl::StatusOr<std::string> DecodeTokens(const std::vector<TokenId>& ids, const ServedModel& model,
@@ -148,7 +156,8 @@ absl::StatusOr<Request> BuildRequest(const ClientRequest& client, const ServedMo
       return TooLong(field, ids->size(), model.max_model_len);
     }
   }
-  absl::StatusOr<std::vector<TokenId>> prompt = EncodePrompt(client, model, field);
+  absl::StatusOr<std::vector<TokenId>> prompt =
+      EncodePrompt(client, model, field, model.max_model_len);
   if (!prompt.ok()) return prompt.status();
   if (prompt->empty()) return FieldError(field, "empty; send at least one token");
   // A tokenizer may know tokens that the weights do not.

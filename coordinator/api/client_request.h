@@ -7,6 +7,7 @@
 #ifndef LOCKSTEP_COORDINATOR_API_CLIENT_REQUEST_H_
 #define LOCKSTEP_COORDINATOR_API_CLIENT_REQUEST_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -58,15 +59,18 @@ struct DoorDefaults {
 };
 
 // The whole request path up to the engine: limits, tokens, context length,
-// ending ids. May tokenise 8 MiB: not for a thread that serves others.
+// ending ids. May tokenise a long text: not for a thread that serves others.
 // InvalidArgument with the field (ErrorField), or NotFound for another model.
 absl::StatusOr<Request> BuildRequest(const ClientRequest& client, const ServedModel& model,
                                      const DoorDefaults& defaults, int64_t now_ms);
 
-// The token ids of a prompt, for BuildRequest and the Tokenize calls.
+// The token ids of a prompt, for BuildRequest and the Tokenize calls. A text of
+// clearly more than `max_tokens` is InvalidArgument.
 absl::StatusOr<std::vector<TokenId>> EncodePrompt(const ClientRequest& client,
                                                   const ServedModel& model,
-                                                  const char* prompt_field);
+                                                  const char* prompt_field, size_t max_tokens);
+// What the Tokenize calls take: more than any prompt that could be served.
+size_t TokenizeLimit(const ServedModel& model);
 
 // The text of ids as a whole text, special tokens kept; InvalidArgument for an
 // id outside the vocabulary.

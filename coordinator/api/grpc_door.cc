@@ -21,6 +21,7 @@ namespace lockstep {
 namespace {
 
 constexpr char kServiceName[] = "lockstep.v1.Inference";
+constexpr int kMaxStreamsPerConnection = 1'024;
 // An answer with prompt log-probabilities is large; a client's own limit (4 MiB
 // unless it says otherwise) is the one that counts.
 constexpr int kMaxSendBytes = 64 * 1024 * 1024;
@@ -52,6 +53,11 @@ void SetLimits(grpc::ServerBuilder* builder) {
   // A client whose host vanished is noticed, and its requests cancelled.
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60'000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  // Messages that are being received, of all connections: beyond it they wait.
+  grpc::ResourceQuota quota("door");
+  quota.Resize(2 * limits::kBodyBytesInFlight);
+  builder->SetResourceQuota(quota);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxStreamsPerConnection);
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE,
                               static_cast<int>(limits::kHttpHeaderBytes));
 }

@@ -222,7 +222,7 @@ class InferenceService final : public v1::Inference::CallbackService {
                                      v1::TokenizeResponse* response) override {
     return Later(context, [this, request, response] {
       absl::StatusOr<std::vector<TokenId>> ids =
-          EncodePrompt(FromProto(*request), path_->model(), "text");
+          EncodePrompt(FromProto(*request), path_->model(), "text", TokenizeLimit(path_->model()));
       if (!ids.ok()) return ids.status();
       response->mutable_token_ids()->Add(ids->begin(), ids->end());
       response->set_max_model_len(path_->model().max_model_len);

@@ -12,7 +12,7 @@ namespace lockstep::limits {
 // Transport.
 inline constexpr size_t kHttpHeaderBytes = 16 * 1024;  // 431 beyond
 inline constexpr size_t kBodyBytes = 8 * 1024 * 1024;  // 413 beyond; gRPC messages likewise
-inline constexpr size_t kBodyBytesInFlight = 32 * 1024 * 1024;  // of all connections; 503 beyond
+inline constexpr size_t kBodyBytesInFlight = 16 * 1024 * 1024;  // of all connections; 503 beyond
 inline constexpr int kHttpHeaderSeconds = 10;                   // from a request's first byte
 inline constexpr int kHttpBodySeconds = 60;                     // from the end of its header
 inline constexpr int kHttpIdleSeconds = 75;                     // between requests
@@ -37,6 +37,8 @@ inline constexpr float kMinP = 1.0f;               // [0, 1]
 inline constexpr float kPenalty = 2.0f;            // presence, frequency [-2, 2]
 inline constexpr float kRepetitionPenalty = 2.0f;  // (0, 2]
 inline constexpr size_t kChatMessages = 1024;
+// Of a Tokenize call, where twice max-model-len is not more.
+inline constexpr size_t kTokenizeTokens = 32 * 1024;
 
 // An echoed value is cut here.
 inline constexpr size_t kEchoedCharacters = 64;

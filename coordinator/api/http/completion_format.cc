@@ -47,9 +47,16 @@ void ChoiceBuilder::AddPrompt(const Answer& answer, const PromptInfo& info,
   if (!request_.echo) return;
   text_ += prompt_text;
   if (!request_.logprobs) return;
+  size_t position = 0;  // bytes of the text that tokens so far stand for
   for (size_t i = 0; i < answer.prompt().size(); ++i) {
-    AddLogprobs(answer.prompt()[i],
-                i < info.logprobs.size() ? info.logprobs[i] : std::optional<TokenLogprobs>());
+    const TokenId id = answer.prompt()[i];
+    const std::string_view bytes = model_.tokenizer->TokenBytes(id);
+    // The tokenizer's own frame (a bos) is no part of what the client wrote.
+    const bool hidden = model_.tokenizer->IsSpecial(id) &&
+                        std::string_view(prompt_text).substr(position, bytes.size()) != bytes;
+    if (!hidden) position = std::min(position + bytes.size(), prompt_text.size());
+    AddLogprobs(id, i < info.logprobs.size() ? info.logprobs[i] : std::optional<TokenLogprobs>(),
+                hidden);
   }
 }
 
@@ -59,7 +66,7 @@ void ChoiceBuilder::AddDelta(const TextDelta& delta) {
   token_ids_.insert(token_ids_.end(), delta.token_ids.begin(), delta.token_ids.end());
   if (!request_.logprobs) return;
   for (size_t i = 0; i < delta.logprobs.size(); ++i) {
-    AddLogprobs(delta.token_ids[i], delta.logprobs[i]);
+    AddLogprobs(delta.token_ids[i], delta.logprobs[i], /*hidden=*/false);
   }
 }
 
@@ -80,10 +87,11 @@ std::string ChoiceBuilder::TokenName(TokenId id) const {
                                              : model_.tokenizer->TokenText(id);
 }
 
-void ChoiceBuilder::AddLogprobs(TokenId id, const std::optional<TokenLogprobs>& entry) {
+void ChoiceBuilder::AddLogprobs(TokenId id, const std::optional<TokenLogprobs>& entry,
+                                bool hidden) {
   tokens_.push_back(TokenName(id));
   text_offsets_.push_back(text_offset_);
-  text_offset_ += CountCharacters(model_.tokenizer->TokenText(id));
+  if (!hidden) text_offset_ += CountCharacters(model_.tokenizer->TokenText(id));
   token_logprobs_.push_back(entry ? OrderedJson(Finite(entry->logprob)) : OrderedJson(nullptr));
   top_logprobs_.push_back(entry ? TopLogprobs(id, *entry) : OrderedJson(nullptr));
 }

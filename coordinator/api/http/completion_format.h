@@ -33,7 +33,8 @@ class ChoiceBuilder {
   OrderedJson Take();
 
  private:
-  void AddLogprobs(TokenId id, const std::optional<TokenLogprobs>& entry);
+  // `hidden`: the token has no characters in the text.
+  void AddLogprobs(TokenId id, const std::optional<TokenLogprobs>& entry, bool hidden);
   std::string TokenName(TokenId id) const;
   OrderedJson TopLogprobs(TokenId id, const TokenLogprobs& entry) const;
 

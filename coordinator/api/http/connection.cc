@@ -25,7 +25,10 @@ using boost::system::error_code;
 using Parser = http::request_parser<http::string_body>;
 
 // Read while an exchange runs, so that a pipelining client cannot fill memory.
-constexpr size_t kMaxPipelinedBytes = 64 * 1024;
+constexpr size_t kMaxPipelinedBytes = 16 * 1024;
+// At a time; every open connection holds as much.
+constexpr size_t kReadBytes = 4 * 1024;
+constexpr size_t kBodyReadBytes = 16 * 1024;
 // After an early refusal the rest of the request is read away, so that the
 // client sees the refusal and not a reset.
 constexpr size_t kMaxLingerBytes = 32 * 1024 * 1024;
@@ -268,7 +271,7 @@ asio::awaitable<Connection::Received> Connection::ReadRequest() {
       out.message = header_done ? "the body took too long" : "the header took too long";
       co_return out;
     }
-    StartRead(header_done ? 64 * 1024 : 4 * 1024);
+    StartRead(header_done ? kBodyReadBytes : kReadBytes);
     co_await Wait(deadline);
   }
   Received::Fill(&out, &parser);
@@ -294,7 +297,7 @@ asio::awaitable<bool> Connection::Answer(Received received) {
         exchange->Abandon();
         co_return false;
       }
-      if (in_.size() < kMaxPipelinedBytes) StartRead(4 * 1024);
+      if (in_.size() < kMaxPipelinedBytes) StartRead(kReadBytes);
       co_await Wait(Clock::time_point::max());
       continue;
     }
@@ -346,7 +349,7 @@ asio::awaitable<void> Connection::Linger() {
   while (!eof_ && !closed_ && discarded < kMaxLingerBytes && Clock::now() < deadline) {
     discarded += in_.size();
     in_.clear();
-    StartRead(64 * 1024);
+    StartRead(kBodyReadBytes);
     co_await Wait(deadline);
   }
 }
@@ -354,7 +357,8 @@ asio::awaitable<void> Connection::Linger() {
 void Connection::StartRead(size_t size) {
   if (reading_ || eof_ || closed_) return;
   reading_ = true;
-  chunk_.resize(size);
+  if (chunk_.size() != size) chunk_ = std::vector<char>(size);  // smaller ones give room back
+  if (in_.empty() && in_.capacity() > kReadBytes) in_ = std::string();
   socket_.async_read_some(asio::buffer(chunk_),
                           [self = shared_from_this()](const error_code& ec, size_t count) {
                             self->reading_ = false;

@@ -82,7 +82,8 @@ absl::StatusOr<std::string> TokenizeBody(const std::string& body, const ServedMo
   } else if (prompt) {
     client.prompt = *std::move(prompt);
   }
-  const absl::StatusOr<std::vector<TokenId>> ids = EncodePrompt(client, model, "prompt");
+  const absl::StatusOr<std::vector<TokenId>> ids =
+      EncodePrompt(client, model, "prompt", TokenizeLimit(model));
   if (!ids.ok()) return ids.status();
   nlohmann::ordered_json answer;
   answer["count"] = ids->size();

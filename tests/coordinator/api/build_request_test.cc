@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "coordinator/api/api_error.h"
+#include "coordinator/api/bounded_encode.h"
 #include "coordinator/api/client_request.h"
 #include "coordinator/api/limits.h"
 #include "tests/coordinator/api/api_testing.h"
@@ -304,6 +305,36 @@ TEST(BuildRequest, EveryFieldArrives) {
   EXPECT_TRUE(out.include_stop_str_in_output);
   EXPECT_FALSE(out.skip_special_tokens);
   EXPECT_FALSE(out.ignore_eos);
+}
+
+std::string Repeat(const std::string& text, size_t bytes) {
+  std::string all;
+  while (all.size() < bytes) all += text;
+  return all;
+}
+
+TEST(BoundedEncode, IsTheWholeTextsEncodingWhereItFits) {
+  const ServedModel model = DemoModel();
+  for (const char* text : {"hello world, ", "  \n\n\t  x", "\u4f60\u597d\u00e9\U0001f600", "7"}) {
+    const std::string long_text = Repeat(text, 3 * kShortTextBytes);
+    const auto whole = model.tokenizer->Encode(long_text, true);
+    const auto bounded = BoundedEncode(*model.tokenizer, long_text, true, whole->size());
+    ASSERT_TRUE(bounded.ok()) << bounded.status();
+    EXPECT_EQ(*bounded, *whole);
+  }
+}
+
+TEST(BoundedEncode, GivesUpOnWhatIsClearlyTooLong) {
+  const ServedModel model = DemoModel();
+  const std::string text = Repeat("hello world ", 7 << 20);
+  const auto ids = BoundedEncode(*model.tokenizer, text, true, 1'000);
+  EXPECT_TRUE(absl::IsOutOfRange(ids.status())) << ids.status();
+  EXPECT_THAT(std::string(ids.status().message()), HasSubstr("more than 1000 tokens"));
+  ClientRequest client;
+  client.prompt = text;
+  const auto request = BuildRequest(client, model, {}, 0);
+  EXPECT_TRUE(absl::IsInvalidArgument(request.status())) << request.status();
+  EXPECT_THAT(std::string(request.status().message()), HasSubstr("more than 64 tokens"));
 }
 
 TEST(Echo, CutsAt64CharactersAndEscapes) {

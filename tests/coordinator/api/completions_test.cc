@@ -320,6 +320,10 @@ TEST_F(Completions, EchoThenContinues) {
   const size_t prompt = model_.tokenizer->Encode("see: ", true)->size();
   EXPECT_EQ(choice["text"], "see: " + model_.tokenizer->TokenText(80));
   EXPECT_EQ(choice["logprobs"]["tokens"].size(), prompt + 2);
+  // The bos that the tokenizer added has no characters in the text.
+  ASSERT_TRUE(model_.tokenizer->IsSpecial(model_.tokenizer->Encode("see: ", true)->front()));
+  EXPECT_EQ(choice["logprobs"]["text_offset"][1], 0);
+  EXPECT_EQ(choice["logprobs"]["text_offset"][prompt], 5);
   EXPECT_EQ(choice["token_ids"], json({80, 2}));
   EXPECT_EQ(Stream(body).texts[0], choice["text"]);
 }
