@@ -32,9 +32,10 @@ bool TakesFast(const DecodeAttentionArgs& a) {
   return (a.type == Type::kBF16 || a.type == Type::kF16) &&
          (a.kv.type == a.type || a.kv.type == Type::kE4M3) && group <= decode::kMaxGroup &&
          a.kv.head_dim % 8 == 0 && a.kv.head_dim <= decode::kMaxHeadDim &&
-         a.kv.block_size % decode::kTile == 0 && a.q_stride % 8 == 0 && a.out_stride % 8 == 0 &&
-         Aligned16(a.q) && Aligned16(a.out) && Aligned16(a.fresh_k) && Aligned16(a.fresh_v) &&
-         Aligned16(a.rotary) && Aligned16(a.kv.k) && Aligned16(a.kv.v) && kv_bytes > 0;
+         a.kv.block_size >= decode::kTile && (a.kv.block_size & (a.kv.block_size - 1)) == 0 &&
+         a.q_stride % 8 == 0 && a.out_stride % 8 == 0 && Aligned16(a.q) && Aligned16(a.out) &&
+         Aligned16(a.fresh_k) && Aligned16(a.fresh_v) && Aligned16(a.rotary) && Aligned16(a.kv.k) &&
+         Aligned16(a.kv.v) && kv_bytes > 0;
 }
 
 struct Shares {
@@ -58,8 +59,9 @@ Shares Choose(int pairs, int max_context, int splits) {
   }
   if (shares.cluster_size == decode::kMaxCluster) {
     const int useful = tiles / (shares.cluster_size * decode::kWarps * decode::kTilesPerWarp);
-    shares.clusters = std::clamp(std::min(useful, kBlocksWanted / (pairs * shares.cluster_size)), 1,
-                                 decode::kMaxClusters);
+    const int most =
+        std::min({useful, kBlocksWanted / (pairs * shares.cluster_size), decode::kMaxClusters});
+    while (shares.clusters * 2 <= most) shares.clusters *= 2;
   }
   return shares;
 }
@@ -140,7 +142,7 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   p.k = args.kv.k;
   p.v = args.kv.v;
   p.kv_heads = args.kv.kv_heads;
-  p.block_size = args.kv.block_size;
+  while ((1 << p.block_shift) < args.kv.block_size) ++p.block_shift;
   p.head_dim = args.kv.head_dim;
   p.group = group;
   p.q = args.q;
@@ -157,6 +159,10 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   p.inverse_v_scale = narrow ? 1.0f / args.kv.v_scale : 1.0f;
   p.window = args.window;
   p.cluster_size = shares.cluster_size;
+  while ((1 << p.cluster_shift) < shares.cluster_size) ++p.cluster_shift;
+  p.head_magic = decode::QuotientMagic(args.kv.head_dim / 4);
+  p.slice_magic = decode::QuotientMagic(
+      std::min(512, decode::QuadsPerBlock(group, args.kv.head_dim, shares.cluster_size)));
   p.clusters = shares.clusters;
   p.history_ready = args.history_ready;
   p.fresh_k = args.fresh_k;

@@ -14,7 +14,7 @@
 //
 // Fast path: q and KV of one 16-bit type or KV e4m3, head_dim a multiple of 8 up
 // to 256 (64, 128 and 256 without padding), heads / kv_heads <= 16, block_size a
-// multiple of 16, 16-byte aligned rows. Everything else: a plain kernel, one
+// power of two of at least 16, 16-byte aligned rows. Everything else: a plain kernel, one
 // block a row and KV head, head_dim up to 512, heads / kv_heads <= 32 (f32, or
 // KV of q's type).
 // Padding rows (slot -1) read and write nothing.

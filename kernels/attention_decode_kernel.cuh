@@ -40,12 +40,15 @@ __device__ __forceinline__ Work Divide(const Params& p, int position, int warp) 
   const int first_tile = w.begin / kTile;
   const int tiles = w.last_tile - first_tile + 1;
   // Another cluster only where every warp of one has several tiles.
-  w.clusters = min(p.clusters, max(1, tiles / (p.cluster_size * kWarps * kTilesPerWarp)));
-  const int shares = w.clusters * p.cluster_size;
-  const int per_share = (tiles + shares - 1) / shares;
+  const int per_cluster = __ffs(kWarps * kTilesPerWarp) - 1 + p.cluster_shift;
+  const int useful = 31 - __clz(max(1, tiles >> per_cluster));
+  w.clusters = min(p.clusters, 1 << useful);
+  const int shares_shift = 31 - __clz(w.clusters) + p.cluster_shift;
+  const int per_share = (tiles + (1 << shares_shift) - 1) >> shares_shift;
   const int share = static_cast<int>(blockIdx.x);
   w.first = first_tile + share * per_share + warp;
-  w.end = share < shares ? min(first_tile + (share + 1) * per_share, w.last_tile + 1) : 0;
+  w.end =
+      share >> shares_shift == 0 ? min(first_tile + (share + 1) * per_share, w.last_tile + 1) : 0;
   return w;
 }
 
@@ -57,16 +60,23 @@ class Tiles {
   __device__ __forceinline__ Tiles(const Params& p, const int32_t* table, const Work& work)
       : p_(p), table_(table), work_(work) {}
 
-  // The element offset of position `tile` * 16 of this KV head; i counts the
+  // The element offset of a position of this KV head.
+  __device__ __forceinline__ int64_t OffsetOf(int position) const {
+    const int64_t block = __ldcg(table_ + (position >> p_.block_shift));
+    const int within = position & ((1 << p_.block_shift) - 1);
+    return (((block * p_.kv_heads + blockIdx.y) << p_.block_shift) + within) * p_.head_dim;
+  }
+
+  // The element offset of position `tile` * 16; i counts the
   // warp's tiles from 0.
   __device__ __forceinline__ int64_t Offset(int tile, int i) {
     if (i % 32 == 0) {
       const int mine = tile + static_cast<int>(threadIdx.x % 32) * kWarps;
-      block_ = mine < work_.end ? __ldcg(table_ + mine * kTile / p_.block_size) : 0;
+      block_ = mine < work_.end ? __ldcg(table_ + (mine * kTile >> p_.block_shift)) : 0;
     }
     const int64_t block = __shfl_sync(~0u, block_, i % 32);
-    const int within = tile * kTile % p_.block_size;
-    return ((block * p_.kv_heads + blockIdx.y) * p_.block_size + within) * p_.head_dim;
+    const int within = tile * kTile & ((1 << p_.block_shift) - 1);
+    return (((block * p_.kv_heads + blockIdx.y) << p_.block_shift) + within) * p_.head_dim;
   }
 
  private:
@@ -96,24 +106,6 @@ __device__ __forceinline__ Packed<T, 8> LoadChunk(const T* head, int chunk) {
   return LoadData<T, 8>(head + chunk * 8);
 }
 
-// Chunk `chunk` of q or of a fresh k, rotated where asked, as floats.
-template <typename T>
-__device__ __forceinline__ void LoadRotated(const T* head, int chunk, const float2* rotary,
-                                            int head_dim, float (&x)[8]) {
-  const int chunks = head_dim / 8;
-  const Packed<T, 8> own = LoadChunk(head, chunk);
-  if (rotary == nullptr) {
-    Unpack<T, 8>(own, x);
-    return;
-  }
-  const int half = chunks / 2;
-  const Packed<T, 8> other = LoadChunk(head, chunk < half ? chunk + half : chunk - half);
-  float partner[8];
-  Unpack<T, 8>(own, x);
-  Unpack<T, 8>(other, partner);
-  Rotate(x, partner, rotary, chunk, head_dim / 2);
-}
-
 template <typename KV>
 __device__ __forceinline__ typename Chunk<KV>::Raw Narrow(float (&x)[8], float inverse_scale) {
   if constexpr (sizeof(KV) == 1) {
@@ -124,36 +116,91 @@ __device__ __forceinline__ typename Chunk<KV>::Raw Narrow(float (&x)[8], float i
 }
 
 // The row's own k and v, one chunk a lane: into `stash` and, where they are
-// fresh, into the cache.
+// fresh, into the cache. In two parts, so that q can be requested in between.
 template <typename T, typename KV>
-__device__ __forceinline__ void TakeOwnPosition(const Params& p, int row, int64_t offset,
-                                                const float2* rotary,
-                                                typename Chunk<KV>::Raw* stash_k,
-                                                typename Chunk<KV>::Raw* stash_v) {
+class OwnPosition {
+ public:
   using Raw = typename Chunk<KV>::Raw;
-  const int lane = threadIdx.x % 32;
-  if (lane < p.head_dim / 8) {
-    Raw* k_at = reinterpret_cast<Raw*>(static_cast<KV*>(p.k) + offset) + lane;
-    Raw* v_at = reinterpret_cast<Raw*>(static_cast<KV*>(p.v) + offset) + lane;
-    Raw k, v;
-    if (p.fresh_k != nullptr) {
-      const int64_t at = static_cast<int64_t>(row) * p.q_stride + blockIdx.y * p.head_dim;
-      const Packed<T, 8> fresh_v = LoadChunk(static_cast<const T*>(p.fresh_v) + at, lane);
-      float x[8];
-      LoadRotated(static_cast<const T*>(p.fresh_k) + at, lane, rotary, p.head_dim, x);
-      k = Narrow<KV>(x, p.inverse_k_scale);
-      Unpack<T, 8>(fresh_v, x);
-      v = Narrow<KV>(x, p.inverse_v_scale);
-      *k_at = k;
-      *v_at = v;
-    } else {
-      k = __ldcg(k_at);
-      v = __ldcg(v_at);
+  __device__ __forceinline__ OwnPosition(const Params& p, int64_t offset)
+      : p_(p),
+        k_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.k) + offset) + threadIdx.x % 32),
+        v_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.v) + offset) + threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void Request(int row) {
+    const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8, half = chunks / 2;
+    if (chunk >= chunks) return;
+    if (p_.fresh_k == nullptr) {
+      k_ = __ldcg(k_at_);
+      v_ = __ldcg(v_at_);
+      return;
     }
-    stash_k[lane] = k;
-    stash_v[lane] = v;
+    const int64_t at = static_cast<int64_t>(row) * p_.q_stride + blockIdx.y * p_.head_dim;
+    const T* k = static_cast<const T*>(p_.fresh_k) + at;
+    fresh_k_ = LoadChunk(k, chunk);
+    partner_ = LoadChunk(k, chunk < half ? chunk + half : chunk - half);
+    fresh_v_ = LoadChunk(static_cast<const T*>(p_.fresh_v) + at, chunk);
   }
-  __syncwarp();
+
+  __device__ __forceinline__ void Store(const float2* rotary, Raw* stash_k, Raw* stash_v) {
+    const int chunk = threadIdx.x % 32;
+    if (chunk < p_.head_dim / 8) {
+      if (p_.fresh_k != nullptr) {
+        float x[8], partner[8];
+        Unpack<T, 8>(fresh_k_, x);
+        Unpack<T, 8>(partner_, partner);
+        if (rotary != nullptr) Rotate(x, partner, rotary, chunk, p_.head_dim / 2);
+        k_ = Narrow<KV>(x, p_.inverse_k_scale);
+        Unpack<T, 8>(fresh_v_, x);
+        v_ = Narrow<KV>(x, p_.inverse_v_scale);
+        *k_at_ = k_;
+        *v_at_ = v_;
+      }
+      stash_k[chunk] = k_;
+      stash_v[chunk] = v_;
+    }
+    __syncwarp();
+  }
+
+ private:
+  const Params& p_;
+  Raw* k_at_;
+  Raw* v_at_;
+  Raw k_ = {}, v_ = {};
+  Packed<T, 8> fresh_k_ = {}, partner_ = {}, fresh_v_ = {};
+};
+
+// What a lane needs of q: chunks c + 4 j of head r of each tile of 8, zero where
+// there is no such head or chunk.
+template <typename T, typename M, int kHeadTiles, int kKChunks>
+__device__ __forceinline__ void LoadQuery(const Params& p, int row, const float2* rotary,
+                                          uint4 (&q)[kHeadTiles][kKChunks]) {
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const int last_chunk = p.head_dim / 8 - 1, half = p.head_dim / 16;
+#pragma unroll
+  for (int n = 0; n < kHeadTiles; ++n) {
+    const int head = min(8 * n + r, p.group - 1);
+    const T* at = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride +
+                  (static_cast<int>(blockIdx.y) * p.group + head) * p.head_dim;
+#pragma unroll
+    for (int j = 0; j < kKChunks; ++j) {
+      const int chunk = min(c + 4 * j, last_chunk);
+      const Packed<T, 8> own = LoadChunk(at, chunk);
+      if (std::is_same_v<T, M> && rotary == nullptr) {
+        q[n][j] = own.raw;
+      } else {
+        float x[8], partner[8];
+        Unpack<T, 8>(own, x);
+        if (rotary != nullptr) {
+          Unpack<T, 8>(LoadChunk(at, chunk < half ? chunk + half : chunk - half), partner);
+          Rotate(x, partner, rotary, chunk, p.head_dim / 2);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] *= p.q_factor;
+        q[n][j] = Pack<M, 8>(x).raw;
+      }
+      if (8 * n + r >= p.group || c + 4 * j > last_chunk) q[n][j] = make_uint4(0, 0, 0, 0);
+    }
+  }
 }
 
 // kDim: head_dim rounded up to 64, 128 or 256; kHeadTiles: tiles of 8 query heads.
@@ -170,13 +217,13 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
   TriggerDependents();
   if (!p.history_ready) WaitForPrevious();
   const int row = blockIdx.z;
-  const int slot = __ldcg(p.rows.slot + row);
+  const int slot = __ldcg(p.rows.slot + row), position = __ldcg(p.rows.position + row);
   if (slot < 0) {
     WaitForPrevious();
     return;
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const Work work = Divide(p, __ldcg(p.rows.position + row), warp);
+  const Work work = Divide(p, position, warp);
   if (blockIdx.x >= static_cast<unsigned>(work.clusters * p.cluster_size)) {
     WaitForPrevious();
     return;
@@ -217,7 +264,12 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
     }
   };
 
+  // The warp that takes the tile of the row's own position.
+  const bool owner =
+      work.any() && work.end == work.last_tile + 1 && (work.last_tile - work.first) % kWarps == 0;
   int64_t offset = 0;
+  if (owner) offset = tiles.OffsetOf(work.position);
+  OwnPosition<T, KV> own(p, offset);
   if (work.any()) {
     offset = tiles.Offset(work.first, 0);
     load_k(work.first, offset);
@@ -246,63 +298,36 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
                                ? nullptr
                                : p.rotary + static_cast<int64_t>(work.position) * (p.head_dim / 2);
     uint4 q[kHeadTiles][kKChunks];
-#pragma unroll
-    for (int n = 0; n < kHeadTiles; ++n) {
-      const int head = 8 * n + r;
-      const T* at = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride +
-                    (static_cast<int>(blockIdx.y) * p.group + head) * p.head_dim;
-#pragma unroll
-      for (int j = 0; j < kKChunks; ++j) {
-        q[n][j] = make_uint4(0, 0, 0, 0);
-        const int chunk = c + 4 * j;
-        if (head < p.group && chunk <= last_chunk) {
-          if (std::is_same_v<T, M> && rotary == nullptr) {
-            q[n][j] = LoadChunk(at, chunk).raw;
-          } else {
-            float x[8];
-            LoadRotated(at, chunk, rotary, p.head_dim, x);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) x[i] *= p.q_factor;
-            q[n][j] = Pack<M, 8>(x).raw;
-          }
-        }
-      }
-    }
-    if ((work.last_tile - work.first) % kWarps == 0 && work.end == work.last_tile + 1) {
-      const int in_block = work.position % p.block_size;
-      const int64_t block =
-          __ldcg(p.rows.block_table + static_cast<int64_t>(slot) * p.rows.table_stride +
-                 work.position / p.block_size);
-      TakeOwnPosition<T, KV>(
-          p, row, ((block * p.kv_heads + blockIdx.y) * p.block_size + in_block) * p.head_dim,
-          rotary, stash_k, stash_v);
-    }
+    if (owner) own.Request(row);
+    LoadQuery<T, M, kHeadTiles, kKChunks>(p, row, rotary, q);
+    if (owner) own.Store(rotary, stash_k, stash_v);
 
     for (int tile = work.first, i = 0; tile < work.end; tile += kWarps, ++i) {
-      const int own = tile == work.last_tile ? work.position % kTile : kTile;
+      const int replaced = tile == work.last_tile ? work.position % kTile : kTile;
       if (!kAhead) load_v(tile, offset);
-      if (own < kTile) {
+      if (replaced < kTile) {
 #pragma unroll
         for (int j = 0; j < kKChunks; ++j) {
           const Raw mine = stash_k[min(c + 4 * j, last_chunk)];
-          if (r >= own) k[0][j] = mine;
-          if (r + 8 >= own) k[1][j] = mine;
+          if (r >= replaced) k[0][j] = mine;
+          if (r + 8 >= replaced) k[1][j] = mine;
         }
       }
-      float score[kHeadTiles][4];
-#pragma unroll
-      for (int n = 0; n < kHeadTiles; ++n) {
-#pragma unroll
-        for (int s = 0; s < 4; ++s) score[n][s] = 0.0f;
-      }
+      // Two chains of products: one would be waited for eight times over.
+      float score[kHeadTiles][4] = {}, other[kHeadTiles][4] = {};
 #pragma unroll
       for (int j = 0; j < kKChunks; ++j) {
         const uint4 a = Chunk<KV>::Widen(k[0][j]), b = Chunk<KV>::Widen(k[1][j]);
 #pragma unroll
         for (int n = 0; n < kHeadTiles; ++n) {
           Mma<M>(score[n], a.x, b.x, a.y, b.y, q[n][j].x, q[n][j].y);
-          Mma<M>(score[n], a.z, b.z, a.w, b.w, q[n][j].z, q[n][j].w);
+          Mma<M>(other[n], a.z, b.z, a.w, b.w, q[n][j].z, q[n][j].w);
         }
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadTiles; ++n) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) score[n][s] += other[n][s];
       }
       const int next = tile + kWarps;
       if (next < work.end) {
@@ -346,13 +371,13 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
         weight[n][1] = Transpose8x8(PackPair<M>(score[n][2], score[n][3]));
       }
 
-      if (own < kTile) {
+      if (replaced < kTile) {
 #pragma unroll
         for (int j = 0; j < kVChunks; ++j) {
           const Raw mine = stash_v[min(r + 8 * j, last_chunk)];
 #pragma unroll
           for (int t = 0; t < 4; ++t) {
-            if (2 * c + t % 2 + 8 * (t / 2) >= own) v[t][j] = mine;
+            if (2 * c + t % 2 + 8 * (t / 2) >= replaced) v[t][j] = mine;
           }
         }
       }
@@ -394,7 +419,6 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
       const int head = 8 * n + 2 * c + h;
       if (head >= p.group) continue;
       if (r == 0) merge.SetWarpStatistics(warp, head, {top[n][h], total});
-      if (!work.any()) continue;
 #pragma unroll
       for (int m = 0; m < kOutTiles; m += 4) {
 #pragma unroll

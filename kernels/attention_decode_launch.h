@@ -25,7 +25,7 @@ struct Params {
   StepRows rows;
   void* k;
   void* v;
-  int kv_heads, block_size, head_dim, group;
+  int kv_heads, block_shift, head_dim, group;  // blocks of 1 << block_shift positions
   const void* q;
   void* out;
   int q_stride, out_stride;
@@ -34,7 +34,9 @@ struct Params {
   float v_scale, inverse_k_scale, inverse_v_scale;
   int window;
   int cluster_size;  // thread blocks that merge through shared memory
-  int clusters;      // of a row and KV head; more than one merge through partials
+  int cluster_shift;
+  int clusters;  // of a row and KV head, a power of two; several merge through partials
+  uint32_t head_magic, slice_magic;  // to divide by the quads of a head and of a block's slice
   bool history_ready;
   const void* fresh_k;
   const void* fresh_v;
@@ -50,12 +52,16 @@ constexpr int OutStride(int head_dim) { return head_dim + 8; }
 constexpr int QuadsPerBlock(int group, int head_dim, int cluster_size) {
   return (group * head_dim / 4 + cluster_size - 1) / cluster_size;
 }
+// Exact for dividends up to kMaxGroup * kMaxHeadDim / 4 and divisors up to 512.
+constexpr int kMagicShift = 20;
+constexpr uint32_t QuotientMagic(int divisor) {
+  return ((1u << kMagicShift) + divisor - 1) / divisor;
+}
 constexpr size_t SharedBytes(int group, int head_dim, int cluster_size) {
-  const size_t cluster =
-      cluster_size == 1
-          ? 0
-          : cluster_size * (sizeof(float2) * group +
-                            sizeof(float4) * QuadsPerBlock(group, head_dim, cluster_size));
+  const size_t cluster = cluster_size == 1 ? 0
+                                           : size_t{1} * cluster_size *
+                                                 QuadsPerBlock(group, head_dim, cluster_size) *
+                                                 (sizeof(float4) + sizeof(float2));
   return kStashBytes + kWarps * group * (sizeof(float2) + sizeof(float) * OutStride(head_dim)) +
          cluster;
 }

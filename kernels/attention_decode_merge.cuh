@@ -61,6 +61,11 @@ __device__ __forceinline__ void StoreRemote(const float2* local, int rank, float
 #endif
 }
 
+// i / n for i up to 1024, by magic = QuotientMagic(n).
+__device__ __forceinline__ int Quotient(int i, uint32_t magic) {
+  return static_cast<int>((static_cast<uint32_t>(i) * magic) >> kMagicShift);
+}
+
 __device__ __forceinline__ void AddScaled(float4& to, float weight, const float4& v) {
   to.x += weight * v.x;
   to.y += weight * v.y;
@@ -68,23 +73,8 @@ __device__ __forceinline__ void AddScaled(float4& to, float weight, const float4
   to.w += weight * v.w;
 }
 
-// What `count` shares add up to: statistics[i * step] and values(i), which is
-// not called for a share that saw nothing.
-template <typename Values>
-__device__ __forceinline__ float2 Combine(const float2* statistics, int step, int count,
-                                          float4& out, Values values) {
-  float2 all = {-INFINITY, 0.0f};
-  for (int i = 0; i < count; ++i) all.x = fmaxf(all.x, statistics[i * step].x);
-  out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  for (int i = 0; i < count; ++i) {
-    const float2 share = statistics[i * step];
-    if (share.x == -INFINITY) continue;
-    const float weight = Exp2(share.x - all.x);
-    all.y += weight * share.y;
-    AddScaled(out, weight, values(i));
-  }
-  return all;
-}
+// Where maxima are subtracted: a share that saw nothing then weighs 0, not NaN.
+__device__ __forceinline__ float Base(float top) { return top == -INFINITY ? 0.0f : top; }
 
 // Lives in the block's dynamic shared memory, laid out as SharedBytes counts it.
 class Merge {
@@ -98,8 +88,8 @@ class Merge {
     warp_out_ = reinterpret_cast<float*>(shared + kStashBytes);
     warp_statistics_ =
         reinterpret_cast<float2*>(warp_out_ + kWarps * p.group * OutStride(p.head_dim));
-    received_statistics_ = warp_statistics_ + kWarps * p.group;
-    received_ = reinterpret_cast<float4*>(received_statistics_ + p.cluster_size * p.group);
+    received_ = reinterpret_cast<float4*>(warp_statistics_ + kWarps * p.group);
+    received_statistics_ = reinterpret_cast<float2*>(received_ + p.cluster_size * quads_per_block_);
   }
 
   __device__ __forceinline__ void* stash() const { return stash_; }
@@ -110,53 +100,31 @@ class Merge {
     *reinterpret_cast<float4*>(WarpOutput(warp, head, d)) = v;
   }
 
-  // Writes the row's result, once every warp has set its share (a warp that saw
-  // nothing only its statistics). `clusters` take part.
+  // Writes the row's result, once every warp has set its share. `clusters` take
+  // part.
   template <typename T>
   __device__ __forceinline__ void Finish(int row, int clusters) const {
     __syncthreads();
-    const int tid = threadIdx.x;
     if (p_.cluster_size == 1) {
-      for (int quad = tid; quad < quads_; quad += kThreads) {
+      for (int quad = threadIdx.x; quad < quads_; quad += kThreads) {
         float4 out;
         const float2 s = OfBlock(quad, out);
-        if (clusters == 1) {
-          Store<T>(row, quad, s.y, out);
-        } else {
-          SetPartial(row, 0, quad, s, out);
-        }
+        SetResult<T>(row, clusters, 0, quad, s, out);
       }
     } else {
       const int rank = ClusterRank();
       ClusterWait();  // all blocks have started: their shared memory is theirs
-      for (int i = tid; i < p_.group * p_.cluster_size; i += kThreads) {
-        const int head = i % p_.group;
-        StoreRemote(received_statistics_ + rank * p_.group + head, i / p_.group,
-                    BlockStatistics(head));
-      }
-      for (int quad = tid; quad < quads_; quad += kThreads) {
+      for (int quad = threadIdx.x; quad < quads_; quad += kThreads) {
         float4 out;
         const float2 s = OfBlock(quad, out);
-        if (s.x == -INFINITY) continue;
-        const int owner = quad / quads_per_block_;
-        StoreRemote(received_ + rank * quads_per_block_ + (quad - owner * quads_per_block_), owner,
-                    out);
+        const int owner = Quotient(quad, p_.slice_magic);
+        const int at = rank * quads_per_block_ + quad - owner * quads_per_block_;
+        StoreRemote(received_ + at, owner, out);
+        StoreRemote(received_statistics_ + at, owner, s);
       }
       ClusterArrive();
       ClusterWait();
-      for (int i = tid; i < quads_per_block_; i += kThreads) {
-        const int quad = rank * quads_per_block_ + i;
-        if (quad >= quads_) break;
-        float4 out;
-        const float2 s =
-            Combine(received_statistics_ + HeadOf(quad), p_.group, p_.cluster_size, out,
-                    [&](int from) { return received_[from * quads_per_block_ + i]; });
-        if (clusters == 1) {
-          Store<T>(row, quad, s.y, out);
-        } else {
-          SetPartial(row, rank, quad, s, out);
-        }
-      }
+      AddBlocks<T>(row, clusters, rank);
     }
     if (clusters > 1) AddClusters<T>(row, clusters);
   }
@@ -165,17 +133,64 @@ class Merge {
   __device__ __forceinline__ float* WarpOutput(int warp, int head, int d) const {
     return warp_out_ + (warp * p_.group + head) * OutStride(p_.head_dim) + d;
   }
-  __device__ __forceinline__ int HeadOf(int quad) const { return quad / (p_.head_dim / 4); }
+
   __device__ __forceinline__ float2 OfBlock(int quad, float4& out) const {
-    const int head = HeadOf(quad), d = quad * 4 - head * p_.head_dim;
-    return Combine(warp_statistics_ + head, p_.group, kWarps, out, [&](int warp) {
-      return *reinterpret_cast<const float4*>(WarpOutput(warp, head, d));
-    });
+    const int head = Quotient(quad, p_.head_magic), d = quad * 4 - head * p_.head_dim;
+    float2 shares[kWarps], all = {-INFINITY, 0.0f};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      shares[warp] = warp_statistics_[warp * p_.group + head];
+      all.x = fmaxf(all.x, shares[warp].x);
+    }
+    out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const float weight = Exp2(shares[warp].x - Base(all.x));
+      all.y += weight * shares[warp].y;
+      AddScaled(out, weight, *reinterpret_cast<const float4*>(WarpOutput(warp, head, d)));
+    }
+    return all;
   }
-  __device__ __forceinline__ float2 BlockStatistics(int head) const {
-    float4 none;
-    return Combine(warp_statistics_ + head, p_.group, kWarps, none,
-                   [](int) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); });
+
+  // This block's slice: neighbouring lanes hold what the blocks sent of a quad.
+  template <typename T>
+  __device__ __forceinline__ void AddBlocks(int row, int clusters, int rank) const {
+    const int size = p_.cluster_size, items = quads_per_block_ * size;
+    for (int first = 0; first < items; first += kThreads) {
+      const int item = first + static_cast<int>(threadIdx.x);
+      const int from = item & (size - 1), i = item >> p_.cluster_shift;
+      const int quad = rank * quads_per_block_ + i;
+      const bool mine = item < items && quad < quads_;
+      float2 s = {-INFINITY, 0.0f};
+      float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (mine) {
+        s = received_statistics_[from * quads_per_block_ + i];
+        out = received_[from * quads_per_block_ + i];
+      }
+      float top = s.x;
+      for (int step = 1; step < size; step *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      }
+      const float weight = Exp2(s.x - Base(top));
+      float v[5] = {out.x * weight, out.y * weight, out.z * weight, out.w * weight, s.y * weight};
+      for (int step = 1; step < size; step *= 2) {
+#pragma unroll
+        for (float& part : v) part += __shfl_xor_sync(~0u, part, step);
+      }
+      if (mine && from == 0) {
+        SetResult<T>(row, clusters, rank, quad, {top, v[4]}, make_float4(v[0], v[1], v[2], v[3]));
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void SetResult(int row, int clusters, int rank, int quad, float2 s,
+                                            const float4& out) const {
+    if (clusters == 1) {
+      Store<T>(row, quad, s.y, out);
+    } else {
+      SetPartial(row, rank, quad, s, out);
+    }
   }
 
   template <typename T>
@@ -195,7 +210,7 @@ class Merge {
   }
   __device__ __forceinline__ void SetPartial(int row, int rank, int quad, float2 s,
                                              const float4& v) const {
-    const int cluster = (static_cast<int>(blockIdx.x) - rank) / p_.cluster_size;
+    const int cluster = (static_cast<int>(blockIdx.x) - rank) >> p_.cluster_shift;
     const int64_t at = PartialIndex(row, cluster, quad);
     p_.partials[at] = v;
     p_.partial_statistics[at] = s;
@@ -235,7 +250,7 @@ class Merge {
       float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int k = 0; k < kMaxClusters; ++k) {
-        if (shares[k].x == -INFINITY) continue;
+        if (k >= clusters) break;
         const float weight = Exp2(shares[k].x - all.x);
         all.y += weight * shares[k].y;
         AddScaled(out, weight, __ldcg(values + static_cast<int64_t>(k) * quads_));

@@ -5,9 +5,10 @@
 //
 //   score[j] = scale * (q . k[j]);  out = sum_j softmax(score)[j] * v[j]
 //
-// FP32 accumulation; f16 and bf16 on tensor cores (wgmma where head_dim is 64 or
-// 128, else mma.sync up to head_dim 256), f32 in plain FP32. The query heads of a
-// KV head share a tile: 128 rows of (position, head) over 128 cached positions.
+// FP32 accumulation; f16 and bf16 on tensor cores (wgmma where head_dim is 64,
+// 128 or 256 and the cache of the same type, else mma.sync up to head_dim 256),
+// f32 in plain FP32. The query heads of a KV head share a tile of 128 or 64 rows
+// of (position, head), so a tile reads its part of the cache once for all.
 // A row's bits do not depend on the other spans of the launch.
 #ifndef LOCKSTEP_KERNELS_ATTENTION_PREFILL_H_
 #define LOCKSTEP_KERNELS_ATTENTION_PREFILL_H_

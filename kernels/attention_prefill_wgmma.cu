@@ -1,6 +1,6 @@
-// Prefill attention with warpgroup products, head_dim 64 and 128. A block takes
-// 128 rows; a producer warp streams k and v, 128 positions a step, through two
-// stages of shared memory by the tensor copy engine (a box a block and 64
+// Prefill attention with warpgroup products, head_dim 64, 128 and 256. A block
+// takes 128 rows; a producer warp streams k and v, 64 or 128 positions a step,
+// through two stages of shared memory by the tensor copy engine (a box a block and 64
 // elements); two consumer warpgroups take 64 rows each:
 //
 //   scores(t + 1) = q k^T  enqueued   | one warpgroup's products run while the
@@ -21,9 +21,10 @@
 namespace lockstep::kernels::prefill {
 namespace {
 
-constexpr int kRows = 128, kGroupRows = 64, kPositions = 128, kStages = 2;
+constexpr int kRows = 128, kGroupRows = 64, kStages = 2;
 constexpr int kGroupThreads = 128, kConsumers = 2, kThreads = kGroupThreads * (1 + kConsumers);
-constexpr int kHalfBytes = kPositions * 128;  // 64 elements of every row or position
+// Cached positions a step: fewer where the output takes the registers.
+constexpr int PositionsOf(int dim) { return dim == 256 ? 64 : 128; }
 enum NamedBarrier { kTurn = 1, kGroup = 3 };  // and the next one, for the other warpgroup
 
 struct WgmmaParams {
@@ -33,10 +34,12 @@ struct WgmmaParams {
 
 template <int kDim>
 struct Shared {
-  static constexpr int kHalves = kDim / 64;
-  alignas(1024) unsigned char q[kHalves][kHalfBytes];
-  alignas(1024) unsigned char k[kStages][kHalves][kHalfBytes];
-  alignas(1024) unsigned char v[kStages][kHalves][kHalfBytes];
+  // Panels: 64 elements of every row or position.
+  static constexpr int kPanels = kDim / 64, kPanelBytes = PositionsOf(kDim) * 128;
+  using Panel = unsigned char[kPanelBytes];
+  alignas(1024) unsigned char q[kPanels][kRows * 128];
+  alignas(1024) Panel k[kStages][kPanels];
+  alignas(1024) Panel v[kStages][kPanels];
   uint64_t k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
 };
 template <int kDim>
@@ -56,12 +59,14 @@ struct Ring {
 };
 
 struct Steps {
-  int first = 0, end = 0;  // steps of kPositions positions
+  int first = 0, end = 0;
 };
 
 template <int kDim>
 __device__ __forceinline__ void Produce(const WgmmaParams& w, Shared<kDim>& s, const TileRows& rows,
                                         const Steps& steps, int kv_head) {
+  constexpr int kPositions = PositionsOf(kDim);
+  using Panel = typename Shared<kDim>::Panel;
   const Params& p = w.p;
   const int lane = threadIdx.x % 32;
   const int32_t* table = p.block_table + static_cast<int64_t>(rows.span.slot) * p.table_stride;
@@ -72,16 +77,15 @@ __device__ __forceinline__ void Produce(const WgmmaParams& w, Shared<kDim>& s, c
                       position + p.block_size > rows.see_begin;
     return seen ? __ldg(table + position / p.block_size) : -1;
   };
-  const auto copy = [&](const CUtensorMap* map, unsigned char(*to)[kHalfBytes], int block,
-                        uint64_t* full) {
+  const auto copy = [&](const CUtensorMap* map, Panel* to, int block, uint64_t* full) {
     const int count = __popc(__ballot_sync(~0u, block >= 0));
     if (lane == 0) ArriveExpecting(full, count * p.block_size * kDim * 2);
     __syncwarp();
     if (block < 0) return;
 #pragma unroll
-    for (int half = 0; half < kDim / 64; ++half) {
-      CopyBox(to[half] + lane * p.block_size * 128, map, half * 64, 0, block * p.kv_heads + kv_head,
-              full);
+    for (int panel = 0; panel < kDim / 64; ++panel) {
+      CopyBox(to[panel] + lane * p.block_size * 128, map, panel * 64, 0,
+              block * p.kv_heads + kv_head, full);
     }
   };
   Ring ring;
@@ -101,6 +105,9 @@ __device__ __forceinline__ void Produce(const WgmmaParams& w, Shared<kDim>& s, c
 
 template <typename T, int kDim>
 class Consumer {
+  static constexpr int kPositions = PositionsOf(kDim), kScores = kPositions / 2;
+  static constexpr int kPanelBytes = Shared<kDim>::kPanelBytes;
+
  public:
   __device__ __forceinline__ Consumer(const Params& p, Shared<kDim>& s, const TileRows& rows,
                                       const Steps& steps, int kv_head)
@@ -114,8 +121,8 @@ class Consumer {
 
   __device__ __forceinline__ void Run() {
     LoadQuery();
-    float score[64], out[kDim / 2] = {};
-    uint32_t weight[32];
+    float score[kScores], out[kDim / 2] = {};
+    uint32_t weight[kScores / 2];
     Ring k_ring, v_ring;
 
     Await(&s_.k_full[k_ring.stage], k_ring.parity);
@@ -199,23 +206,24 @@ class Consumer {
     NamedSync(kGroup + group_, kGroupThreads);
   }
 
-  __device__ __forceinline__ void Scores(float (&score)[64], int stage) const {
+  __device__ __forceinline__ void Scores(float (&score)[kScores], int stage) const {
     const uint32_t q = SharedAddress(s_.q[0]) + group_ * kGroupRows * 128;
     const uint32_t k = SharedAddress(s_.k[stage][0]);
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
-      const uint32_t at = i / 4 * kHalfBytes + i % 4 * 32;
-      ScoreProduct<T>(score, SwizzledMatrix(q + at, 16), SwizzledMatrix(k + at, 16), i > 0);
+      const uint32_t in_panel = i % 4 * 32;
+      ScoreProduct<T>(score, SwizzledMatrix(q + i / 4 * kRows * 128 + in_panel, 16),
+                      SwizzledMatrix(k + i / 4 * kPanelBytes + in_panel, 16), i > 0);
     }
   }
 
-  __device__ __forceinline__ void Outputs(float (&out)[kDim / 2], const uint32_t (&weight)[32],
-                                          int stage) const {
+  __device__ __forceinline__ void Outputs(float (&out)[kDim / 2],
+                                          const uint32_t (&weight)[kScores / 2], int stage) const {
     const uint32_t v = SharedAddress(s_.v[stage][0]);
 #pragma unroll
     for (int i = 0; i < kPositions / 16; ++i) {
       OutputProduct<T>(out, weight[4 * i], weight[4 * i + 1], weight[4 * i + 2], weight[4 * i + 3],
-                       SwizzledMatrix(v + i * 16 * 128, kHalfBytes));
+                       v + i * 16 * 128, kPanelBytes);
     }
   }
 
@@ -237,13 +245,13 @@ class Consumer {
 
   // Scores to weights, in place; shrink_ is what the output so far is worth now.
   // Lane (r, c) has rows r and r + 8, positions 8 n + 2 c and the next.
-  __device__ __forceinline__ void Softmax(float (&score)[64], int step) {
+  __device__ __forceinline__ void Softmax(float (&score)[kScores], int step) {
     const int first = step * kPositions;
     const bool edge = first + kPositions - 1 > rows_.first_position ||
                       (p_.window > 0 && first < rows_.last_position + 1 - p_.window);
     if (edge) {
 #pragma unroll
-      for (int i = 0; i < 64; ++i) {
+      for (int i = 0; i < kScores; ++i) {
         const int at = first + i / 4 * 8 + 2 * c_ + i % 2, mine = position_[i / 2 % 2];
         if (at > mine || (p_.window > 0 && at + p_.window <= mine)) score[i] = -INFINITY;
       }
@@ -252,7 +260,7 @@ class Consumer {
     for (int row = 0; row < 2; ++row) {
       float m = score[2 * row];
 #pragma unroll
-      for (int n = 0; n < 16; ++n) {
+      for (int n = 0; n < kPositions / 8; ++n) {
         m = fmaxf(m, fmaxf(score[4 * n + 2 * row], score[4 * n + 2 * row + 1]));
       }
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
@@ -263,7 +271,7 @@ class Consumer {
       top_[row] = m;
       float total = 0.0f;
 #pragma unroll
-      for (int n = 0; n < 16; ++n) {
+      for (int n = 0; n < kPositions / 8; ++n) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float& s = score[4 * n + 2 * row + h];
@@ -275,9 +283,10 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ static void Convert(const float (&score)[64], uint32_t (&weight)[32]) {
+  __device__ __forceinline__ static void Convert(const float (&score)[kScores],
+                                                 uint32_t (&weight)[kScores / 2]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) weight[i] = PackPair<T>(score[2 * i], score[2 * i + 1]);
+    for (int i = 0; i < kScores / 2; ++i) weight[i] = PackPair<T>(score[2 * i], score[2 * i + 1]);
   }
 
   __device__ __forceinline__ void Write(const float (&out)[kDim / 2]) const {
@@ -330,6 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1) WgmmaKernel(const __grid_constant
   const TileRows rows = FindRows(w.p, w.p.spans[blockIdx.z], gridDim.y - 1 - blockIdx.y, kRows);
   if (rows.count == 0) return;
   const int kv_head = blockIdx.x;
+  constexpr int kPositions = PositionsOf(kDim);
   const Steps steps = {rows.see_begin / kPositions, (rows.see_end + kPositions - 1) / kPositions};
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
@@ -343,13 +353,16 @@ __global__ void __launch_bounds__(kThreads, 1) WgmmaKernel(const __grid_constant
 }
 
 using WgmmaKernelPointer = void (*)(WgmmaParams);
-WgmmaKernelPointer FindWgmma(Type type, int dim) {
-  if (type == Type::kBF16) {
-    return dim == 64 ? WgmmaKernel<__nv_bfloat16, 64> : WgmmaKernel<__nv_bfloat16, 128>;
-  }
-  return dim == 64 ? WgmmaKernel<__half, 64> : WgmmaKernel<__half, 128>;
+template <typename T>
+WgmmaKernelPointer FindOf(int dim) {
+  return dim == 64 ? WgmmaKernel<T, 64> : dim == 128 ? WgmmaKernel<T, 128> : WgmmaKernel<T, 256>;
 }
-size_t SharedBytes(int dim) { return dim == 64 ? SharedBytesOf<64>() : SharedBytesOf<128>(); }
+WgmmaKernelPointer FindWgmma(Type type, int dim) {
+  return type == Type::kBF16 ? FindOf<__nv_bfloat16>(dim) : FindOf<__half>(dim);
+}
+size_t SharedBytes(int dim) {
+  return dim == 64 ? SharedBytesOf<64>() : dim == 128 ? SharedBytesOf<128>() : SharedBytesOf<256>();
+}
 
 // Set by InitWgmma; null where the kernel cannot run.
 PFN_cuTensorMapEncodeTiled_v12000 encode_tiled = nullptr;
@@ -381,7 +394,7 @@ cudaError_t InitWgmma() {
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) return cudaSuccess;
   for (const Type type : {Type::kBF16, Type::kF16}) {
-    for (const int dim : {64, 128}) {
+    for (const int dim : {64, 128, 256}) {
       status =
           cudaFuncSetAttribute(FindWgmma(type, dim), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(SharedBytes(dim)));
@@ -400,8 +413,8 @@ cudaError_t InitWgmma() {
 
 bool WgmmaTakes(const PrefillAttentionArgs& args) {
   return encode_tiled != nullptr && args.kv.type == args.type &&
-         (args.kv.head_dim == 64 || args.kv.head_dim == 128) && args.kv.block_size >= 8 &&
-         args.kv.block_size <= kPositions && kPositions % args.kv.block_size == 0;
+         (args.kv.head_dim == 64 || args.kv.head_dim == 128 || args.kv.head_dim == 256) &&
+         args.kv.block_size >= 8 && PositionsOf(args.kv.head_dim) % args.kv.block_size == 0;
 }
 
 cudaError_t LaunchWgmma(const Launch& launch, const PrefillAttentionArgs& args, const Params& p) {

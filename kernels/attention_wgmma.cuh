@@ -118,9 +118,16 @@ __device__ __forceinline__ void Pin(uint32_t (&v)[N]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d [64, 128] (+)= a [64, 16] * b [128, 16]^T, both in shared memory, the summed
+// d [64, n] (+)= a [64, 16] * b [n, 16]^T, both in shared memory, the summed
 // dimension contiguous.
-#define LOCKSTEP_SCORE_PRODUCT(type)                                                     \
+#define LOCKSTEP_SCORE_PRODUCT64(type)                                                  \
+  asm volatile(                                                                         \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                      \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" LOCKSTEP_NAMES32 \
+      "}, %32, %33, p, 1, 1, 0, 0;\n}"                                                  \
+      : LOCKSTEP_R32(d, 0)                                                              \
+      : "l"(a), "l"(b), "r"(add))
+#define LOCKSTEP_SCORE_PRODUCT128(type)                                                  \
   asm volatile(                                                                          \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                       \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" LOCKSTEP_NAMES64 \
@@ -144,16 +151,38 @@ __device__ __forceinline__ void Pin(uint32_t (&v)[N]) {
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
 
 template <typename M>
+__device__ __forceinline__ void ScoreProduct(float (&d)[32], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<M, __half>) {
+    LOCKSTEP_SCORE_PRODUCT64("f16");
+  } else {
+    LOCKSTEP_SCORE_PRODUCT64("bf16");
+  }
+}
+template <typename M>
 __device__ __forceinline__ void ScoreProduct(float (&d)[64], uint64_t a, uint64_t b, int add) {
   if constexpr (std::is_same_v<M, __half>) {
-    LOCKSTEP_SCORE_PRODUCT("f16");
+    LOCKSTEP_SCORE_PRODUCT128("f16");
   } else {
-    LOCKSTEP_SCORE_PRODUCT("bf16");
+    LOCKSTEP_SCORE_PRODUCT128("bf16");
+  }
+}
+
+// The matrix b [16, n] starts at `address`, 64 columns `panel_bytes` after the
+// 64 before them.
+template <typename M>
+__device__ __forceinline__ void OutputProduct(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2,
+                                              uint32_t a3, uint32_t address, uint32_t panel_bytes) {
+  const uint64_t b = SwizzledMatrix(address, panel_bytes);
+  if constexpr (std::is_same_v<M, __half>) {
+    LOCKSTEP_OUTPUT_PRODUCT64("f16");
+  } else {
+    LOCKSTEP_OUTPUT_PRODUCT64("bf16");
   }
 }
 template <typename M>
 __device__ __forceinline__ void OutputProduct(float (&d)[64], uint32_t a0, uint32_t a1, uint32_t a2,
-                                              uint32_t a3, uint64_t b) {
+                                              uint32_t a3, uint32_t address, uint32_t panel_bytes) {
+  const uint64_t b = SwizzledMatrix(address, panel_bytes);
   if constexpr (std::is_same_v<M, __half>) {
     LOCKSTEP_OUTPUT_PRODUCT128("f16");
   } else {
@@ -161,20 +190,20 @@ __device__ __forceinline__ void OutputProduct(float (&d)[64], uint32_t a0, uint3
   }
 }
 template <typename M>
-__device__ __forceinline__ void OutputProduct(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2,
-                                              uint32_t a3, uint64_t b) {
-  if constexpr (std::is_same_v<M, __half>) {
-    LOCKSTEP_OUTPUT_PRODUCT64("f16");
-  } else {
-    LOCKSTEP_OUTPUT_PRODUCT64("bf16");
-  }
+__device__ __forceinline__ void OutputProduct(float (&d)[128], uint32_t a0, uint32_t a1,
+                                              uint32_t a2, uint32_t a3, uint32_t address,
+                                              uint32_t panel_bytes) {
+  OutputProduct<M>(*reinterpret_cast<float(*)[64]>(&d[0]), a0, a1, a2, a3, address, panel_bytes);
+  OutputProduct<M>(*reinterpret_cast<float(*)[64]>(&d[64]), a0, a1, a2, a3,
+                   address + 2 * panel_bytes, panel_bytes);
 }
 
 #undef LOCKSTEP_R8
 #undef LOCKSTEP_R32
 #undef LOCKSTEP_NAMES32
 #undef LOCKSTEP_NAMES64
-#undef LOCKSTEP_SCORE_PRODUCT
+#undef LOCKSTEP_SCORE_PRODUCT64
+#undef LOCKSTEP_SCORE_PRODUCT128
 #undef LOCKSTEP_OUTPUT_PRODUCT128
 #undef LOCKSTEP_OUTPUT_PRODUCT64
 

@@ -1,7 +1,8 @@
 // Times the attention kernels: decode over caches that the L2 does not hold
 // (every launch of a graph reads another layer's), with and without dependent
 // launch, and prefill of one prompt. Prints microseconds a launch, and GB/s of
-// KV read or TFLOP/s (causal half only). Arguments: decode, prefill; none: both.
+// KV read or TFLOP/s (causal half only). Arguments, in any order: decode or
+// prefill alone; splits=N; context=N, only that one; max=N, the bound on it.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -84,6 +85,11 @@ float Time(int count, int replays, Enqueue enqueue) {
   return ms * 1000.0f / static_cast<float>(count * replays);
 }
 
+struct Options {
+  int splits = 0, context = 0, max_context = 131072;
+  bool decode = true, prefill = true;
+};
+
 struct Shape {
   const char* name;
   int heads, kv_heads;
@@ -104,7 +110,7 @@ std::vector<int32_t> Scattered(int slots, int per_slot) {
   return table;
 }
 
-void BenchDecode(char* pool) {
+void BenchDecode(const Options& options, char* pool) {
   std::printf("decode, head_dim 128: us a launch and GB/s of KV\n%-8s %5s %6s %8s %16s %16s %16s\n",
               "shape", "batch", "ctx", "MB", "plain", "pdl", "pdl+history");
   __nv_bfloat16* q = Random(int64_t{256} * 6144, 1);
@@ -112,13 +118,13 @@ void BenchDecode(char* pool) {
   void* workspace;
   CHECK_CUDA(cudaMalloc(&workspace, 1 << 20));
   CHECK_CUDA(cudaMemset(workspace, 0, 1 << 20));
-  const char* only = std::getenv("BENCH_SPLITS");
   for (const Shape& shape : kShapes) {
     for (const int context : {1024, 8192, 32768, 131072}) {
       for (const int batch : {1, 16, 64, 256}) {
         const int per_slot = context / kBlock;
         const int64_t half = int64_t{batch} * per_slot * shape.kv_heads * kBlock * kDim * 2;
         if (2 * half > kPoolBytes || (context > 32768 && batch > 1)) continue;
+        if (options.context > 0 && context != options.context) continue;
         const int layers = static_cast<int>(std::min<int64_t>(32, kPoolBytes / (2 * half)));
         int32_t* table = Upload(Scattered(batch, per_slot));
         std::vector<int32_t> slots(batch), positions(batch, context - 1);
@@ -134,8 +140,8 @@ void BenchDecode(char* pool) {
         args.out = out;
         args.out_stride = shape.heads * kDim;
         args.scale = 0.08f;
-        args.max_context = 131072;
-        args.splits = only != nullptr ? std::atoi(only) : 0;
+        args.max_context = options.max_context;
+        args.splits = options.splits;
         args.workspace = workspace;
         std::printf("%-8s %5d %6d %8.1f", shape.name, batch, context, 2.0 * half / 1e6);
         for (const int mode : {0, 1, 2}) {
@@ -200,11 +206,19 @@ void BenchPrefill(char* pool) {
 }
 
 void Main(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "decode") == 0) options.prefill = false;
+    if (std::strcmp(argv[i], "prefill") == 0) options.decode = false;
+    std::sscanf(argv[i], "splits=%d", &options.splits);
+    std::sscanf(argv[i], "context=%d", &options.context);
+    std::sscanf(argv[i], "max=%d", &options.max_context);
+  }
   CHECK_CUDA(InitDecodeAttention());
   CHECK_CUDA(InitPrefillAttention());
   char* pool = reinterpret_cast<char*>(Random(kPoolBytes / 2, 3));
-  if (argc < 2 || std::strcmp(argv[1], "decode") == 0) BenchDecode(pool);
-  if (argc < 2 || std::strcmp(argv[1], "prefill") == 0) BenchPrefill(pool);
+  if (options.decode) BenchDecode(options, pool);
+  if (options.prefill) BenchPrefill(pool);
   CHECK_CUDA(cudaFree(pool));
 }
 

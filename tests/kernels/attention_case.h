@@ -229,10 +229,12 @@ struct DeviceCache {
   StepRows rows;
 };
 
+// By the norm of a head's error. Rounding the probabilities costs about a unit in
+// the last place of T; leaving out one of a thousand positions, several hundredths.
 template <typename T>
 constexpr double AttentionTolerance() {
   if (std::is_same_v<T, float>) return 2e-6;
-  return std::is_same_v<T, __half> ? 1e-3 : 6e-3;
+  return std::is_same_v<T, __half> ? 1.5e-3 : 1e-2;
 }
 
 }  // namespace lockstep::kernels
