@@ -13,6 +13,7 @@
 #include "cli/commands.h"
 #include "cli/private_folder.h"
 #include "cli/supervisor.h"
+#include "common/flag_sources.h"
 #include "coordinator/options.h"
 
 namespace lockstep {

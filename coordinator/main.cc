@@ -1,6 +1,8 @@
 // lockstep-coordinator: decides what one group of workers computes, and answers
 // clients. Exit codes: 0 after a drain, 1 when it cannot start or go on, 2 for
 // a bad command line. The last line on stderr says why.
+#include <malloc.h>
+
 #include <CLI/CLI.hpp>
 #include <atomic>
 #include <chrono>
@@ -15,14 +17,15 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "common/flag_sources.h"
 #include "common/log.h"
+#include "common/process_events.h"
 #include "common/supervisor_link.h"
 #include "common/version.h"
 #include "coordinator/api/server.h"
 #include "coordinator/engine.h"
 #include "coordinator/group/grpc_worker_group.h"
 #include "coordinator/options.h"
-#include "coordinator/process_events.h"
 #include "coordinator/serving_plan.h"
 #include "coordinator/startup_report.h"
 #include "nlohmann/json.hpp"
@@ -198,7 +201,16 @@ int Coordinator::Run() {
   return failure.ok() ? 0 : Fail(failure);
 }
 
+// Large buffers come and go with the requests. Left alone, malloc would keep ever
+// larger ones in its heaps, in one heap a thread.
+void KeepMemoryFlat() {
+  mallopt(M_MMAP_THRESHOLD, 128 * 1024);
+  mallopt(M_TRIM_THRESHOLD, 1024 * 1024);
+  mallopt(M_ARENA_MAX, 4);
+}
+
 int Main(int argc, char** argv) {
+  KeepMemoryFlat();
   CLI::App app("lockstep-coordinator: schedules one group of workers and answers clients.",
                "lockstep-coordinator");
   app.set_version_flag("--version", absl::StrCat("lockstep-coordinator ", kVersion));

@@ -66,16 +66,8 @@ struct CoordinatorOptions {
 
 void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* options);
 
-// Parses `args` (without the program's name) over the environment and the file
-// of --config. `app` must have a --config option or none of the file is read.
-// NotFound with the text to print: --help or --version was asked for.
-absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& args);
-
 // What can be said of the values before any file is read.
 absl::Status ValidateOptions(const CoordinatorOptions& options);
-
-// The configuration as a file that --config reads.
-std::string PrintConfig(const CLI::App& app);
 
 // Whether nothing but this host can reach `address` (HOST, HOST:PORT, unix:PATH).
 bool IsLocalAddress(const std::string& address);

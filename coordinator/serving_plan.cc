@@ -4,12 +4,16 @@
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <memory>
 #include <system_error>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "model/model_digest.h"
+#include "model/safetensors.h"
 #include "model/shard_plan.h"
+#include "model/tensor_match.h"
 
 namespace lockstep {
 namespace {
@@ -92,6 +96,24 @@ absl::StatusOr<int64_t> BlocksThatFit(const ServingPlan& plan, const Coordinator
                          available_bytes);
 }
 
+// That the weights are what config.json says, from their headers. A coordinator
+// apart from its workers may have none.
+absl::Status CheckWeights(const CoordinatorOptions& options, ServingPlan* plan) {
+  std::unique_ptr<Checkpoint> checkpoint;
+  if (options.load_format != "dummy") {
+    absl::StatusOr<std::unique_ptr<Checkpoint>> opened = Checkpoint::Open(options.model);
+    if (absl::IsNotFound(opened.status())) return absl::OkStatus();
+    if (!opened.ok()) return opened.status();
+    checkpoint = *std::move(opened);
+    absl::Status matches = MatchCheckpoint(*checkpoint, plan->model);
+    if (!matches.ok()) return matches;
+  }
+  const absl::StatusOr<uint64_t> digest = DigestModel(options.model, checkpoint.get());
+  if (!digest.ok()) return digest.status();
+  plan->model_digest = *digest;
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<ServingPlan> PlanServing(const CoordinatorOptions& options) {
@@ -141,6 +163,8 @@ absl::StatusOr<ServingPlan> PlanServing(const CoordinatorOptions& options) {
     }
     plan.predicted.push_back(*memory);
   }
+
+  if (absl::Status weights = CheckWeights(options, &plan); !weights.ok()) return weights;
 
   plan.scheduler.max_num_seqs = options.max_num_seqs;
   plan.scheduler.max_batched_tokens = static_cast<uint32_t>(shape.max_batched_tokens);
@@ -196,6 +220,7 @@ GroupOptions MakeGroupOptions(const ServingPlan& plan, const CoordinatorOptions&
   std::error_code error;
   const std::filesystem::path absolute = std::filesystem::absolute(options.model, error);
   configure.set_model_path(error ? options.model : absolute.lexically_normal().string());
+  configure.set_model_digest(plan.model_digest);
   configure.set_dtype(std::string(DTypeName(plan.shape.dtype)));
   configure.set_load_format(options.load_format);
   configure.set_quantization(plan.shape.quantization);

@@ -29,6 +29,7 @@ struct ServingPlan {
   // max_queued_requests means 4 x max_num_seqs, at least 64.
   SchedulerConfig scheduler;
   std::vector<RankMemory> predicted;  // by rank
+  uint64_t model_digest = 0;          // 0: there are no weights here
 };
 
 // `options` passed ValidateOptions.

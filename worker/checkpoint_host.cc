@@ -4,15 +4,14 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
-#include <fstream>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "model/model_config.h"
+#include "model/model_digest.h"
 #include "model/safetensors.h"
 #include "model/shard_plan.h"
 #include "worker/backend/backend.h"
@@ -37,22 +36,6 @@ std::string Wish(Configure configure) {
   configure.clear_communicator();
   configure.clear_max_skew_ms();
   return configure.SerializeAsString();
-}
-
-// FNV-1a of config.json's bytes, continued over the tensor index.
-absl::StatusOr<uint64_t> DigestModel(const std::string& folder, const Checkpoint* checkpoint) {
-  std::ifstream file(folder + "/config.json", std::ios::binary);
-  std::stringstream text;
-  text << file.rdbuf();
-  if (!file) return absl::NotFoundError(absl::StrCat(folder, "/config.json: cannot be read"));
-  uint64_t hash = 0xcbf29ce484222325u;
-  const auto mix = [&hash](uint8_t byte) { hash = (hash ^ byte) * 0x100000001b3u; };
-  for (const char c : text.str()) mix(static_cast<uint8_t>(c));
-  if (checkpoint != nullptr) {
-    for (int shift = 0; shift < 64; shift += 8)
-      mix(static_cast<uint8_t>(checkpoint->digest() >> shift));
-  }
-  return hash;
 }
 
 // Calls `body`, whose containers may run out of memory, at the border where
@@ -168,8 +151,10 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
   if (configure.model_digest() != 0 && configure.model_digest() != *digest) {
     return absl::FailedPreconditionError(
         absl::StrCat(configure.model_path(),
-                     ": not the model that the coordinator has (config.json or the "
-                     "tensor index differ)"));
+                     ": not the model that the coordinator has: digest of config.json and tensor "
+                     "headers ",
+                     absl::Hex(*digest, absl::kZeroPad16), " here, ",
+                     absl::Hex(configure.model_digest(), absl::kZeroPad16), " there"));
   }
   uint32_t threads = threads_ != 0 ? threads_ : configure.cpu_threads();
   if (threads == 0) threads = ReadDeviceInfo().num_threads;

@@ -15,10 +15,10 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "common/flag_sources.h"
 #include "common/log.h"
+#include "common/process_events.h"
 #include "common/version.h"
-#include "coordinator/options.h"
-#include "coordinator/process_events.h"
 #include "worker/checkpoint_host.h"
 #include "worker/comm/gloo_communicator.h"
 #include "worker/device_info.h"

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "common/flag_sources.h"
 
 namespace lockstep {
 namespace {

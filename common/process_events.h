@@ -1,8 +1,8 @@
-// What the coordinator's main thread waits for: SIGTERM and SIGINT, which it
+// What a daemon's main thread waits for: SIGTERM and SIGINT, which it
 // takes as events, and a wake from another thread. Made before any other thread
 // starts, so that every thread inherits the blocked signals. One per process.
-#ifndef LOCKSTEP_COORDINATOR_PROCESS_EVENTS_H_
-#define LOCKSTEP_COORDINATOR_PROCESS_EVENTS_H_
+#ifndef LOCKSTEP_COMMON_PROCESS_EVENTS_H_
+#define LOCKSTEP_COMMON_PROCESS_EVENTS_H_
 
 #include "absl/status/statusor.h"
 
@@ -33,4 +33,4 @@ bool DieWithParent();
 
 }  // namespace lockstep
 
-#endif  // LOCKSTEP_COORDINATOR_PROCESS_EVENTS_H_
+#endif  // LOCKSTEP_COMMON_PROCESS_EVENTS_H_

@@ -1,4 +1,4 @@
-#include "coordinator/process_events.h"
+#include "common/process_events.h"
 
 #include <poll.h>
 #include <pthread.h>

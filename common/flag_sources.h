@@ -1,0 +1,27 @@
+// Where a program's flags come from: file < environment < command line, for every
+// program alike. The variable of --some-flag is LOCKSTEP_SOME_FLAG.
+#ifndef LOCKSTEP_COMMON_FLAG_SOURCES_H_
+#define LOCKSTEP_COMMON_FLAG_SOURCES_H_
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace CLI {
+class App;
+}
+
+namespace lockstep {
+
+// Parses `args` (without the program's name) over the environment and the file
+// of --config. `app` must have a --config option or none of the file is read.
+// NotFound with the text to print: --help or --version was asked for.
+absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& args);
+
+// The configuration as a file that --config reads.
+std::string PrintConfig(const CLI::App& app);
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_COMMON_FLAG_SOURCES_H_
