@@ -22,11 +22,12 @@ namespace fs = std::filesystem;
 // Between making a folder and locking it nobody holds it.
 constexpr time_t kYoungSeconds = 10;
 
-int LockFolder(const std::string& path) {
+// `how`: LOCK_NB, or 0 to wait for whoever looks at it.
+int LockFolder(const std::string& path, int how) {
   const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
   if (fd < 0) return -1;
   struct stat about;
-  if (fstat(fd, &about) == 0 && about.st_uid == geteuid() && flock(fd, LOCK_EX | LOCK_NB) == 0) {
+  if (fstat(fd, &about) == 0 && about.st_uid == geteuid() && flock(fd, LOCK_EX | how) == 0) {
     return fd;
   }
   close(fd);
@@ -42,7 +43,7 @@ void RemoveAbandoned(const std::string& prefix) {
     if (ignored) return;
     const std::string found = it->path().filename();
     if (found.size() != name.size() + 6 || !absl::StartsWith(found, name)) continue;
-    const int lock = LockFolder(it->path());
+    const int lock = LockFolder(it->path(), LOCK_NB);
     if (lock < 0) continue;
     struct stat about;
     if (fstat(lock, &about) == 0 && about.st_mtime + kYoungSeconds < time(nullptr)) {
@@ -57,7 +58,7 @@ void RemoveAbandoned(const std::string& prefix) {
 absl::StatusOr<std::unique_ptr<PrivateFolder>> PrivateFolder::Make(const std::string& prefix) {
   RemoveAbandoned(prefix);
   std::string pattern = prefix + "-XXXXXX";
-  const int lock = mkdtemp(pattern.data()) == nullptr ? -1 : LockFolder(pattern);
+  const int lock = mkdtemp(pattern.data()) == nullptr ? -1 : LockFolder(pattern, 0);
   if (lock < 0) {
     return absl::UnavailableError(
         absl::StrCat("cannot make a folder like ", pattern, ": ", strerror(errno)));
