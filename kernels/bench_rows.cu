@@ -115,7 +115,12 @@ void Norms(const Buffers& b, int hidden) {
   }
 }
 
+// Rows are positions of one sequence: each writes a place of the cache of its own.
 void Qkv(const Buffers& b, int heads, int kv_heads) {
+  std::vector<int32_t> count(kRows);
+  for (int i = 0; i < kRows; ++i) count[i] = i;
+  Check(cudaMemcpy(b.position, count.data(), kRows * 4, cudaMemcpyHostToDevice), "positions");
+  Check(cudaMemcpy(b.table, count.data(), kRows / 16 * 4, cudaMemcpyHostToDevice), "blocks");
   for (const int rows : {1, 16, 64, 256, kRows}) {
     const int width = (heads + 2 * kv_heads) * 128;
     QkvFinishArgs args;
@@ -137,6 +142,8 @@ void Qkv(const Buffers& b, int heads, int kv_heads) {
            Time(rows > 1000 ? 20 : 200, [&](const Launch& l, int) { return QkvFinish(l, args); }),
            4.0 * width * rows);
   }
+  Check(cudaMemset(b.position, 0, kRows * 4), "positions");
+  Check(cudaMemset(b.table, 0, kRows / 16 * 4), "blocks");
 }
 
 void Others(const Buffers& b) {
