@@ -82,7 +82,7 @@ class Bench {
       args_.send[phase] = args_.gathered[phase] =
           Allocate<char>(n * SampleExchangeBytes(phase) + 1);
     }
-    const SampleNeeds all = {true, true, true, true, true};
+    const SampleNeeds all = {true, true, true, true, true, true};
     args_.workspace = Allocate<char>(SampleWorkspaceBytes(all, rows, columns));
     Require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
   }
@@ -104,18 +104,42 @@ class Bench {
 
   // Microseconds a batch.
   double Run(const SlotParams& params) {
-    SlotParams* device = Upload(std::vector<SlotParams>(static_cast<size_t>(args_.rows), params));
-    Require(cudaDeviceSynchronize(), "upload");
-    args_.params = device;
+    Use(params);
+    const double us = Time([&] {
+      for (const SamplePhase phase : kSamplePhases) Enqueue(phase);
+    });
+    cudaFree(const_cast<SlotParams*>(args_.params));
+    return us;
+  }
+
+  // Microseconds of each phase, repeated in its place. 0: not of this batch.
+  std::vector<double> RunPhases(const SlotParams& params) {
+    Use(params);
+    std::vector<double> us;
+    for (const SamplePhase phase : kSamplePhases) {
+      us.push_back(HasPhase(args_.needs, phase) ? Time([&] { Enqueue(phase); }) : 0.0);
+    }
+    cudaFree(const_cast<SlotParams*>(args_.params));
+    return us;
+  }
+
+ private:
+  void Use(const SlotParams& params) {
+    args_.params = Upload(std::vector<SlotParams>(static_cast<size_t>(args_.rows), params));
     args_.needs = NeedsOf(params);
+    Require(cudaDeviceSynchronize(), "upload");
+  }
+
+  void Enqueue(SamplePhase phase) {
+    if (HasPhase(args_.needs, phase))
+      Require(RunSamplePhase({stream_, true}, phase, args_), "launch");
+  }
+
+  template <typename F>
+  double Time(F enqueue) {
     constexpr int kBatches = 20, kLaunches = 10;
     Require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < kBatches; ++i) {
-      for (const SamplePhase phase : kSamplePhases) {
-        if (HasPhase(args_.needs, phase))
-          Require(RunSamplePhase({stream_, true}, phase, args_), "launch");
-      }
-    }
+    for (int i = 0; i < kBatches; ++i) enqueue();
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     Require(cudaStreamEndCapture(stream_, &graph), "end of capture");
@@ -137,11 +161,9 @@ class Bench {
     cudaEventDestroy(end);
     cudaGraphExecDestroy(exec);
     cudaGraphDestroy(graph);
-    cudaFree(device);
     return best * 1e3 / kBatches;
   }
 
- private:
   SampleArgs args_;
   cudaStream_t stream_ = nullptr;
 };
@@ -170,6 +192,12 @@ int Main() {
       }
       const double us = bench.Run(Cases()[0].params);
       std::printf("  greedy %.0f GB/s\n", 4e-3 * rows * columns / us);
+      for (const int c : {2, 4, 6}) {
+        std::printf("%30s", Cases()[c].name);
+        for (const double phase_us : bench.RunPhases(Cases()[c].params))
+          std::printf(" %6.2f", phase_us);
+        std::printf("  us by phase\n");
+      }
     }
   }
   cudaFree(logits);

@@ -19,7 +19,7 @@
 //   kCoarse   tokens and mass by 2,048 classes of probability      24,576
 //   kFine     tokens by 2,048 classes within the class cut          8,192
 //   kNested   the same for top_p within top_k                       8,192
-//   kMass     mass and ties kept                                       16
+//   kMass     mass kept, where the histograms do not tell it           16
 //   kChoose   the chosen token and its logit                            8
 //   kScore    parts of the log-probabilities                          176
 //   kFinish   nothing: writes tokens, counts and results                0
@@ -80,11 +80,12 @@ struct SampleNeeds {
   bool cut = false;     // of those, any with top_k or top_p
   bool nested = false;  // any with both
   bool score = false;   // log-probabilities
+  bool min_p = false;   // any not greedy with min_p
 };
 
 inline SampleNeeds operator|(const SampleNeeds& a, const SampleNeeds& b) {
-  return {a.adjust || b.adjust, a.draw || b.draw, a.cut || b.cut, a.nested || b.nested,
-          a.score || b.score};
+  return {a.adjust || b.adjust, a.draw || b.draw,   a.cut || b.cut,
+          a.nested || b.nested, a.score || b.score, a.min_p || b.min_p};
 }
 
 // scores: the slot has a row that scores a prompt token in this batch.
@@ -96,6 +97,7 @@ inline SampleNeeds NeedsOf(const SlotParams& p, bool scores = false) {
   needs.cut = needs.draw && (p.top_k > 0 || p.top_p < 1.0f);
   needs.nested = needs.draw && p.top_k > 0 && p.top_p < 1.0f;
   needs.score = p.logprobs >= 0 || scores;
+  needs.min_p = needs.draw && p.min_p > 0.0f;
   return needs;
 }
 
@@ -112,7 +114,8 @@ constexpr bool HasPhase(const SampleNeeds& needs, SamplePhase phase) {
     case kNested:
       return needs.nested;
     case kMass:
-      return needs.draw;
+      // The histograms tell the mass of what top_k and top_p keep.
+      return needs.draw && (needs.min_p || !needs.cut);
     case kChoose:
       return needs.draw || needs.score;
     case kScore:

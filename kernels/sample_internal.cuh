@@ -33,7 +33,11 @@ struct RowCut {
   uint64_t target = 0;        // the class at which the running sum reaches it
   uint64_t count_before = 0;  // in the classes before bin
   uint64_t mass_before = 0;
-  uint64_t padding = 0;
+  // With a threshold: what is kept of all ranks and, classes below the threshold
+  // and its ties apart, of those before this one.
+  uint64_t kept = 0;
+  uint64_t ranks_mass = 0;
+  uint64_t ranks_ties = 0;
 };
 static_assert(sizeof(RowCut) % 16 == 0);
 
@@ -72,6 +76,7 @@ struct Job {
 
 cudaError_t RunMaximum(const Launch& launch, const Job& job);
 cudaError_t RunCoarse(const Launch& launch, const Job& job);
+cudaError_t RunSelectFine(const Launch& launch, const Job& job, SamplePhase phase);
 cudaError_t RunFine(const Launch& launch, const Job& job);
 cudaError_t RunNested(const Launch& launch, const Job& job);
 cudaError_t RunMass(const Launch& launch, const Job& job);
@@ -141,11 +146,12 @@ struct Row {
   bool scores;
   SlotParams params;
 
-  __device__ __forceinline__ Row(const SampleArgs& a, int row) : slot(__ldcg(a.slot + row)) {
-    if (slot < 0) return;
+  __device__ __forceinline__ Row(const SampleArgs& a, int row) {
+    // Together, so that they wait for memory once.
+    slot = __ldcg(a.slot + row);
     position = __ldcg(a.position + row);
     scores = a.scores != nullptr && __ldcg(a.scores + row) != 0;
-    params = LoadStruct(a.params + slot);
+    if (slot >= 0) params = LoadStruct(a.params + slot);
   }
   // Its ending ids are still masked.
   __device__ __forceinline__ bool masks() const {
@@ -169,6 +175,29 @@ struct Row {
   }
 };
 
+// A row that draws: its maximum and how values become classes.
+struct DrawRow : Row {
+  bool active = false;
+  float max = 0.0f;
+  float inverse_temperature = 0.0f;
+
+  __device__ __forceinline__ DrawRow(const SampleArgs& a, int row)
+      : DrawRow(a, row, GatheredMax(a, kMaximum, row)) {}
+  __device__ __forceinline__ DrawRow(const SampleArgs& a, int row, uint64_t maximum) : Row(a, row) {
+    if (slot < 0) return;
+    active = draws(a, maximum);
+    max = KeyValue(maximum);
+    inverse_temperature = InverseTemperature(params.temperature);
+  }
+  __device__ __forceinline__ uint32_t class_of(float v) const {
+    return TokenClass(v, max, inverse_temperature);
+  }
+  // Also where it cuts nothing, if nothing else tells its mass.
+  __device__ __forceinline__ bool counts_classes(const SampleArgs& a) const {
+    return params.top_k > 0 || params.top_p < 1.0f || !HasPhase(a.needs, kMass);
+  }
+};
+
 __device__ __forceinline__ uint64_t WarpMax64(uint64_t v) {
   const uint32_t high = __reduce_max_sync(~0u, static_cast<uint32_t>(v >> 32));
   const uint32_t low =
@@ -179,6 +208,16 @@ template <typename T>
 __device__ __forceinline__ T WarpTotal(T v) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(~0u, v, offset);
+  return v;
+}
+
+__device__ __forceinline__ uint64_t ScanWarp(uint64_t v) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const uint64_t other = __shfl_up_sync(~0u, v, offset);
+    if (lane >= offset) v += other;
+  }
   return v;
 }
 
@@ -208,22 +247,22 @@ __device__ __forceinline__ Scanned<T> BlockScan(T v, T* scratch) {
 
 // Calls f(value, column) for every column of [begin, end), 4 at once where the
 // row allows; each column goes to one thread, a thread's columns ascend.
-template <typename F>
+template <int kBlock = kThreads, typename F>
 __device__ __forceinline__ void ForEachValue(const float* row, bool vector, int begin, int end,
                                              F f) {
   constexpr int kUnroll = 4;
   const int tid = static_cast<int>(threadIdx.x);
   const int vector_end = vector ? begin + (end - begin) / 4 * 4 : begin;
-  for (int base = begin; base < vector_end; base += 4 * kThreads * kUnroll) {
+  for (int base = begin; base < vector_end; base += 4 * kBlock * kUnroll) {
     float4 v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + (u * kThreads + tid) * 4;
+      const int i = base + (u * kBlock + tid) * 4;
       if (i < vector_end) v[u] = __ldcg(reinterpret_cast<const float4*>(row + i));
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + (u * kThreads + tid) * 4;
+      const int i = base + (u * kBlock + tid) * 4;
       if (i < vector_end) {
         f(v[u].x, i);
         f(v[u].y, i + 1);
@@ -232,7 +271,7 @@ __device__ __forceinline__ void ForEachValue(const float* row, bool vector, int 
       }
     }
   }
-  for (int i = vector_end + tid; i < end; i += kThreads) f(__ldcg(row + i), i);
+  for (int i = vector_end + tid; i < end; i += kBlock) f(__ldcg(row + i), i);
 }
 
 __device__ __forceinline__ bool IsAligned(const void* row) {

@@ -33,6 +33,7 @@ struct Best {
   }
 };
 
+// At most 32 warps.
 __device__ __forceinline__ void BlockAtomicMax(uint64_t key, uint64_t* scratch,
                                                unsigned long long* out) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -40,7 +41,7 @@ __device__ __forceinline__ void BlockAtomicMax(uint64_t key, uint64_t* scratch,
   if (lane == 0) scratch[warp] = key;
   __syncthreads();
   if (warp == 0) {
-    key = WarpMax64(lane < kThreads / 32 ? scratch[lane] : 0);
+    key = WarpMax64(lane < static_cast<int>(blockDim.x) / 32 ? scratch[lane] : 0);
     if (lane == 0 && key != 0) atomicMax(out, static_cast<unsigned long long>(key));
   }
 }
@@ -49,9 +50,11 @@ __device__ __forceinline__ bool SlotPoisoned(const SampleArgs& a, int slot) {
   return a.poisoned != nullptr && __ldcg(a.poisoned + slot) != 0;
 }
 
-__global__ void __launch_bounds__(kThreads)
+constexpr int kGreedyThreads = 256;
+
+__global__ void __launch_bounds__(kGreedyThreads)
     MaximumKernel(const __grid_constant__ Job job, int chunk) {
-  __shared__ uint64_t scratch[kThreads / 32];
+  __shared__ uint64_t scratch[kGreedyThreads / 32];
   TriggerDependents();
   WaitForPrevious();
   const SampleArgs& a = job.a;
@@ -63,8 +66,8 @@ __global__ void __launch_bounds__(kThreads)
   const int begin = static_cast<int>(blockIdx.x) * chunk;
   const float* logits = a.logits + row * a.logits_stride;
   Best best;
-  ForEachValue(logits, IsAligned(logits), begin, min(begin + chunk, a.columns),
-               [&](float v, int i) { best.SeeRaw(v, i); });
+  ForEachValue<kGreedyThreads>(logits, IsAligned(logits), begin, min(begin + chunk, a.columns),
+                               [&](float v, int i) { best.SeeRaw(v, i); });
   const uint64_t key = poisoned ? kPoisonedKey : best.key(a.first_vocab);
   BlockAtomicMax(key, scratch, Sent<unsigned long long>(a, kMaximum, row));
 }
@@ -84,7 +87,7 @@ __device__ void ClearSums(const SampleArgs& a, int row) {
     Clear(Sent<char>(a, kFine, row), SampleExchangeBytes(kFine));
   }
   if (a.needs.nested) Clear(Sent<char>(a, kNested, row), SampleExchangeBytes(kNested));
-  Clear(Sent<char>(a, kMass, row), SampleExchangeBytes(kMass));
+  if (HasPhase(a.needs, kMass)) Clear(Sent<char>(a, kMass, row), SampleExchangeBytes(kMass));
 }
 
 __device__ __forceinline__ float Penalized(float logit, uint16_t count, const SlotParams& p) {
@@ -297,7 +300,7 @@ cudaError_t RunMaximum(const Launch& launch, const Job& job) {
   }
   const int chunk = GreedyChunk(a.rows, a.columns);
   const dim3 grid(static_cast<unsigned>(std::max(1, (a.columns + chunk - 1) / chunk)), rows);
-  return LaunchKernel(launch, MaximumKernel, grid, dim3(kThreads), 0, 1, job, chunk);
+  return LaunchKernel(launch, MaximumKernel, grid, dim3(kGreedyThreads), 0, 1, job, chunk);
 }
 
 cudaError_t RunFinish(const Launch& launch, const Job& job) {

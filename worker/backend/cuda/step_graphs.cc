@@ -21,15 +21,17 @@ int BucketOf(int rows) {
 // From little to everything.
 constexpr kernels::SampleNeeds kKinds[] = {
     {},
-    {.adjust = false, .draw = true, .cut = false, .nested = false, .score = false},
-    {.adjust = false, .draw = true, .cut = true, .nested = false, .score = false},
-    {.adjust = true, .draw = true, .cut = true, .nested = true, .score = false},
-    {.adjust = true, .draw = true, .cut = true, .nested = true, .score = true},
+    {.draw = true, .min_p = true},
+    {.draw = true, .cut = true},
+    {.draw = true, .cut = true, .nested = true},
+    {.adjust = true, .draw = true, .cut = true, .nested = true, .min_p = true},
+    {.adjust = true, .draw = true, .cut = true, .nested = true, .score = true, .min_p = true},
 };
 
 bool Covers(const kernels::SampleNeeds& kind, const kernels::SampleNeeds& needs) {
-  return (kind.adjust || !needs.adjust) && (kind.draw || !needs.draw) &&
-         (kind.cut || !needs.cut) && (kind.nested || !needs.nested) && (kind.score || !needs.score);
+  return (kind.adjust || !needs.adjust) && (kind.draw || !needs.draw) && (kind.cut || !needs.cut) &&
+         (kind.nested || !needs.nested) && (kind.score || !needs.score) &&
+         (kind.min_p || !needs.min_p);
 }
 
 }  // namespace
