@@ -29,9 +29,15 @@ constexpr int64_t kCpuBytesPerPeer = 4 * kMiB;
 constexpr int64_t kCudaRuntimeBytes = 1024 * kMiB;
 // NCCL's channels and their buffers inside one host.
 constexpr int64_t kNcclBytes = 512 * kMiB;
+// The exchange region of kernels/all_reduce.h and kernels/gemv.h.
+constexpr int64_t kCudaExchangeBytes = 128 * kMiB;
 // Rows whose logits a step of the cuda backend may ask for at once: one a
 // sequence; longer lists of prompt log-probabilities are computed in turns.
 constexpr int64_t kCudaMaxLogitRows = 1024;
+constexpr int64_t kCublasWorkspaceBytes = 64 * kMiB;
+constexpr int64_t kCudaResultBytes = 192;           // a row's token and log-probabilities
+constexpr int64_t kCudaSampleExchangeBytes = 41'168;  // a row's, of all phases of sampling
+constexpr int64_t kCudaSlotBytes = 9'312;           // 1,024 biases, 256 ending ids, parameters
 
 struct Bound {
   const char* name;
@@ -95,24 +101,32 @@ int64_t CpuActivationBytes(const ModelConfig& config, const ServingShape& shape,
   return 4 * (shape.max_batched_tokens * row + logit_rows * logit_row + kCpuThreads * thread);
 }
 
-// Activations in the serving dtype, residual and logits in float32.
+// Everything in the serving dtype but the logits, which are float32; what a slot
+// keeps on the device; what sampling needs for its turns and exchanges.
 int64_t CudaActivationBytes(const ModelConfig& config, const ServingShape& shape,
                             const ShardPlan& plan) {
   const Widths w(config, plan);
-  const int64_t row = 4 * w.hidden + DTypeBytes(shape.dtype) *
-                                         (2 * w.hidden + w.embedding + w.qkv + w.q + w.up + w.mlp);
-  const int64_t logit_rows = std::min(shape.max_num_seqs, kCudaMaxLogitRows);
-  // Its share; on rank 0 the gathered rows and a copy for the sampler.
-  const int64_t logit_row = 4 * (plan.local_vocab + (plan.rank == 0 ? 2 * plan.padded_vocab : 0));
-  return shape.max_batched_tokens * row + logit_rows * logit_row;
+  const int64_t element = DTypeBytes(shape.dtype);
+  const int64_t fp8 = shape.quantization.empty() ? 0 : std::max({w.hidden, w.q, w.mlp}) + 4;
+  const int64_t row = element * (3 * w.hidden + w.embedding + w.qkv + w.q + w.up + w.mlp) + fp8 +
+                      kCudaResultBytes;
+  const int64_t logit_row = element * (w.hidden + w.embedding) + 8 * plan.local_vocab +
+                            kCudaSampleExchangeBytes * (plan.tp_size > 1 ? 1 + plan.tp_size : 1);
+  // Tokens, counts for penalties, biases and ending ids.
+  const int64_t slot = 4 * shape.max_model_len + 2 * plan.local_vocab + kCudaSlotBytes;
+  const int64_t rotary = shape.max_model_len * config.head_dim * 4 *
+                         (config.rope_local == config.rope ? 1 : 2);
+  return shape.max_batched_tokens * row +
+         std::min(shape.max_num_seqs, kCudaMaxLogitRows) * logit_row + shape.max_num_seqs * slot +
+         rotary + kCublasWorkspaceBytes;
 }
 
-int64_t CommunicationBytes(const ModelConfig& config, const ServingShape& shape,
-                           const ShardPlan& plan, BackendKind backend) {
+int64_t CommunicationBytes(const ShardPlan& plan, BackendKind backend) {
   if (plan.tp_size == 1) return 0;
   if (backend == BackendKind::kCpu) return (plan.tp_size - 1) * kCpuBytesPerPeer;
   // Two all-reduces in flight that peers read and write directly.
-  return kNcclBytes + 2 * shape.max_batched_tokens * config.hidden_size * DTypeBytes(shape.dtype);
+  // NCCL's buffers and the region that peers write into.
+  return kNcclBytes + kCudaExchangeBytes;
 }
 
 // Tokens of whole blocks that fit into `bytes`.
@@ -211,7 +225,7 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
   const bool cpu = backend == BackendKind::kCpu;
   memory.activation_bytes =
       cpu ? CpuActivationBytes(config, shape, *plan) : CudaActivationBytes(config, shape, *plan);
-  memory.communication_bytes = CommunicationBytes(config, shape, *plan, backend);
+  memory.communication_bytes = CommunicationBytes(*plan, backend);
   memory.runtime_bytes = cpu ? 0 : kCudaRuntimeBytes;
   return memory;
 }
