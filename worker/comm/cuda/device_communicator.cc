@@ -25,6 +25,7 @@ void DeviceCommunicator::Abort() {
   const std::lock_guard<std::mutex> lock(mutex_);
   aborted_ = true;
   if (nccl_ != nullptr) nccl_->Abort();
+  if (peers_ != nullptr) peers_->Abort();
 }
 
 absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
@@ -54,6 +55,8 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
   };
   absl::StatusOr<std::unique_ptr<PeerMemory>> peers = PeerMemory::Join(options, clear, exchange);
   if (peers.ok()) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (aborted_) return absl::AbortedError("the communicator was aborted");
     peers_ = *std::move(peers);
   } else if (absl::IsUnimplemented(peers.status())) {
     LogInfo(absl::StrCat("NCCL carries every collective: ", std::string(peers.status().message())));

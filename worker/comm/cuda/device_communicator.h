@@ -60,7 +60,7 @@ class DeviceCommunicator final : public RankCommunicator {
   const int device_;
   kernels::ExchangeLayout layout_;
   size_t gemv_offset_ = 0;
-  std::mutex mutex_;  // nccl_ appears while another thread may abort
+  std::mutex mutex_;  // nccl_ and peers_ appear while another thread may abort
   bool aborted_ = false;
   std::unique_ptr<NcclCommunicator> nccl_;
   std::unique_ptr<PeerMemory> peers_;
