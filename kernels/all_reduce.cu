@@ -1,316 +1,25 @@
-// One thread a vector of 16 bytes. A row is shared by a cluster of blocks, whose
-// number depends on its width alone, so that the norm adds up in one order
-// whatever the batch. A message without a row's structure (no norm, bias,
-// residual or padding) is cut into tiles of 256 vectors, "rows" of their own.
-//
-// Bytes a rank sends, M the message: one-shot (size - 1) M, two-shot
-// 2 M (size - 1) / size. Read and written locally besides: in, out, residual once,
-// each received vector once, and its sentinel.
-#include <cooperative_groups.h>
-
+// Which kernel takes which part of a message.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/all_reduce.h"
+#include "kernels/all_reduce_kernel.cuh"
 #include "kernels/device.cuh"
 #include "kernels/exchange.cuh"
 
 namespace lockstep::kernels {
 namespace {
 
-constexpr int kTileVectors = 256;
-constexpr int kMaxCluster = 8;    // what every device that has clusters allows
-constexpr int kMaxThreads = 512;  // of a block
-constexpr int kStretch = 32;      // vectors a rank owns in one piece: a warp's, 512 bytes
+using all_reduce::AllReduceKernel;
+using all_reduce::kMaxCluster;
+using all_reduce::kMaxThreads;
+using all_reduce::kStretch;
+using all_reduce::kTileVectors;
+using all_reduce::Params;
 
-struct Params {
-  std::byte* base[kMaxPeers];  // of these kernels' part of each rank's region
-  int rank, size;
-  WaitLimits limits;
-  uint64_t* counter;
-  // In vectors, from base.
-  uint32_t receive, receive_slot, receive_source;  // one-shot, or the scatter
-  uint32_t sums, sums_slot;                        // two-shot
-
-  int rows, row_vectors, hidden, cluster;
-  uint32_t total_vectors;
-  int tail_elements;  // of the last vector; 0: it is whole
-  int owned_vectors;  // of a row, at most, by one rank
-  const void* in;
-  void* out;
-  const void* bias;
-  const void* residual;
-  void* residual_out;
-  const void* norm_weight;
-  float eps;
-  bool plus_one;
-  const int32_t* slots;
-};
-
-template <typename T>
-constexpr int kElements = 16 / sizeof(T);
-
-template <typename T>
-__device__ __forceinline__ void Unpack(uint4 v, float (&f)[kElements<T>]) {
-  const T* t = reinterpret_cast<const T*>(&v);
-#pragma unroll
-  for (int e = 0; e < kElements<T>; ++e) f[e] = ToFloat(t[e]);
-}
-template <typename T>
-__device__ __forceinline__ uint4 Pack(const float (&f)[kElements<T>]) {
-  uint4 v;
-  T* t = reinterpret_cast<T*>(&v);
-#pragma unroll
-  for (int e = 0; e < kElements<T>; ++e) t[e] = FromFloat<T>(f[e]);
-  return v;
-}
-template <typename T>
-__device__ __forceinline__ void Accumulate(uint4 v, float (&sum)[kElements<T>]) {
-  float f[kElements<T>];
-  Unpack<T>(v, f);
-#pragma unroll
-  for (int e = 0; e < kElements<T>; ++e) sum[e] += f[e];
-}
-
-// The last vector of a message without rows may be in part beyond its end.
-template <typename T>
-__device__ uint4 LoadPartial(const void* from, uint32_t index, int elements) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  const T* source = static_cast<const T*>(from) + size_t{index} * kElements<T>;
-  for (int e = 0; e < elements; ++e) reinterpret_cast<T*>(&v)[e] = source[e];
-  return v;
-}
-template <typename T>
-__device__ void StorePartial(void* to, uint32_t index, int elements, uint4 v) {
-  T* target = static_cast<T*>(to) + size_t{index} * kElements<T>;
-  for (int e = 0; e < elements; ++e) target[e] = reinterpret_cast<const T*>(&v)[e];
-}
-
-__device__ __forceinline__ uint4* Vectors(std::byte* base) {
-  return reinterpret_cast<uint4*>(base);
-}
-__device__ __forceinline__ uint4 LoadVector(const void* from, uint32_t index) {
-  return __ldcg(static_cast<const uint4*>(from) + index);
-}
-
-// One vector from every rank; mine is at hand. Leaves the slots empty behind it.
-template <int kMax>
-__device__ __forceinline__ void Receive(const Params& p, PeerWait code, uint64_t exchange,
-                                        uint4* first, uint4 mine, uint4 (&got)[kMax]) {
-  PeerWaiter waiter(p.limits, code, exchange);
-  for (;;) {
-#pragma unroll
-    for (int r = 0; r < kMax; ++r) {
-      if (r < p.size && r != p.rank) got[r] = LoadSystem(first + size_t{p.receive_source} * r);
-    }
-    int missing = -1;
-#pragma unroll
-    for (int r = 0; r < kMax; ++r) {
-      if (r >= p.size) continue;
-      if (r == p.rank) {
-        got[r] = mine;
-      } else if (!Arrived(got[r])) {
-        missing = r;
-      }
-    }
-    if (missing < 0 || waiter.Over(missing)) break;
-  }
-#pragma unroll
-  for (int r = 0; r < kMax; ++r) {
-    if (r < p.size && r != p.rank) first[size_t{p.receive_source} * r] = NothingYet();
-  }
-}
-
-// The ranks' vectors, bias and residual added in fp32 and rounded once.
-template <typename T, int kMax>
-__device__ __forceinline__ uint4 Sum(const Params& p, const uint4 (&got)[kMax], uint4 bias,
-                                     uint4 residual) {
-  float sum[kElements<T>];
-  Unpack<T>(got[0], sum);
-#pragma unroll
-  for (int r = 1; r < kMax; ++r) {
-    if (r < p.size) Accumulate<T>(got[r], sum);
-  }
-  if (p.bias != nullptr) Accumulate<T>(bias, sum);
-  if (p.residual != nullptr) Accumulate<T>(residual, sum);
-  return Pack<T>(sum);
-}
-
-template <typename T, int kMax>
-__device__ __forceinline__ uint4 OneShot(const Params& p, uint64_t exchange, uint32_t index,
-                                         uint4 mine, uint4 bias) {
-  const uint32_t slot = p.receive + (exchange & 1) * p.receive_slot;
-#pragma unroll
-  for (int d = 1; d < kMax; ++d) {
-    if (d >= p.size) break;
-    const int peer = p.rank + d < p.size ? p.rank + d : p.rank + d - p.size;
-    StoreSystem(Vectors(p.base[peer]) + slot + p.rank * p.receive_source + index, mine);
-  }
-  uint4 residual = {};
-  if (p.residual != nullptr) residual = LoadVector(p.residual, index);
-  uint4 got[kMax];
-  Receive<kMax>(p, PeerWait::kOneShot, exchange, Vectors(p.base[p.rank]) + slot + index, mine, got);
-  return Sum<T, kMax>(p, got, bias, residual);
-}
-
-template <typename T, int kMax>
-__device__ __forceinline__ uint4 TwoShot(const Params& p, uint64_t exchange, int row, int v,
-                                         uint32_t index, uint4 mine, uint4 bias) {
-  const uint32_t slot = p.receive + (exchange & 1) * p.receive_slot;
-  const uint32_t sums = p.sums + (exchange & 1) * p.sums_slot;
-  const int stretch = v / kStretch, owner = stretch % p.size;
-  const uint32_t owned =
-      row * p.owned_vectors + stretch / p.size * kStretch + v % kStretch;  // at its owner
-  if (owner != p.rank) {
-    StoreSystem(Vectors(p.base[owner]) + slot + p.rank * p.receive_source + owned, mine);
-    uint4* at = Vectors(p.base[p.rank]) + sums + index;
-    PeerWaiter waiter(p.limits, PeerWait::kGather, exchange);
-    uint4 sum;
-    do {
-      sum = LoadSystem(at);
-    } while (!Arrived(sum) && !waiter.Over(owner));
-    *at = NothingYet();
-    return sum;
-  }
-  uint4 residual = {};
-  if (p.residual != nullptr) residual = LoadVector(p.residual, index);
-  uint4 got[kMax];
-  Receive<kMax>(p, PeerWait::kScatter, exchange, Vectors(p.base[p.rank]) + slot + owned, mine, got);
-  const uint4 sum = Sendable(Sum<T, kMax>(p, got, bias, residual));
-#pragma unroll
-  for (int d = 1; d < kMax; ++d) {
-    if (d >= p.size) break;
-    const int peer = p.rank + d < p.size ? p.rank + d : p.rank + d - p.size;
-    StoreSystem(Vectors(p.base[peer]) + sums + index, sum);
-  }
-  return sum;
-}
-
-// The sum of `value` over the blocks of a row, added in one order. Its storage is
-// used in turn by even and odd calls, so that one barrier a call is enough.
-class RowSum {
- public:
-  struct Storage {
-    float warp[2][kMaxThreads / 32];
-    float part[2][kMaxCluster];
-  };
-
-  __device__ RowSum(Storage* storage, int cluster) : s_(storage), cluster_(cluster) {
-#if __CUDA_ARCH__ >= 900
-    if (cluster_ > 1) cooperative_groups::this_cluster().barrier_arrive();
-#endif
-  }
-  // Before the first Add: the other blocks' shared memory is there.
-  __device__ void Begin() const {
-#if __CUDA_ARCH__ >= 900
-    if (cluster_ > 1) cooperative_groups::this_cluster().barrier_wait();
-#endif
-  }
-  __device__ float Add(float value) {
-    turn_ ^= 1;
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    value = WarpSum(value);
-    if (lane == 0) s_->warp[turn_][threadIdx.x / 32] = value;
-    __syncthreads();
-    const float block = WarpSum(lane < warps ? s_->warp[turn_][lane] : 0.0f);
-#if __CUDA_ARCH__ >= 900
-    if (cluster_ > 1) {
-      auto cluster = cooperative_groups::this_cluster();
-      if (threadIdx.x < cluster_) {
-        *cluster.map_shared_rank(&s_->part[turn_][cluster.block_rank()], threadIdx.x) = block;
-      }
-      cluster.sync();
-      float sum = 0.0f;
-      for (int i = 0; i < cluster_; ++i) sum += s_->part[turn_][i];
-      return sum;
-    }
-#endif
-    return block;
-  }
-
- private:
-  Storage* const s_;
-  const unsigned cluster_;
-  int turn_ = 0;
-};
-
-template <typename T>
-__device__ __forceinline__ float SquareSum(uint4 v) {
-  float f[kElements<T>], sum = 0.0f;
-  Unpack<T>(v, f);
-#pragma unroll
-  for (int e = 0; e < kElements<T>; ++e) sum = fmaf(f[e], f[e], sum);
-  return sum;
-}
-
-template <typename T>
-__device__ __forceinline__ uint4 Normed(uint4 v, uint4 weight, float scale, bool plus_one) {
-  float f[kElements<T>], w[kElements<T>];
-  Unpack<T>(v, f);
-  Unpack<T>(weight, w);
-#pragma unroll
-  for (int e = 0; e < kElements<T>; ++e) f[e] = f[e] * scale * (plus_one ? w[e] + 1.0f : w[e]);
-  return Pack<T>(f);
-}
-
-// Registers: none spilled, and room for as many threads as they allow.
-constexpr int BlocksPerSm(int max_ranks, bool rows) {
-  if (rows) return max_ranks <= 2 ? 2 : 1;
-  return max_ranks <= 2 ? 4 : max_ranks <= 4 ? 3 : 2;
-}
-
-// kRows: bias, residual, norm and padding rows may occur; blocks [row * cluster,
-// + cluster) share a row. Otherwise a row is a tile, of which the last may end early.
-template <typename T, int kMax, bool kTwoShot, bool kRows>
-__global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerSm(kMax, kRows))
-    AllReduceKernel(const __grid_constant__ Params p) {
-  __shared__ RowSum::Storage storage;
-  TriggerDependents();
-  const bool norm = kRows && p.norm_weight != nullptr;
-  RowSum row_sum(&storage, norm ? p.cluster : 1);
-  const int cluster = kRows ? p.cluster : 1;
-  const int v = (blockIdx.x % cluster) * blockDim.x + threadIdx.x;
-  const bool in_row = v < p.row_vectors;
-  uint4 weight = {}, bias = {};
-  if (kRows && in_row) {
-    if (norm) weight = __ldg(static_cast<const uint4*>(p.norm_weight) + v);
-    if (p.bias != nullptr) bias = __ldg(static_cast<const uint4*>(p.bias) + v);
-  }
-  WaitForPrevious();
-  row_sum.Begin();
-  const uint64_t exchange = ExchangeNumber(p.counter);
-  const int step = gridDim.x / cluster;
-  for (int row = blockIdx.x / cluster; row < p.rows; row += step) {
-    const bool padding = kRows && p.slots != nullptr && __ldcg(p.slots + row) < 0;
-    // Row 0 always travels: every exchange must hear from every rank.
-    if (padding && row != 0) continue;
-    const uint32_t index = row * static_cast<uint32_t>(p.row_vectors) + v;
-    const bool active = in_row && index < p.total_vectors;
-    const bool partial = !kRows && p.tail_elements != 0 && index == p.total_vectors - 1;
-    uint4 sum = {};
-    if (active) {
-      const uint4 mine = Sendable(partial ? LoadPartial<T>(p.in, index, p.tail_elements)
-                                          : LoadVector(p.in, index));
-      if constexpr (kTwoShot) {
-        sum = TwoShot<T, kMax>(p, exchange, row, v, index, mine, bias);
-      } else {
-        sum = OneShot<T, kMax>(p, exchange, index, mine, bias);
-      }
-    }
-    if (partial && active) {
-      StorePartial<T>(p.out, index, p.tail_elements, sum);
-      continue;
-    }
-    if (active && !padding && p.residual_out != nullptr) {
-      static_cast<uint4*>(p.residual_out)[index] = sum;
-    }
-    if (norm) {
-      const float squares = row_sum.Add(active ? SquareSum<T>(sum) : 0.0f);
-      sum = Normed<T>(sum, weight, rsqrtf(squares / p.hidden + p.eps), p.plus_one);
-    }
-    if (active && !padding) static_cast<uint4*>(p.out)[index] = sum;
-  }
-  CountExchange(p.counter);
-}
+// From here on the norm is a kernel of its own: blocks that wait for the rest of
+// their row hold up a large message.
+constexpr size_t kNormApartBytes = 2 << 20;
 
 using Kernel = void (*)(Params);
 
@@ -378,7 +87,7 @@ bool ShapeOf(const AllReduceArgs& args, Shape* shape) {
   if (shape->has_rows) {
     shape->rows = args.rows;
     shape->row_vectors = static_cast<int>(args.hidden / elements);
-    shape->cluster = ClusterFor(shape->row_vectors);
+    shape->cluster = args.blocks_per_row > 0 ? args.blocks_per_row : ClusterFor(shape->row_vectors);
     if (args.hidden % elements != 0 || shape->row_vectors > shape->cluster * kMaxThreads) {
       return false;
     }
@@ -396,47 +105,29 @@ int OwnedVectors(const Shape& shape, int size) {
   return static_cast<int>(RoundUpTo(shape.row_vectors, size_t(kStretch) * size) / size);
 }
 
-bool Fits(const Shape& shape, const ExchangeLayout& layout, int size, AllReducePath path) {
-  const size_t bytes = shape.total_vectors * 16;
-  switch (path) {
-    case AllReducePath::kOneShot:
-      return bytes <= layout.one_shot_bytes;
-    case AllReducePath::kTwoShot:
-      return bytes <= layout.two_shot_bytes &&
-             size_t(shape.rows) * OwnedVectors(shape, size) * 16 <=
-                 PartsOf(layout, size).scatter_source;
-    case AllReducePath::kNone:
-      break;
+// How many rows one launch takes; more of them follow one another.
+int RowsAtOnce(const Shape& shape, const ExchangeLayout& layout, int size, AllReducePath path) {
+  const size_t row = size_t(shape.row_vectors) * 16;
+  size_t rows = 0;
+  if (path == AllReducePath::kOneShot) rows = layout.one_shot_bytes / row;
+  if (path == AllReducePath::kTwoShot) {
+    rows = std::min(layout.two_shot_bytes / row,
+                    PartsOf(layout, size).scatter_source / 16 / OwnedVectors(shape, size));
   }
-  return false;
+  return static_cast<int>(std::min<size_t>(rows, shape.rows));
 }
 
 bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-}  // namespace
-
-AllReducePath ChooseAllReduce(const AllReduceArgs& args, const ExchangeLayout& layout, int size) {
-  Shape shape;
-  if (!ShapeOf(args, &shape)) return AllReducePath::kNone;
-  for (const AllReducePath path : {AllReducePath::kOneShot, AllReducePath::kTwoShot}) {
-    if (Fits(shape, layout, size, path)) return path;
-  }
-  return AllReducePath::kNone;
+// A null pointer stays one.
+template <typename Pointer>
+Pointer Advance(Pointer p, size_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const std::byte,
+                                  std::byte>;
+  return p == nullptr ? nullptr : static_cast<Byte*>(p) + bytes;
 }
 
-cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLayout& layout,
-                      AllReducePath path, const AllReduceArgs& args) {
-  if (args.rows == 0) return cudaSuccess;
-  Shape shape;
-  if (peers.size < 1 || peers.size > kMaxPeers || !ShapeOf(args, &shape) ||
-      !Fits(shape, layout, peers.size, path)) {
-    return cudaErrorInvalidValue;
-  }
-  for (const void* p : {args.in, static_cast<const void*>(args.out), args.bias, args.residual,
-                        static_cast<const void*>(args.residual_out), args.norm_weight}) {
-    if (!Aligned(p)) return cudaErrorMisalignedAddress;
-  }
-  const bool two_shot = path == AllReducePath::kTwoShot;
+Params ParamsOf(const Peers& peers, const ExchangeLayout& layout, bool two_shot) {
   const RegionParts parts = PartsOf(layout, peers.size);
   Params p = {};
   for (int r = 0; r < peers.size; ++r) p.base[r] = peers.base[r] + layout.offset;
@@ -451,30 +142,96 @@ cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLa
   p.receive_slot = p.receive_source * peers.size;
   p.sums = static_cast<uint32_t>(parts.sums / 16);
   p.sums_slot = static_cast<uint32_t>(parts.sums_slot / 16);
-  p.rows = shape.rows;
-  p.row_vectors = shape.row_vectors;
-  p.hidden = args.hidden;
-  p.cluster = shape.cluster;
-  p.total_vectors = static_cast<uint32_t>(shape.total_vectors);
-  p.tail_elements = shape.tail_elements;
-  p.owned_vectors = OwnedVectors(shape, peers.size);
-  p.in = args.in;
-  p.out = args.out;
-  p.bias = args.bias;
-  p.residual = args.residual;
-  p.residual_out = args.residual_out;
-  p.norm_weight = args.norm_weight;
-  p.eps = args.eps;
-  p.plus_one = args.plus_one;
-  p.slots = args.slots;
+  return p;
+}
 
+// Rows [first, first + rows) of the message.
+void SetRows(const AllReduceArgs& args, const Shape& shape, int first, int rows, Params* p) {
+  const size_t skip = size_t(first) * shape.row_vectors * 16;
+  p->rows = rows;
+  p->row_vectors = shape.row_vectors;
+  p->hidden = args.hidden;
+  p->cluster = shape.cluster;
+  p->total_vectors = static_cast<uint32_t>(std::min(
+      size_t(rows) * shape.row_vectors, shape.total_vectors - size_t(first) * shape.row_vectors));
+  p->tail_elements = first + rows == shape.rows ? shape.tail_elements : 0;
+  p->owned_vectors = OwnedVectors(shape, p->size);
+  p->in = Advance(args.in, skip);
+  p->out = Advance(args.out, skip);
+  p->bias = args.bias;
+  p->residual = Advance(args.residual, skip);
+  p->residual_out = Advance(args.residual_out, skip);
+  p->norm_weight = args.norm_weight;
+  p->eps = args.eps;
+  p->plus_one = args.plus_one;
+  p->slots = args.slots == nullptr ? nullptr : args.slots + first;
+}
+
+cudaError_t Run(const Launch& launch, const AllReduceArgs& args, const Shape& shape, bool two_shot,
+                const Params& p) {
   const int most =
       args.max_blocks > 0 ? std::min(args.max_blocks, kMaxExchangeBlocks) : kMaxExchangeBlocks;
-  const int at_once = std::max(1, std::min(shape.rows, most / shape.cluster));
+  const int rows = std::max(1, std::min(p.rows, most / shape.cluster));
   const size_t threads = RoundUpTo((shape.row_vectors + shape.cluster - 1) / shape.cluster, 32);
-  return LaunchKernel(launch, KernelOf(args.type, peers.size, two_shot, shape.has_rows),
-                      dim3(at_once * shape.cluster), dim3(static_cast<unsigned>(threads)), 0,
+  return LaunchKernel(launch, KernelOf(args.type, p.size, two_shot, shape.has_rows),
+                      dim3(rows * shape.cluster), dim3(static_cast<unsigned>(threads)), 0,
                       static_cast<unsigned>(shape.cluster), p);
+}
+
+// The norm alone, of what an exchange left in residual_out.
+cudaError_t RunNorm(const Launch& launch, const AllReduceArgs& args, const Shape& shape, Params p) {
+  p.size = 1;
+  // Not an exchange: it must not take a slot's turn.
+  p.counter = reinterpret_cast<uint64_t*>(p.base[p.rank] + RegionParts::kNoCounter);
+  p.base[0] = p.base[p.rank];
+  p.rank = 0;
+  AllReduceArgs norm = args;
+  norm.in = args.residual_out;
+  norm.bias = norm.residual = nullptr;
+  norm.residual_out = nullptr;
+  SetRows(norm, shape, 0, shape.rows, &p);
+  return Run(launch, norm, shape, false, p);
+}
+
+}  // namespace
+
+AllReducePath ChooseAllReduce(const AllReduceArgs& args, const ExchangeLayout& layout, int size) {
+  Shape shape;
+  if (!ShapeOf(args, &shape)) return AllReducePath::kNone;
+  if (shape.total_vectors * 16 <= layout.one_shot_bytes) return AllReducePath::kOneShot;
+  // For two ranks a second crossing saves no bytes.
+  const AllReducePath path = size > 2 ? AllReducePath::kTwoShot : AllReducePath::kOneShot;
+  return RowsAtOnce(shape, layout, size, path) > 0 ? path : AllReducePath::kNone;
+}
+
+cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLayout& layout,
+                      AllReducePath path, const AllReduceArgs& args) {
+  if (args.rows == 0) return cudaSuccess;
+  Shape shape;
+  if (peers.size < 1 || peers.size > kMaxPeers || !ShapeOf(args, &shape)) {
+    return cudaErrorInvalidValue;
+  }
+  const int at_once = RowsAtOnce(shape, layout, peers.size, path);
+  if (at_once == 0) return cudaErrorInvalidValue;
+  for (const void* p : {args.in, static_cast<const void*>(args.out), args.bias, args.residual,
+                        static_cast<const void*>(args.residual_out), args.norm_weight}) {
+    if (!Aligned(p)) return cudaErrorMisalignedAddress;
+  }
+  const bool two_shot = path == AllReducePath::kTwoShot;
+  Params p = ParamsOf(peers, layout, two_shot);
+  const bool norm_apart = args.norm_weight != nullptr && args.residual_out != nullptr &&
+                          shape.total_vectors * 16 >= kNormApartBytes;
+  AllReduceArgs exchange = args;
+  if (norm_apart) {
+    exchange.norm_weight = nullptr;
+    exchange.out = nullptr;
+  }
+  for (int first = 0; first < shape.rows; first += at_once) {
+    SetRows(exchange, shape, first, std::min(at_once, shape.rows - first), &p);
+    const cudaError_t error = Run(launch, exchange, shape, two_shot, p);
+    if (error != cudaSuccess) return error;
+  }
+  return norm_apart ? RunNorm(launch, args, shape, p) : cudaSuccess;
 }
 
 cudaError_t LoadAllReduceKernels() {

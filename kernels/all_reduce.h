@@ -41,8 +41,8 @@
 
 namespace lockstep::kernels {
 
-// Where in the region these kernels live and the largest message of each kind, in
-// bytes of the sum. The same on every rank.
+// Where in the region these kernels live, and how many bytes of the sum one launch
+// of each kind takes: larger messages are cut. The same on every rank.
 struct ExchangeLayout {
   size_t offset = 0;  // a multiple of 256
   size_t one_shot_bytes = 256 << 10;
@@ -50,7 +50,7 @@ struct ExchangeLayout {
   size_t gather_bytes = 64 << 10;  // one rank's part of a small all-gather
 };
 
-// The limits up to which these kernels beat NCCL among `size` GPUs on NVLink.
+// What is fastest among `size` GPUs on NVLink.
 ExchangeLayout DefaultExchangeLayout(int size);
 
 // Of these kernels' part of the region, which begins at layout.offset.
@@ -66,7 +66,7 @@ cudaError_t ClearExchangeRegion(const ExchangeLayout& layout, int size, std::byt
 cudaError_t InitAllReduce();
 
 enum class AllReducePath : uint8_t {
-  kNone,  // too large for the region: NCCL's
+  kNone,  // none takes it: NCCL's
   kOneShot,
   kTwoShot,
 };
@@ -89,6 +89,9 @@ struct AllReduceArgs {
   const int32_t* slots = nullptr;
 
   int max_blocks = 0;  // 0: as many as the message has use for
+  // Blocks that share a row, at most 8 and 512 vectors each; 0: by the width. The
+  // order in which the norm adds up depends on it.
+  int blocks_per_row = 0;
 };
 
 // Which path takes it. With a norm or `slots` a row must be whole vectors of 16

@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kThreads)
 ExchangeLayout DefaultExchangeLayout(int size) {
   ExchangeLayout layout;
   // Two ranks: a second crossing saves no bytes.
-  layout.one_shot_bytes = size <= 2 ? 8 << 20 : size <= 4 ? 512 << 10 : 256 << 10;
-  layout.two_shot_bytes = size <= 2 ? 0 : 16 << 20;
+  layout.one_shot_bytes = size <= 2 ? 8 << 20 : size <= 4 ? 128 << 10 : 64 << 10;
+  layout.two_shot_bytes = size <= 2 ? 0 : 8 << 20;
   return layout;
 }
 

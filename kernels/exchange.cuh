@@ -118,7 +118,7 @@ class PeerWaiter {
       }
     }
     uint64_t now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     if (since_ns == 0) return now;
     if (now - since_ns > limits.patience_ns) GiveUp(limits.fault, code, exchange, missing);
     return since_ns;
@@ -155,6 +155,7 @@ struct RegionParts {
   static constexpr size_t kOneShotCounter = 0;
   static constexpr size_t kTwoShotCounter = kCounterStride;
   static constexpr size_t kGatherCounter = 2 * kCounterStride;
+  static constexpr size_t kNoCounter = 3 * kCounterStride;  // counted, never read
   static constexpr size_t kCounterBytes = 4 * kCounterStride;
 
   size_t one_shot, one_shot_source;  // [2][source][one_shot_source]

@@ -256,6 +256,21 @@ TYPED_TEST(AllReduceTest, ARowIsTheSameInEveryBatch) {
   EXPECT_EQ(buffers[1].out.template Get<uint16_t>(), whole);
 }
 
+// What one launch does not take goes in pieces, and a large message's norm is a
+// kernel of its own: the bits stay.
+TYPED_TEST(AllReduceTest, ALargeMessageHasTheSameBits) {
+  using T = TypeParam;
+  if (SanitizerRun()) return;
+  for (const int size : {2, 4}) {
+    VirtualRanks ranks(size,
+                       ExchangeLayout{.one_shot_bytes = 96 << 10, .two_shot_bytes = 800 << 10});
+    this->Check({size, 301, 4096, true, true, true, true, true}, &ranks);
+    if (this->HasFatalFailure()) return;
+    this->Check({size, 300, 2056, false, true, true, false, false}, &ranks);
+    if (this->HasFatalFailure()) return;
+  }
+}
+
 // Without rows: any number of elements, in place, values that add up exactly.
 TYPED_TEST(AllReduceTest, SumsAnyNumberOfElementsInPlace) {
   using T = TypeParam;
@@ -344,7 +359,7 @@ TYPED_TEST(AllReduceTest, ANanOfAllOnesArrivesAsANan) {
   }
 }
 
-TEST(ChooseAllReduceTest, RefusesWhatDoesNotFit) {
+TEST(ChooseAllReduceTest, TakesWhatHasTheForm) {
   const ExchangeLayout layout{.one_shot_bytes = 64 << 10, .two_shot_bytes = 1 << 20};
   AllReduceArgs args;
   args.rows = 1;
@@ -352,10 +367,9 @@ TEST(ChooseAllReduceTest, RefusesWhatDoesNotFit) {
   EXPECT_EQ(ChooseAllReduce(args, layout, 4), AllReducePath::kOneShot);
   args.rows = 9;
   EXPECT_EQ(ChooseAllReduce(args, layout, 4), AllReducePath::kTwoShot);
-  args.rows = 128;
+  EXPECT_EQ(ChooseAllReduce(args, layout, 2), AllReducePath::kOneShot);
+  args.rows = 100'000;  // in pieces
   EXPECT_EQ(ChooseAllReduce(args, layout, 4), AllReducePath::kTwoShot);
-  args.rows = 129;
-  EXPECT_EQ(ChooseAllReduce(args, layout, 4), AllReducePath::kNone);
   args.rows = 1;
   args.hidden = 4100;  // not whole vectors
   args.slots = reinterpret_cast<const int32_t*>(256);
@@ -410,7 +424,7 @@ TEST(SmallAllGatherTest, BringsAnyBitsInRankOrder) {
 }
 
 // In a process of its own: the trap takes the context with it.
-[[noreturn]] void WaitForAMissingRank(AllReducePath path) {
+[[noreturn]] void WaitForAMissingRank() {
   VirtualRanks ranks(3, ExchangeLayout{});
   ranks.set_patience_ns(30'000'000);
   std::vector<Guarded> data;
@@ -426,7 +440,7 @@ TEST(SmallAllGatherTest, BringsAnyBitsInRankOrder) {
     args.rows = 1;
     args.hidden = 2048;
     args.in = args.out = data[r].get();
-    AllReduce(ranks.launch(r), ranks.peers(r), ranks.layout(), path, args);
+    AllReduce(ranks.launch(r), ranks.peers(r), ranks.layout(), AllReducePath::kOneShot, args);
   }
   ranks.Use(0);
   const bool failed = cudaStreamSynchronize(ranks.launch(0).stream) != cudaSuccess;
@@ -439,10 +453,8 @@ TEST(SmallAllGatherTest, BringsAnyBitsInRankOrder) {
 TEST(AllReduceDeathTest, NamesTheRankThatDidNotCome) {
   if (SanitizerRun()) return;  // a trap is a report there
   GTEST_FLAG_SET(death_test_style, "threadsafe");
-  EXPECT_EXIT(WaitForAMissingRank(AllReducePath::kOneShot), ::testing::ExitedWithCode(0),
+  EXPECT_EXIT(WaitForAMissingRank(), ::testing::ExitedWithCode(0),
               "failed 1 code 1 exchange 0 rank 1");
-  EXPECT_EXIT(WaitForAMissingRank(AllReducePath::kTwoShot), ::testing::ExitedWithCode(0),
-              "failed 1 code [23] exchange 0 rank 1");
 }
 
 }  // namespace

@@ -4,9 +4,11 @@
 #define LOCKSTEP_TESTS_WORKER_CUDA_RANK_PROCESSES_H_
 
 #include <cuda_runtime_api.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <functional>
 #include <string>
@@ -54,16 +56,25 @@ inline std::string RunRanks(int size, const std::function<absl::Status(const Ran
     }
     children.push_back(child);
   }
+  // One that fails leaves the others waiting for it: they end with it.
   std::string failures;
-  for (int rank = 0; rank < size; ++rank) {
+  for (size_t left = children.size(); left > 0;) {
     int status = 0;
-    waitpid(children[rank], &status, 0);
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) continue;
+    const pid_t child = waitpid(-1, &status, 0);
+    const auto at = std::find(children.begin(), children.end(), child);
+    if (at == children.end()) continue;
+    --left;
+    *at = 0;
+    if ((WIFEXITED(status) && WEXITSTATUS(status) == 0) || !failures.empty()) continue;
+    const auto rank = at - children.begin();
     fakes::FileExchange exchange(folder.path());
-    absl::StrAppend(&failures, "rank ", rank, ": ",
-                    WIFEXITED(status) ? *exchange.Await(absl::StrCat("outcome/", rank))
-                                      : absl::StrCat("killed by signal ", WTERMSIG(status)),
-                    "\n");
+    failures =
+        absl::StrCat("rank ", rank, ": ",
+                     WIFEXITED(status) ? *exchange.Await(absl::StrCat("outcome/", rank))
+                                       : absl::StrCat("killed by signal ", WTERMSIG(status)));
+    for (const pid_t other : children) {
+      if (other != 0) kill(other, SIGKILL);
+    }
   }
   return failures;
 }
