@@ -120,8 +120,7 @@ __device__ __forceinline__ float BlockMax(float v, float* scratch) {
   return WarpMax(lane < static_cast<int>(blockDim.x) / 32 ? scratch[lane] : 0.0f);
 }
 
-// Whether rows of `elements` Ts that start at `address` may be accessed 16 bytes
-// at a time. Null addresses are.
+// Whether what is at `address` may be accessed 16 bytes at a time; null may.
 inline bool Aligned16(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }

@@ -174,7 +174,7 @@ using Types = testing::Types<float, __half, __nv_bfloat16>;
 TYPED_TEST_SUITE(QkvFinishTest, Types);
 
 std::vector<Heads> Shapes() {
-  std::vector<Heads> shapes = {{4, 2, 8, 16}, {32, 8, 128, 16}, {1, 1, 6, 1}};
+  std::vector<Heads> shapes = {{4, 2, 8, 16}, {32, 8, 128, 16}, {1, 1, 6, 1}, {7, 1, 16, 4}};
   if (UnderSanitizer()) return shapes;
   for (const int head_dim : {2, 16, 24, 64, 80, 96, 112, 128, 192, 250, 256}) {
     shapes.push_back({7, 1, head_dim, 16});
