@@ -14,6 +14,7 @@
 #include <sstream>
 #include <thread>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "cli/child_process.h"
 #include "nlohmann/json.hpp"
@@ -114,7 +115,8 @@ std::string LocalServer::LastLogLine() const {
   std::istringstream log(Log());
   std::string line, last = "the server ended without a word";
   while (std::getline(log, line)) {
-    if (!line.empty() && line.rfind("serve: ", 0) != 0) last = line;
+    const bool restart = line.rfind("serve: ", 0) == 0 && absl::StrContains(line, "starting it");
+    if (!line.empty() && !restart) last = line;
   }
   return last;
 }

@@ -84,6 +84,7 @@ class Supervisor {
       KillOverdue();
       KillStopped();
     }
+    if (!last_word_.empty()) Say(last_word_);
     return exit_code_;
   }
 
@@ -219,9 +220,9 @@ class Supervisor {
     if (!quick) child.quick_deaths = 0;
     if (quick && !killed) ++child.quick_deaths;
     if (child.quick_deaths >= options_.crash_loop_deaths) {
-      Say(absl::StrCat(child.name, ": crash loop: ended ", child.quick_deaths,
-                       " times in a row within ", options_.young_ms,
-                       " ms of its start, the last time with ", DescribeExit(status)));
+      last_word_ = absl::StrCat(child.name, ": crash loop: ended ", child.quick_deaths,
+                                " times in a row within ", options_.young_ms,
+                                " ms of its start, the last time with ", DescribeExit(status));
       End(1);
       return;
     }
@@ -274,6 +275,7 @@ class Supervisor {
   bool ending_ = false;
   int64_t kill_at_ms_ = 0;
   int exit_code_ = 0;
+  std::string last_word_;  // the reason, said when nobody else has anything to say
 };
 
 }  // namespace

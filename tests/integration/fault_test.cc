@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <string>
@@ -84,14 +85,17 @@ TEST_P(KilledRankTest, StreamsPauseAndGoOnWithTheSameTokens) {
 
 INSTANTIATE_TEST_SUITE_P(Ranks, KilledRankTest, ::testing::Values(0, 1));
 
+// LOCKSTEP_KILLS=N: a night's worth instead of a few.
 TEST_F(FaultTest, RandomKillsLoseNoStream) {
-  constexpr int kStreams = 16, kKills = 6;
+  constexpr int kStreams = 16;
+  const char* const asked = std::getenv("LOCKSTEP_KILLS");
+  const int kills = asked == nullptr ? 6 : std::atoi(asked);
   constexpr uint32_t kTokens = 120;
   Serve(2);
   std::vector<std::vector<uint32_t>> expected;
   for (int i = 0; i < kStreams; ++i) expected.push_back(FaultFree(Prompt(i), kTokens));
   std::mt19937 random(20261121);
-  for (int round = 0; round < kKills; ++round) {
+  for (int round = 0; round < kills; ++round) {
     const uint64_t epoch = served_->AwaitEpochAbove(0).epoch();
     std::vector<std::unique_ptr<StreamedAnswer>> streams;
     for (int i = 0; i < kStreams; ++i) streams.push_back(Stream(i, kTokens));

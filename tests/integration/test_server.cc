@@ -28,7 +28,8 @@ std::string GoldenModel(const std::string& name) {
 }
 
 void UseBuiltPrograms() {
-  setenv("LOCKSTEP_PROGRAMS", (std::string(LOCKSTEP_BINARY_DIR) + "/bin").c_str(), 1);
+  setenv("LOCKSTEP_PROGRAMS", (std::string(LOCKSTEP_BINARY_DIR) + "/bin").c_str(),
+         /*overwrite=*/0);  // a test may name a folder of its own
   WatchForSanitizerReports();
 }
 
