@@ -181,6 +181,17 @@ TEST_F(DecodeAttentionTest, LongContexts) {
                         {{0, 12000}, {1, 600}, {-1, 0}}, 5, {.max_context = 32768});
 }
 
+// As many rows as make the launch choose one block, or two, for each.
+TEST_F(DecodeAttentionTest, ManyRows) {
+  for (const int count : UnderSanitizer() ? std::vector<int>{5} : std::vector<int>{70, 210, 600}) {
+    std::vector<AttentionRow> rows;
+    for (int i = 0; i < count; ++i) rows.push_back({i % 9 == 4 ? -1 : i, (i * 31) % 90});
+    Check<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = 64}, rows, count,
+                                        {.max_context = 4096});
+    if (HasFatalFailure()) return;
+  }
+}
+
 TEST_F(DecodeAttentionTest, RowsDoNotDependOnEachOtherWithFixedSplits) {
   const AttentionShape shape = {.heads = 8, .kv_heads = 2, .head_dim = 128};
   std::vector<AttentionRow> rows;
