@@ -54,13 +54,15 @@ struct DecodeAttentionArgs {
 
   // The caller's word that slots, positions, tables and every position before a
   // row's own were written before the launch ahead of the previous one: they are
-  // then read while the previous kernel still runs.
+  // then read while the previous kernel still runs. So no two rows are of one
+  // sequence.
   bool history_ready = false;
 
   // Rotary embedding and the cache write in the same launch, when fresh_k is
   // set: q is then rotated as it is read, and row r's own k and v come from
   // fresh_k/v + r * q_stride (kv_heads * head_dim each, k not yet rotated) and
-  // are written to the cache. head_dim must be a multiple of 16 (fast path).
+  // are written to the cache; no two rows are of one sequence. head_dim must be a multiple of 16
+  // (fast path).
   const void* fresh_k = nullptr;
   const void* fresh_v = nullptr;
   const float2* rotary = nullptr;  // [positions, head_dim / 2] cosine, sine; null: none
