@@ -109,6 +109,11 @@ std::string ReadQuantization(ConfigReader& reader) {
   ConfigReader quantization(*object, reader.where(), "quantization_config.");
   const std::string method = quantization.String("quant_method", "");
   const std::string format = quantization.String("format", "");
+  if (quantization.HasValue("weight_block_size")) {
+    reader.FailUnsupported("quantization_config.weight_block_size",
+                           "is set; supported: one scale a tensor or one a row");
+    return "";
+  }
   reader.Fail(quantization.status());
   if (method == "fp8" || method == "fbgemm_fp8") return "fp8";
   if (method == "compressed-tensors" && format == "float-quantized") return "fp8";

@@ -93,7 +93,7 @@ absl::StatusOr<std::vector<WeightPiece>> CutIntoPieces(
 }
 
 absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
-                                              const TensorSlice& slice) {
+                                              const TensorSlice& slice, bool takes_fp8) {
   const std::vector<std::string>& files = checkpoint.files();
   const TensorInfo* info = checkpoint.Find(slice.name);
   std::string found = slice.name;
@@ -122,7 +122,9 @@ absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
                                                    absl::StrJoin(info->shape, ", "),
                                                    "]; config.json asks for [", expected, "]"));
   }
-  if (!info->loadable || !IsWeightDType(info->dtype)) {
+  const bool taken = IsWeightDType(info->dtype) ||
+                     (takes_fp8 && info->dtype == DType::kFloat8E4M3);
+  if (!info->loadable || !taken) {
     return absl::InvalidArgumentError(
         absl::StrCat(file, ": tensor \"", found, "\" is ", std::string(info->dtype_name),
                      "; weights are read as float32, float16 and bfloat16"));
@@ -133,6 +135,39 @@ absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
                                                    info->num_bytes, " bytes, its shape ", bytes));
   }
   return info;
+}
+
+absl::StatusOr<std::vector<float>> ReadScales(const Checkpoint& checkpoint,
+                                              const TensorSlice& slice) {
+  std::vector<std::string> names = {slice.name};
+  names.insert(names.end(), slice.alternatives.begin(), slice.alternatives.end());
+  const TensorInfo* info = nullptr;
+  std::string name;
+  for (size_t i = 0; i < names.size() && info == nullptr; ++i) {
+    name = names[i] + "_scale";
+    info = checkpoint.Find(name);
+  }
+  if (info == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tensor \"", slice.name, "\" is float8_e4m3fn, and \"", slice.name,
+                     "_scale\" is missing; supported: one scale a tensor or one a row"));
+  }
+  int64_t count = 1;
+  for (const int64_t size : info->shape) count *= size;
+  const bool fits = (count == 1 || count == slice.rows) &&
+                    (info->shape.size() < 2 || (info->shape.size() == 2 && info->shape[1] == 1));
+  if (!fits || !info->loadable || !IsWeightDType(info->dtype) ||
+      static_cast<int64_t>(info->num_bytes) != count * DTypeBytes(info->dtype)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        checkpoint.files()[info->file], ": tensor \"", name, "\" is ",
+        std::string(info->dtype_name), " of shape [", absl::StrJoin(info->shape, ", "),
+        "]; supported: one scale, or ", slice.rows, " of them, in F32, F16 or BF16"));
+  }
+  std::vector<float> stored(count);
+  CopyRow(checkpoint.Bytes(*info).data(), info->dtype, count,
+          reinterpret_cast<std::byte*>(stored.data()), DType::kFloat32);
+  if (count == 1) return std::vector<float>(slice.row_end - slice.row_begin, stored[0]);
+  return std::vector<float>(stored.begin() + slice.row_begin, stored.begin() + slice.row_end);
 }
 
 void CopyPiece(const Checkpoint& checkpoint, const WeightPiece& piece, std::byte* to) {

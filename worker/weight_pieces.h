@@ -50,7 +50,14 @@ absl::StatusOr<std::vector<WeightPiece>> CutIntoPieces(
     absl::FunctionRef<absl::StatusOr<const TensorInfo*>(const TensorSlice&)> find_info);
 
 // The stored tensor of a slice: NotFound / InvalidArgument name it and its file.
+// takes_fp8: float8_e4m3fn will do as well.
 absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
+                                              const TensorSlice& slice, bool takes_fp8 = false);
+
+// The scales of a slice that is stored as float8_e4m3fn, one for each of its rows
+// [row_begin, row_end): NAME_scale beside NAME, one value or one a row of the whole
+// tensor. InvalidArgument: none of these, or in blocks.
+absl::StatusOr<std::vector<float>> ReadScales(const Checkpoint& checkpoint,
                                               const TensorSlice& slice);
 
 // The piece's rows in to_dtype, one after the other, to `to` (rows * cols).

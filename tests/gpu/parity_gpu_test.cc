@@ -1,11 +1,15 @@
 // The cuda backend on one GPU against the recorded outputs of transformers
 // (tests/golden) and against the cpu backend: float32 gives the same tokens,
 // 16-bit types stay within a bound of the float32 log-probabilities.
+#include <cuda_fp8.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -48,16 +52,21 @@ Gpu& TheGpu() {
   return *gpu;
 }
 
-GroupOptions OnGpu(DType dtype, bool graphs) {
+GroupOptions OnGpu(DType dtype, bool graphs, const std::string& quantization = "") {
   GroupOptions options;
   options.dtype = dtype;
   options.block_size = 16;
-  options.make_backend = [dtype, graphs](const ModelConfig& config, const ShardPlan& plan,
+  options.make_backend = [dtype, graphs, quantization](const ModelConfig& config, const ShardPlan& plan,
                                          const Checkpoint* checkpoint, const BackendLimits& limits,
                                          ThreadPool* pool) {
     return TheGpu().Load(
         config, plan,
-        {.checkpoint = checkpoint, .dtype = dtype, .limits = limits, .graphs = graphs}, pool);
+        {.checkpoint = checkpoint,
+         .dtype = dtype,
+         .quantization = quantization,
+         .limits = limits,
+         .graphs = graphs},
+        pool);
   };
   return options;
 }
@@ -161,6 +170,86 @@ TEST_P(GpuParity, SixteenBitsStayWithinTheBound) {
     std::printf("%s %s: %zu of %zu tokens equal, largest log-probability error %.4f\n",
                 GetParam().c_str(), std::string(DTypeName(dtype)).c_str(), equal, prefixes.size(),
                 worst);
+  }
+}
+
+// Writes `from` again with its layers' matrices as float8, one scale a row or one
+// for the tensor, the way quantisation at load makes them.
+void WriteFp8Checkpoint(const std::string& from, const std::string& to, bool a_row) {
+  std::ifstream config_file(from + "/config.json");
+  nlohmann::json config = nlohmann::json::parse(config_file), header;
+  config["quantization_config"] = {{"quant_method", "fp8"}, {"activation_scheme", "dynamic"}};
+  std::ofstream(to + "/config.json") << config;
+  auto checkpoint = Checkpoint::Open(from);
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  std::string data;
+  const auto add = [&](const std::string& name, const char* dtype, std::vector<int64_t> shape,
+                       const void* bytes, size_t count) {
+    header[name] = {{"dtype", dtype},
+                    {"shape", shape},
+                    {"data_offsets", {data.size(), data.size() + count}}};
+    data.append(static_cast<const char*>(bytes), count);
+  };
+  for (const auto& [name, info] : (*checkpoint)->tensors()) {
+    const absl::Span<const std::byte> bytes = (*checkpoint)->Bytes(info);
+    const bool matrix = info.shape.size() == 2 && name.find(".layers.") != std::string::npos;
+    if (!matrix) {
+      add(name, std::string(info.dtype_name).c_str(), info.shape, bytes.data(), bytes.size());
+      continue;
+    }
+    ASSERT_EQ(info.dtype, DType::kBFloat16);
+    const int64_t rows = info.shape[0], cols = info.shape[1];
+    const auto* stored = reinterpret_cast<const uint16_t*>(bytes.data());
+    std::vector<float> values(rows * cols), scales(a_row ? rows : 1, 0.0f);
+    for (int64_t i = 0; i < rows * cols; ++i) {
+      const uint32_t bits = uint32_t{stored[i]} << 16;
+      std::memcpy(&values[i], &bits, 4);
+      float& scale = scales[a_row ? i / cols : 0];
+      scale = std::max(scale, std::fabs(values[i]) / 448.0f);
+    }
+    std::vector<uint8_t> quantized(rows * cols);
+    for (int64_t i = 0; i < rows * cols; ++i) {
+      const float inverse = 1.0f / scales[a_row ? i / cols : 0];
+      quantized[i] = __nv_cvt_float_to_fp8(values[i] * inverse, __NV_SATFINITE, __NV_E4M3);
+    }
+    add(name, "F8_E4M3", info.shape, quantized.data(), quantized.size());
+    add(name + "_scale", "F32", a_row ? std::vector<int64_t>{rows, 1} : std::vector<int64_t>{},
+        scales.data(), scales.size() * 4);
+  }
+  const std::string text = header.dump();
+  const uint64_t length = text.size();
+  std::ofstream out(to + "/model.safetensors", std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&length), 8);
+  out << text << data;
+}
+
+TEST(GpuFp8, AnFp8CheckpointIsServedAsItIs) {
+  namespace fs = std::filesystem;
+  const std::string from = GoldenDir() + "llama_mqa_bf16";
+  const std::string to = fs::temp_directory_path() / ("lockstep_fp8_" + std::to_string(getpid()));
+  GroupOptions fp8 = OnGpu(DType::kBFloat16, true, "fp8");
+  std::vector<TestRequest> requests;
+  for (TokenId t = 5; t < 9; ++t) {
+    requests.push_back({{t, 3, t, 9, 11}, 12, GreedySampling()});
+    requests.back().sampling.logprobs = 3;
+  }
+  auto made = GroupRunner::Load(from, fp8);
+  ASSERT_TRUE(made.ok()) << made.status();
+  auto want = (*made)->Run(requests, {});
+  ASSERT_TRUE(want.ok()) << want.status();
+  for (const bool a_row : {true, false}) {
+    fs::create_directories(to);
+    WriteFp8Checkpoint(from, to, a_row);
+    auto stored = GroupRunner::Load(to, fp8);
+    ASSERT_TRUE(stored.ok()) << stored.status();
+    auto got = (*stored)->Run(requests, {});
+    ASSERT_TRUE(got.ok()) << got.status();
+    for (size_t i = 0; i < requests.size(); ++i) {
+      // The same scales are the same model; coarser ones are near it.
+      if (a_row) EXPECT_TRUE((*got)[i] == (*want)[i]) << "request " << i;
+      EXPECT_NEAR((*got)[i].logprobs[0].logprob, (*want)[i].logprobs[0].logprob, 2 * kBFloat16Bound);
+    }
+    fs::remove_all(to);
   }
 }
 

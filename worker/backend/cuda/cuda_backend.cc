@@ -112,6 +112,13 @@ class CudaBackend final : public Backend {
   void Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
               int64_t out_stride, GemvEpilogue epilogue = GemvEpilogue::kStore);
   bool Quantized(const Linear& linear) const { return linear.weight.type == Type::kE4M3; }
+  // For a kernel that may write what it makes as e4m3 too: where, if the products
+  // of this step take it so.
+  kernels::QuantizedRows TakesQuantized(const void* made) {
+    if (rows_ <= kMaxSkinnyRows || !Quantized(model_.layers[0].qkv)) return {};
+    quantized_from_ = made;
+    return {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
+  }
   Launch launch() const { return {.stream = stream_, .pdl = true}; }
   kernels::KvLayer Kv(int64_t layer) const;
   kernels::DecodeAttentionArgs DecodeArgs(int64_t layer) const;
@@ -152,6 +159,7 @@ class CudaBackend final : public Backend {
   int max_context_ = 0;  // of a decoded row
   int sampled_rows_ = 0;  // logit rows enqueued so far
   bool capturing_ = false;
+  const void* quantized_from_ = nullptr;  // what buffers_.quantized is the e4m3 of
   // One decoded row: a row-parallel product pushes its sums to every rank, and the
   // product after it polls for them, adds the residual and norms them as it waits
   // for its weights. No kernel and no launch of its own is left of the all-reduce.
@@ -422,6 +430,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
 
   replay_ = nullptr;
   capturing_ = folded_ = false;
+  quantized_from_ = nullptr;
   if (use_graphs_ && rows_ > 0 && IsDecode(spans, rows)) {
     key_ = graphs_.KeyFor(rows_, max_context_, needs_);
     rows_ = decode_rows_ = key_.rows;
@@ -482,16 +491,19 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
                      .x_scales = nullptr,
                      .weight_scales = w.scales};
   if (Quantized(linear)) {
-    Check(kernels::QuantizeRows(launch(), {.type = type_,
-                                           .num_rows = m,
-                                           .width = args.k,
-                                           .slot = nullptr,
-                                           .in = x,
-                                           .in_stride = x_stride,
-                                           .out = buffers_.quantized.get(),
-                                           .out_stride = args.k,
-                                           .scales = buffers_.quantized_scales.get()}),
-          "quantising activations");
+    if (x != quantized_from_) {
+      Check(kernels::QuantizeRows(launch(), {.type = type_,
+                                             .num_rows = m,
+                                             .width = args.k,
+                                             .slot = nullptr,
+                                             .in = x,
+                                             .in_stride = x_stride,
+                                             .out = buffers_.quantized.get(),
+                                             .out_stride = args.k,
+                                             .scales = buffers_.quantized_scales.get()}),
+            "quantising activations");
+    }
+    quantized_from_ = nullptr;  // one copy, for one product
     args.x = buffers_.quantized.get();
     args.x_stride = args.k;
     args.x_scales = buffers_.quantized_scales.get();
@@ -535,7 +547,7 @@ void CudaBackend::Embed(const EmbedOp& op) {
                                        .norm = model_.Find(op.norm),
                                        .residual = buffers_.residual.get(),
                                        .normed = buffers_.normed.get(),
-                                       .quantized = {}}),
+                                       .quantized = TakesQuantized(buffers_.normed.get())}),
         "the embedding's norm");
 }
 
@@ -667,7 +679,7 @@ void CudaBackend::ReduceResidualNorm(const ReduceOp& op) {
   Check(kernels::ReduceTail(launch(), {.type = type_,
                                        .num_rows = rows_,
                                        .hidden = hidden_,
-                                       .slot = nullptr,
+                                       .slot = io_.arrays().slot,
                                        .x = buffers_.partial.get(),
                                        .bias = bias,
                                        .post = post,
@@ -676,7 +688,7 @@ void CudaBackend::ReduceResidualNorm(const ReduceOp& op) {
                                        .next = next,
                                        .norm_is_residual = op.norm_is_residual,
                                        .normed = buffers_.normed.get(),
-                                       .quantized = {}}),
+                                       .quantized = TakesQuantized(buffers_.normed.get())}),
         "residual and norm");
 }
 
@@ -701,7 +713,10 @@ void CudaBackend::GateUp(int64_t layer) {
                                      .in_stride = up_width_,
                                      .bias = up.bias,
                                      .out = buffers_.activated.get(),
-                                     .out_stride = intermediate_}),
+                                     .out_stride = intermediate_,
+                                     .quantized = intermediate_ % 16 == 0 && intermediate_ <= 32'768
+                                                      ? TakesQuantized(buffers_.activated.get())
+                                                      : kernels::QuantizedRows()}),
         "activation");
 }
 

@@ -84,10 +84,15 @@ class DeviceWeights::Builder {
   DeviceTensor& TensorOf(const LocalTensor& local) { return weights_->tensors_[local.name]; }
   // Where the serving dtype's rows are collected: the tensor, or what is
   // quantised into it once it is whole.
-  std::byte* TargetOf(const LocalTensor& local) {
-    return IsQuantized(local) ? wide_.get() : static_cast<std::byte*>(TensorOf(local).data);
+  std::byte* TargetOf(const LocalTensor& local, DType arrives) {
+    return IsQuantized(local) && arrives != DType::kFloat8E4M3
+               ? wide_.get()
+               : static_cast<std::byte*>(TensorOf(local).data);
   }
   absl::Status Quantize(const LocalTensor& local);
+  // The first slice's tensor is float8 in the checkpoint.
+  static bool IsStoredQuantized(const Checkpoint& checkpoint, const LocalTensor& local);
+  absl::Status CopyScales(const Checkpoint& checkpoint, const LocalTensor& local);
   absl::Status EnqueueBatch(const Checkpoint& checkpoint, ThreadPool* pool,
                             absl::Span<const WeightPiece> batch, Staging* staging);
 
@@ -163,6 +168,31 @@ absl::Status DeviceWeights::Builder::Quantize(const LocalTensor& local) {
                   absl::StrCat("quantising ", local.name));
 }
 
+bool DeviceWeights::Builder::IsStoredQuantized(const Checkpoint& checkpoint,
+                                               const LocalTensor& local) {
+  if (local.slices.empty()) return false;
+  const absl::StatusOr<const TensorInfo*> info =
+      FindChecked(checkpoint, local.slices.front(), /*takes_fp8=*/true);
+  return info.ok() && (*info)->dtype == DType::kFloat8E4M3;
+}
+
+absl::Status DeviceWeights::Builder::CopyScales(const Checkpoint& checkpoint,
+                                                const LocalTensor& local) {
+  std::vector<float> scales(local.rows, 1.0f);
+  for (size_t s = 0; s < local.slices.size(); ++s) {
+    const absl::StatusOr<std::vector<float>> of_slice = ReadScales(checkpoint, local.slices[s]);
+    if (!of_slice.ok()) return of_slice.status();
+    const Placement place = PlaceOf(local, s);
+    for (size_t r = 0; r < of_slice->size(); ++r) {
+      scales[place.first + static_cast<int64_t>(r) * place.step] = (*of_slice)[r];
+    }
+  }
+  // From pageable memory: copied out before the call returns.
+  return ToStatus(cudaMemcpyAsync(const_cast<float*>(TensorOf(local).scales), scales.data(),
+                                  scales.size() * sizeof(float), cudaMemcpyHostToDevice, stream_),
+                  absl::StrCat("copying the scales of ", local.name));
+}
+
 absl::Status DeviceWeights::Builder::EnqueueBatch(const Checkpoint& checkpoint, ThreadPool* pool,
                                                   absl::Span<const WeightPiece> batch,
                                                   Staging* staging) {
@@ -188,7 +218,7 @@ absl::Status DeviceWeights::Builder::EnqueueBatch(const Checkpoint& checkpoint, 
     const WeightPiece& piece = batch[i];
     const Placement place = PlaceOf(*piece.local, piece.slice_index);
     const size_t row = static_cast<size_t>(piece.cols() * DTypeBytes(piece.to_dtype));
-    std::byte* to = TargetOf(*piece.local) + (place.first + piece.first_row * place.step) * row;
+    std::byte* to = TargetOf(*piece.local, piece.to_dtype) + (place.first + piece.first_row * place.step) * row;
     status = ToStatus(cudaMemcpy2DAsync(to, row * place.step, staging->memory.get() + offsets[i],
                                         row, row, static_cast<size_t>(piece.rows),
                                         cudaMemcpyHostToDevice, stream_),
@@ -196,7 +226,10 @@ absl::Status DeviceWeights::Builder::EnqueueBatch(const Checkpoint& checkpoint, 
     if (!status.ok()) return status;
     const bool last = piece.slice_index + 1 == piece.local->slices.size() &&
                       piece.first_row + piece.rows == piece.slice->row_end - piece.slice->row_begin;
-    if (last) status = Quantize(*piece.local);
+    if (last) {
+      status = piece.to_dtype == DType::kFloat8E4M3 ? CopyScales(checkpoint, *piece.local)
+                                                    : Quantize(*piece.local);
+    }
     if (!status.ok()) return status;
   }
   return ToStatus(cudaEventRecord(staging->copied, stream_), "copying weights");
@@ -204,8 +237,15 @@ absl::Status DeviceWeights::Builder::EnqueueBatch(const Checkpoint& checkpoint, 
 
 absl::Status DeviceWeights::Builder::Load(const Checkpoint& checkpoint, ThreadPool* pool) {
   absl::StatusOr<std::vector<WeightPiece>> pieces =
-      CutIntoPieces(plan_, [&](const LocalTensor&) { return options_.dtype; },
-                    [&](const TensorSlice& s) { return FindChecked(checkpoint, s); });
+      CutIntoPieces(
+          plan_,
+          [&](const LocalTensor& local) {
+            return IsQuantized(local) && IsStoredQuantized(checkpoint, local) ? DType::kFloat8E4M3
+                                                                              : options_.dtype;
+          },
+          [&](const TensorSlice& s) {
+            return FindChecked(checkpoint, s, !options_.quantization.empty());
+          });
   if (!pieces.ok()) return pieces.status();
   std::array<Staging, 2> staging;
   for (Staging& s : staging) {
@@ -252,7 +292,7 @@ absl::Status DeviceWeights::Builder::Fill(const ModelConfig& config) {
                                          .global_cols = slice.cols,
                                          .rows = slice.row_end - slice.row_begin,
                                          .cols = local.cols,
-                                         .out = TargetOf(local) + place.first * row,
+                                         .out = TargetOf(local, options_.dtype) + place.first * row,
                                          .row_stride = place.step * local.cols}),
                    absl::StrCat("filling ", local.name));
       if (!status.ok()) return status;
