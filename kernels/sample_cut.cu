@@ -120,7 +120,7 @@ __device__ __forceinline__ Bins ReadCoarse(const SampleArgs& a, int row, SelectS
 }
 
 // The class at which the running sum reaches the target, sought by the thread
-// that has it: calls found(class, count before it, mass before it).
+// that has it: calls found(bin, which of the thread's it is, count before, mass before).
 template <typename F>
 __device__ __forceinline__ void Find(const Bins& b, bool by_count, uint64_t target, F found) {
   uint64_t count = b.count_before, mass = b.mass_before;
@@ -199,9 +199,9 @@ struct EdgeScratch {
 };
 
 // Completes a cut, once its edge is known: what ranks before this one keep.
-__device__ __forceinline__ void Finish(const SampleArgs& a, int row, SamplePhase phase,
-                                       const RowCut& refined, const uint64_t (&weight)[2],
-                                       EdgeScratch* scratch, RowCut* out) {
+__device__ __forceinline__ void CompleteCut(const SampleArgs& a, int row, SamplePhase phase,
+                                            const RowCut& refined, const uint64_t (&weight)[2],
+                                            EdgeScratch* scratch, RowCut* out) {
   const Edge& edge = scratch->edge;
   uint64_t mass = EarlierRanksMass(a, row, refined.bin), ties = 0;
   for (int r = 0; r < a.rank; ++r) {
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     const Bins coarse = ReadCoarse(a, row_index, &coarse_scratch);
     RefineNext(coarse, false, NucleusMass(row.params.top_p, edge_scratch.edge.kept), out);
   } else {
-    Finish(a, row_index, phase, cut, weight, &edge_scratch, out);
+    CompleteCut(a, row_index, phase, cut, weight, &edge_scratch, out);
   }
 }
 
