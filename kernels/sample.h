@@ -29,15 +29,16 @@
 // How a token is drawn. z = (max - value) / temperature in units of 2^-17 is the
 // token's class q, its weight exp(-z) an integer in units of 2^-38. Tokens are
 // ordered by (q, id); top_k and top_p keep a prefix of that order, of which min_p
-// drops what weighs too little. The token is the one, in order of id, at which the running sum of
-// kept weights passes u of the total, u = UniformAt(seed, position). All sums are
-// of integers: the token depends neither on batch mates nor on the order of the
-// threads nor on tp. worker/sampler.cc does the same in floating point: the same
-// seed draws the same token except where u falls within about 1e-5 of a boundary.
+// drops what weighs too little. The token is the one, in order of id, at which the
+// running sum of kept weights passes u of the total, u = UniformAt(seed, position).
+// All sums are of integers: the token depends neither on batch mates nor on the
+// order of the threads nor on tp. worker/sampler.cc does the same in floating
+// point: the same seed draws the same token except where u falls within about 1e-5
+// of a boundary.
 //
-// Every launcher may be captured in a graph. A batch runs all its phases with the
-// same needs and the same arguments on every rank but for the pointers. Padding rows (slot -1) are
-// skipped and nothing is written for them.
+// Every launcher may be captured in a graph. A batch has the same rows and the same
+// needs in all its phases and on every rank. Padding rows (slot -1) are skipped and
+// nothing is written for them.
 #ifndef LOCKSTEP_KERNELS_SAMPLE_H_
 #define LOCKSTEP_KERNELS_SAMPLE_H_
 
