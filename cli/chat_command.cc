@@ -41,7 +41,7 @@ absl::Status Answer(Client* client, const v1::SamplingParams& sampling, v1::Chat
     interrupted = true;
     call.Cancel();
   });
-  const absl::Status status = client->GenerateStream(
+  absl::Status status = client->GenerateStream(
       request,
       [&](const v1::GenerateEvent& event) {
         if (!event.has_chunk()) return;

@@ -45,6 +45,7 @@ namespace {
 absl::StatusOr<pid_t> StartChild(const std::vector<std::string>& argv,
                                  const ChildOptions& options) {
   std::vector<char*> raw;
+  raw.reserve(argv.size() + 1);
   for (const std::string& arg : argv) raw.push_back(const_cast<char*>(arg.c_str()));
   raw.push_back(nullptr);
   const pid_t parent = getpid();

@@ -79,14 +79,14 @@ struct Metrics::Impl {
   explicit Impl(const MetricsLabels& labels)
       : common{{"model_name", labels.model_name}, {"engine", "0"}} {}
 
-  Counter& AddCounter(const std::string& name, const std::string& help, Labels labels) {
+  Counter& AddCounter(const std::string& name, const std::string& help, const Labels& labels) {
     return prometheus::BuildCounter().Name(name).Help(help).Register(registry).Add(labels);
   }
-  Gauge& AddGauge(const std::string& name, const std::string& help, Labels labels = {}) {
+  Gauge& AddGauge(const std::string& name, const std::string& help, const Labels& labels = {}) {
     return prometheus::BuildGauge().Name(name).Help(help).Register(registry).Add(labels);
   }
   Histogram& AddHistogram(const std::string& name, const std::string& help, const Buckets& buckets,
-                          Labels labels) {
+                          const Labels& labels) {
     return prometheus::BuildHistogram().Name(name).Help(help).Register(registry).Add(labels,
                                                                                      buckets);
   }

@@ -49,7 +49,7 @@ void CompletionExchange::Intake() {
     for (const auto& answer : answers) answer->Cancel();
     answers.clear();
   }
-  Ready(std::move(status), std::move(answers));
+  Ready(std::move(status), answers);
 }
 
 // All or nothing: every prompt is judged before the first is submitted.
@@ -78,7 +78,8 @@ absl::Status CompletionExchange::Start(std::vector<std::shared_ptr<Answer>>* ans
   return absl::OkStatus();
 }
 
-void CompletionExchange::Ready(absl::Status status, std::vector<std::shared_ptr<Answer>> answers) {
+void CompletionExchange::Ready(absl::Status status,
+                               const std::vector<std::shared_ptr<Answer>>& answers) {
   bool gone;
   {
     const std::lock_guard lock(mutex_);

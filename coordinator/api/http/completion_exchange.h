@@ -38,7 +38,7 @@ class CompletionExchange : public Exchange,
  private:
   void Intake();
   absl::Status Start(std::vector<std::shared_ptr<Answer>>* answers);
-  void Ready(absl::Status status, std::vector<std::shared_ptr<Answer>> answers);
+  void Ready(absl::Status status, const std::vector<std::shared_ptr<Answer>>& answers);
   void Wake();
   void CancelAll();
 

@@ -74,7 +74,7 @@ class LaterExchange : public Exchange {
 }  // namespace
 
 struct Routes::Route {
-  using Handler = std::shared_ptr<Exchange> (Routes::*)(HttpRequest, const std::string&);
+  using Handler = std::shared_ptr<Exchange> (Routes::*)(HttpRequest&&, const std::string&);
   std::string_view path;
   std::string_view method;
   Handler handler;
@@ -139,7 +139,7 @@ std::shared_ptr<Exchange> Routes::Reply(HttpReply reply, const std::string& requ
 }
 
 std::shared_ptr<Exchange> Routes::Later(
-    HttpRequest request, const std::string& request_id,
+    HttpRequest&& request, const std::string& request_id,
     std::function<absl::StatusOr<std::string>(const std::string& body)> work) {
   auto exchange = std::make_shared<LaterExchange>();
   auto shared = std::make_shared<HttpRequest>(std::move(request));
@@ -159,7 +159,8 @@ std::shared_ptr<Exchange> Routes::Later(
   return exchange;
 }
 
-std::shared_ptr<Exchange> Routes::Completions(HttpRequest request, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Completions(HttpRequest&& request,
+                                              const std::string& request_id) {
   auto exchange = std::make_shared<CompletionExchange>(
       path_, std::move(request), request_id,
       [this, request_id](HttpReply reply) { return FinishHead(std::move(reply), request_id); });
@@ -167,12 +168,12 @@ std::shared_ptr<Exchange> Routes::Completions(HttpRequest request, const std::st
   return exchange;
 }
 
-std::shared_ptr<Exchange> Routes::Tokenize(HttpRequest request, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Tokenize(HttpRequest&& request, const std::string& request_id) {
   return Later(std::move(request), request_id,
                [this](const std::string& body) { return TokenizeBody(body, path_->model()); });
 }
 
-std::shared_ptr<Exchange> Routes::Detokenize(HttpRequest request, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Detokenize(HttpRequest&& request, const std::string& request_id) {
   return Later(std::move(request), request_id,
                [this](const std::string& body) { return DetokenizeBody(body, path_->model()); });
 }
@@ -189,12 +190,12 @@ std::string Routes::ModelJson() const {
   return json.dump();
 }
 
-std::shared_ptr<Exchange> Routes::Models(HttpRequest, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Models(HttpRequest&&, const std::string& request_id) {
   const std::string body = absl::StrCat("{\"object\":\"list\",\"data\":[", ModelJson(), "]}");
   return Reply({.headers = {}, .body = body}, request_id);
 }
 
-std::shared_ptr<Exchange> Routes::Model(HttpRequest request, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Model(HttpRequest&& request, const std::string& request_id) {
   const std::string asked = request.path.substr(kModelPrefix.size());
   if (asked != path_->model().name) {
     return Reply(ErrorReply(UnknownModelError(asked, path_->model().name)), request_id);
@@ -202,7 +203,7 @@ std::shared_ptr<Exchange> Routes::Model(HttpRequest request, const std::string& 
   return Reply({.headers = {}, .body = ModelJson()}, request_id);
 }
 
-std::shared_ptr<Exchange> Routes::Health(HttpRequest, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Health(HttpRequest&&, const std::string& request_id) {
   const EngineInfo info = path_->Info();
   if (info.state == EngineState::kFailed) {
     return Reply(ErrorReply(RefusalOf(info)), request_id);
@@ -212,7 +213,7 @@ std::shared_ptr<Exchange> Routes::Health(HttpRequest, const std::string& request
   return Reply({.headers = {}, .body = body}, request_id);
 }
 
-std::shared_ptr<Exchange> Routes::ReadyState(HttpRequest, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::ReadyState(HttpRequest&&, const std::string& request_id) {
   const EngineInfo info = path_->Info();
   if (info.state == EngineState::kReady) {
     return Reply({.headers = {}, .body = "{\"status\":\"ready\"}"}, request_id);
@@ -224,14 +225,14 @@ std::shared_ptr<Exchange> Routes::ReadyState(HttpRequest, const std::string& req
   return Reply(ErrorReply(why), request_id);
 }
 
-std::shared_ptr<Exchange> Routes::MetricsText(HttpRequest, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::MetricsText(HttpRequest&&, const std::string& request_id) {
   HttpReply reply{.content_type = "text/plain; version=0.0.4; charset=utf-8",
                   .headers = {},
                   .body = path_->metrics().Expose(path_->Info(), path_->engine().Stats())};
   return Reply(std::move(reply), request_id);
 }
 
-std::shared_ptr<Exchange> Routes::Version(HttpRequest, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Version(HttpRequest&&, const std::string& request_id) {
   return Reply({.headers = {}, .body = absl::StrCat("{\"version\":\"", kVersion, "\"}")},
                request_id);
 }

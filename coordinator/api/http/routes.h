@@ -27,21 +27,21 @@ class Routes : public HttpHandler {
   struct Route;
   static const Route kRoutes[];
 
-  std::shared_ptr<Exchange> Completions(HttpRequest request, const std::string& request_id);
-  std::shared_ptr<Exchange> Tokenize(HttpRequest request, const std::string& request_id);
-  std::shared_ptr<Exchange> Detokenize(HttpRequest request, const std::string& request_id);
-  std::shared_ptr<Exchange> Models(HttpRequest request, const std::string& request_id);
-  std::shared_ptr<Exchange> Model(HttpRequest request, const std::string& request_id);
-  std::shared_ptr<Exchange> Health(HttpRequest request, const std::string& request_id);
-  std::shared_ptr<Exchange> ReadyState(HttpRequest request, const std::string& request_id);
-  std::shared_ptr<Exchange> MetricsText(HttpRequest request, const std::string& request_id);
-  std::shared_ptr<Exchange> Version(HttpRequest request, const std::string& request_id);
+  std::shared_ptr<Exchange> Completions(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> Tokenize(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> Detokenize(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> Models(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> Model(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> Health(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> ReadyState(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> MetricsText(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> Version(HttpRequest&& request, const std::string& request_id);
 
   std::string ModelJson() const;
   std::shared_ptr<Exchange> Reply(HttpReply reply, const std::string& request_id);
   // Runs `work` on the body, on an intake thread; what it returns is the answer.
   std::shared_ptr<Exchange> Later(
-      HttpRequest request, const std::string& request_id,
+      HttpRequest&& request, const std::string& request_id,
       std::function<absl::StatusOr<std::string>(const std::string& body)> work);
   HttpReply FinishHead(HttpReply reply, const std::string& request_id) const;
 
