@@ -66,4 +66,13 @@ void WatchForSanitizerReports() {
   ::testing::UnitTest::GetInstance()->listeners().Append(new ReportListener(directory));
 }
 
+ThreadsMayLeak::ThreadsMayLeak() {
+  WatchForSanitizerReports();
+  const char* before = std::getenv("TSAN_OPTIONS");
+  options_before_ = before != nullptr ? before : "";
+  AddOption("TSAN_OPTIONS", "report_thread_leaks=0");
+}
+
+ThreadsMayLeak::~ThreadsMayLeak() { setenv("TSAN_OPTIONS", options_before_.c_str(), 1); }
+
 }  // namespace lockstep

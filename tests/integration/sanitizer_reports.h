@@ -7,6 +7,7 @@
 #define LOCKSTEP_TESTS_INTEGRATION_SANITIZER_REPORTS_H_
 
 #include <chrono>
+#include <string>
 
 namespace lockstep {
 
@@ -26,6 +27,19 @@ constexpr std::chrono::seconds Bound(int seconds) {
 // Children started from now on write their reports where the end of every test
 // looks for them. Idempotent.
 void WatchForSanitizerReports();
+
+// A child started in its life may end without joining its threads: one that
+// ends because a thread of it never returns.
+class ThreadsMayLeak {
+ public:
+  ThreadsMayLeak();
+  ~ThreadsMayLeak();
+  ThreadsMayLeak(const ThreadsMayLeak&) = delete;
+  ThreadsMayLeak& operator=(const ThreadsMayLeak&) = delete;
+
+ private:
+  std::string options_before_;
+};
 
 }  // namespace lockstep
 
