@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <fstream>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "cli/bench/statistics.h"
 
 namespace lockstep {
@@ -13,6 +15,14 @@ namespace {
 constexpr int64_t kConnectTimeoutMs = 10'000;
 // Enough steps for caches and clocks to settle.
 constexpr uint32_t kWarmUpTokens = 16;
+constexpr int kLogLines = 12;
+
+// The end of what a server of our own has said, when a round failed.
+void PrintLogTail(const LocalServer& server) {
+  const std::vector<std::string> lines = absl::StrSplit(server.Log(), '\n', absl::SkipEmpty());
+  const size_t first = lines.size() > kLogLines ? lines.size() - kLogLines : 0;
+  for (size_t i = first; i < lines.size(); ++i) std::fprintf(stderr, "  %s\n", lines[i].c_str());
+}
 
 }  // namespace
 
@@ -62,6 +72,11 @@ absl::StatusOr<std::unique_ptr<BenchSession>> BenchSession::Open(const BenchFlag
   return session;
 }
 
+BenchSession::~BenchSession() {
+  if (flags_.server_log.empty() || target_.local == nullptr) return;
+  std::ofstream(flags_.server_log, std::ios::trunc) << target_.local->Log();
+}
+
 absl::StatusOr<Round> BenchSession::Run(int64_t count, const Lengths& lengths) {
   const std::vector<v1::GenerateRequest> requests =
       RandomRequests(count, lengths, target_.info.vocab_size(), &random_);
@@ -95,6 +110,7 @@ absl::StatusOr<std::vector<Round>> BenchSession::Measure(const std::string& name
   }
   std::fputc('\n', stderr);
   if (!status.ok()) {
+    if (target_.local != nullptr && !absl::IsCancelled(status)) PrintLogTail(*target_.local);
     return absl::Status(status.code(), absl::StrCat(name, ": ", std::string(status.message())));
   }
   return rounds;

@@ -41,6 +41,8 @@ class BenchSession {
   static absl::StatusOr<std::unique_ptr<BenchSession>> Open(const BenchFlags& flags,
                                                             const ServerNeeds& needs);
 
+  ~BenchSession();  // keeps the server's log where --server-log says
+
   // All at once; an error when any of them failed.
   absl::StatusOr<Round> Run(int64_t count, const Lengths& lengths);
   // A round that does not count, then flags.runs that do. Says on stderr what it does.

@@ -82,6 +82,11 @@ absl::StatusOr<double> ParseRate(std::string_view flag, std::string text) {
       absl::StrCat("--compute: \"", text, "\" is no rate; as in 770TFLOPS"));
 }
 
+// A served model's name need not be UTF-8.
+std::string Dump(const nlohmann::ordered_json& report) {
+  return report.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
 absl::StatusOr<std::optional<Floor>> MakeFloor(const BenchFlags& flags,
                                                const v1::GetModelInfoResponse& info) {
   Hardware hardware;
@@ -129,6 +134,9 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags) {
       ->group(group);
   app->add_option("serve-flags", flags->serve_flags,
                   "After --, with --model: further flags of `lockstep serve`")
+      ->group(group);
+  app->add_option("--server-log", flags->server_log,
+                  "Keep what a server that was started here said in this file")
       ->group(group);
   group = "Report";
   app->add_option("--bandwidth", flags->bandwidth,
@@ -236,17 +244,30 @@ std::string TargetLine(const BenchTarget& target) {
   return line + "\n";
 }
 
-absl::Status WriteReport(const BenchFlags& flags, const nlohmann::ordered_json& report,
-                         const std::string& table) {
-  const std::string text =
-      report.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-  std::fputs(flags.json ? text.c_str() : table.c_str(), stdout);
+std::string CachedLine(const nlohmann::ordered_json& report) {
+  const uint64_t cached = report.at("cached_prompt_tokens").get<uint64_t>();
+  if (cached == 0) return "";
+  return absl::StrFormat("       %u prompt tokens came from the prefix cache\n", cached);
+}
+
+void BenchOutput::Text(const std::string& text) const {
+  if (flags_.json) return;
+  std::fputs(text.c_str(), stdout);
   std::fflush(stdout);
-  if (flags.output.empty()) return absl::OkStatus();
-  std::ofstream file(flags.output, std::ios::trunc);
-  file << text << std::flush;
+}
+
+absl::Status BenchOutput::Save(const nlohmann::ordered_json& report) const {
+  if (flags_.output.empty()) return absl::OkStatus();
+  std::ofstream file(flags_.output, std::ios::trunc);
+  file << Dump(report) << std::flush;
   if (file) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("--output ", flags.output, ": cannot be written"));
+  return absl::UnavailableError(absl::StrCat("--output ", flags_.output, ": cannot be written"));
+}
+
+absl::Status BenchOutput::Finish(const nlohmann::ordered_json& report) const {
+  if (flags_.json) std::fputs(Dump(report).c_str(), stdout);
+  std::fflush(stdout);
+  return Save(report);
 }
 
 }  // namespace lockstep

@@ -29,6 +29,7 @@ struct BenchFlags {
   uint64_t seed = 0;  // 0: drawn
   bool json = false;
   std::string output;
+  std::string server_log;  // where to keep what a server that was started here said
 };
 
 void AddBenchFlags(CLI::App* app, BenchFlags* flags);
@@ -59,10 +60,25 @@ absl::Status CheckNeeds(const v1::GetModelInfoResponse& info, const ServerNeeds&
 // What every report says of its target.
 nlohmann::ordered_json DescribeTarget(const BenchFlags& flags, const BenchTarget& target);
 std::string TargetLine(const BenchTarget& target);
+// A line that warns when `report` counts "cached_prompt_tokens"; empty otherwise.
+std::string CachedLine(const nlohmann::ordered_json& report);
 
-// Prints `table`, or the JSON when --json; writes the JSON to --output as well.
-absl::Status WriteReport(const BenchFlags& flags, const nlohmann::ordered_json& report,
-                         const std::string& table);
+// How a command reports: the table line by line as it is measured, so that a run
+// that is cut short has said what it knew; the JSON at the end with --json, and
+// in --output after every case.
+class BenchOutput {
+ public:
+  explicit BenchOutput(const BenchFlags& flags) : flags_(flags) {}
+
+  void Text(const std::string& text) const;  // nothing with --json
+  // Over what was saved before.
+  absl::Status Save(const nlohmann::ordered_json& report) const;
+  // Saves, and prints with --json.
+  absl::Status Finish(const nlohmann::ordered_json& report) const;
+
+ private:
+  const BenchFlags& flags_;
+};
 
 }  // namespace lockstep
 

@@ -49,75 +49,76 @@ double MedianOf(const std::vector<LatencyRun>& runs, Field field) {
   return Median(values);
 }
 
-// A case's line of the table and object of the JSON.
-class Report {
- public:
-  Report() {
-    table_ = absl::StrFormat(kHead, "batch", "step ms", "p99 gap", "floor", "ratio", "tok/s",
-                             "TTFT med", "TTFT last", "client us/tok");
+constexpr char kRow[] = "%5s  %9s  %9s  %9s  %5s  %9s  %9s  %9s  %13s\n";
+
+Json RunsJson(const std::vector<LatencyRun>& runs) {
+  Json each = Json::array();
+  for (const LatencyRun& run : runs) {
+    each.push_back({{"step_ms", run.step_ms},
+                    {"gap_p99_ms", run.gap_p99_ms},
+                    {"ttft_median_ms", run.ttft_median_ms},
+                    {"ttft_last_ms", run.ttft_last_ms},
+                    {"window_seconds", run.window_s}});
   }
+  return each;
+}
 
-  absl::Status Add(const LatencyFlags& flags, const BenchTarget& target, uint32_t batch,
-                   const std::vector<Round>& rounds) {
-    std::vector<LatencyRun> runs;
-    Json each = Json::array();
-    uint64_t cached = 0;
-    for (const Round& round : rounds) {
-      const absl::StatusOr<LatencyRun> run = Evaluate(round);
-      if (!run.ok()) return run.status();
-      runs.push_back(*run);
-      cached += round.cached_tokens;
-      each.push_back({{"step_ms", run->step_ms},
-                      {"gap_p99_ms", run->gap_p99_ms},
-                      {"ttft_median_ms", run->ttft_median_ms},
-                      {"ttft_last_ms", run->ttft_last_ms},
-                      {"window_seconds", run->window_s}});
-    }
-    const double step_ms = MedianOf(runs, &LatencyRun::step_ms);
-    const ClientCost cost = CostOf(rounds);
-    Json object = {{"batch", batch},
-                   {"step_ms", step_ms},
-                   {"gap_p99_ms", MedianOf(runs, &LatencyRun::gap_p99_ms)},
-                   {"ttft_median_ms", MedianOf(runs, &LatencyRun::ttft_median_ms)},
-                   {"ttft_last_ms", MedianOf(runs, &LatencyRun::ttft_last_ms)},
-                   {"tokens_per_second", batch * 1e3 / step_ms},
-                   {"client_us_per_token", cost.us_per_token},
-                   {"client_cores", cost.cores},
-                   {"cached_prompt_tokens", cached}};
-    std::string floor = "-", ratio = "-";
-    if (target.floor) {
-      // The context grows while it is measured: its middle.
-      const double context = flags.context + flags.output / 2.0;
-      const double floor_ms = target.floor->DecodeSeconds(batch, context) * 1e3;
-      object["floor_ms"] = floor_ms;
-      object["ratio"] = step_ms / floor_ms;
-      object["floor_bytes"] = target.floor->DecodeBytes(batch, context);
-      floor = absl::StrFormat("%.3f", floor_ms);
-      ratio = absl::StrFormat("%.2f", step_ms / floor_ms);
-    }
-    object["runs"] = each;
-    cases_.push_back(object);
-    absl::StrAppendFormat(&table_, kHead, absl::StrCat(batch), absl::StrFormat("%.3f", step_ms),
-                          absl::StrFormat("%.3f", MedianOf(runs, &LatencyRun::gap_p99_ms)), floor,
-                          ratio, absl::StrFormat("%.0f", batch * 1e3 / step_ms),
-                          absl::StrFormat("%.1f", MedianOf(runs, &LatencyRun::ttft_median_ms)),
-                          absl::StrFormat("%.1f", MedianOf(runs, &LatencyRun::ttft_last_ms)),
-                          absl::StrFormat("%.2f", cost.us_per_token));
-    if (cached > 0) {
-      absl::StrAppendFormat(&table_, "       %d prompt tokens came from the prefix cache\n",
-                            cached);
-    }
-    return absl::OkStatus();
+// What the runs of one batch size say.
+Json Case(const LatencyFlags& flags, const BenchTarget& target, uint32_t batch,
+          const std::vector<LatencyRun>& runs, const std::vector<Round>& rounds) {
+  const double step_ms = MedianOf(runs, &LatencyRun::step_ms);
+  const ClientCost cost = CostOf(rounds);
+  uint64_t cached = 0;
+  for (const Round& round : rounds) cached += round.cached_tokens;
+  Json object = {{"batch", batch},
+                 {"step_ms", step_ms},
+                 {"gap_p99_ms", MedianOf(runs, &LatencyRun::gap_p99_ms)},
+                 {"ttft_median_ms", MedianOf(runs, &LatencyRun::ttft_median_ms)},
+                 {"ttft_last_ms", MedianOf(runs, &LatencyRun::ttft_last_ms)},
+                 {"tokens_per_second", batch * 1e3 / step_ms},
+                 {"client_us_per_token", cost.us_per_token},
+                 {"client_cores", cost.cores},
+                 {"cached_prompt_tokens", cached}};
+  if (target.floor) {
+    // The context grows while it is measured: its middle.
+    const double context = flags.context + flags.output / 2.0;
+    const double floor_ms = target.floor->DecodeSeconds(batch, context) * 1e3;
+    object["floor_ms"] = floor_ms;
+    object["ratio"] = step_ms / floor_ms;
+    object["floor_bytes"] = target.floor->DecodeBytes(batch, context);
   }
+  object["runs"] = RunsJson(runs);
+  return object;
+}
 
-  const std::string& table() const { return table_; }
-  const Json& cases() const { return cases_; }
+std::string CaseLine(const Json& object) {
+  const auto number = [&](const char* key, const char* format) {
+    if (!object.contains(key)) return std::string("-");
+    return absl::StrFormat(*absl::ParsedFormat<'f'>::New(format), object[key].get<double>());
+  };
+  std::string line = absl::StrFormat(
+      kRow, absl::StrCat(object["batch"].get<uint32_t>()), number("step_ms", "%.3f"),
+      number("gap_p99_ms", "%.3f"), number("floor_ms", "%.3f"), number("ratio", "%.2f"),
+      number("tokens_per_second", "%.0f"), number("ttft_median_ms", "%.1f"),
+      number("ttft_last_ms", "%.1f"), number("client_us_per_token", "%.2f"));
+  return line + CachedLine(object);
+}
 
- private:
-  static constexpr char kHead[] = "%5s  %9s  %9s  %9s  %5s  %9s  %9s  %9s  %13s\n";
-  std::string table_;
-  Json cases_ = Json::array();
-};
+absl::StatusOr<Json> MeasureCase(const LatencyFlags& flags, uint32_t batch, BenchSession* session) {
+  const absl::StatusOr<std::vector<Round>> rounds =
+      session->Measure(absl::StrCat("batch ", batch), batch, {flags.context, flags.output});
+  if (!rounds.ok()) return rounds.status();
+  std::vector<LatencyRun> runs;
+  for (const Round& round : *rounds) {
+    const absl::StatusOr<LatencyRun> run = Evaluate(round);
+    if (!run.ok()) {
+      return absl::Status(run.status().code(),
+                          absl::StrCat("batch ", batch, ": ", std::string(run.status().message())));
+    }
+    runs.push_back(*run);
+  }
+  return Case(flags, session->target(), batch, runs, *rounds);
+}
 
 }  // namespace
 
@@ -136,26 +137,25 @@ absl::Status RunLatencyBench(const LatencyFlags& flags) {
     return absl::Status(fits.code(),
                         absl::StrCat(std::string(fits.message()), ", or lower --batch"));
   }
-  Report report;
+  const BenchOutput output(flags.bench);
+  output.Text(TargetLine(target));
+  output.Text(absl::StrFormat("decoding at %u to %u tokens of context; median of %u runs\n\n",
+                              flags.context, flags.context + flags.output, flags.bench.runs));
+  output.Text(absl::StrFormat(kRow, "batch", "step ms", "p99 gap", "floor", "ratio", "tok/s",
+                              "TTFT med", "TTFT last", "client us/tok"));
+  Json report = {{"bench", "latency"},
+                 {"target", DescribeTarget(flags.bench, target)},
+                 {"prompt_tokens", flags.context},
+                 {"output_tokens", flags.output},
+                 {"cases", Json::array()}};
   for (const uint32_t batch : flags.batches) {
-    const absl::StatusOr<std::vector<Round>> rounds =
-        (*session)->Measure(absl::StrCat("batch ", batch), batch, {flags.context, flags.output});
-    if (!rounds.ok()) return rounds.status();
-    if (absl::Status added = report.Add(flags, target, batch, *rounds); !added.ok()) {
-      return absl::Status(added.code(),
-                          absl::StrCat("batch ", batch, ": ", std::string(added.message())));
-    }
+    const absl::StatusOr<Json> measured = MeasureCase(flags, batch, session->get());
+    if (!measured.ok()) return measured.status();
+    output.Text(CaseLine(*measured));
+    report["cases"].push_back(*measured);
+    if (absl::Status saved = output.Save(report); !saved.ok()) return saved;
   }
-  const Json json = {{"bench", "latency"},
-                     {"target", DescribeTarget(flags.bench, target)},
-                     {"prompt_tokens", flags.context},
-                     {"output_tokens", flags.output},
-                     {"cases", report.cases()}};
-  const std::string head =
-      TargetLine(target) +
-      absl::StrFormat("decoding at %u to %u tokens of context; median of %u runs\n\n",
-                      flags.context, flags.context + flags.output, flags.bench.runs);
-  return WriteReport(flags.bench, json, head + report.table());
+  return output.Finish(report);
 }
 
 }  // namespace lockstep

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,50 @@ absl::StatusOr<Case> ParseCase(const std::string& text) {
       absl::StrCat("--prompts: \"", text, "\" is not prompts x tokens, as in 64x1024"));
 }
 
+constexpr char kRow[] = "%10s  %10s  %10s  %10s  %5s  %14s\n";
+
+std::string Name(const Case& each) { return absl::StrCat(each.count, "x", each.tokens); }
+
+absl::StatusOr<Json> MeasureCase(const Case& each, BenchSession* session) {
+  const absl::StatusOr<std::vector<Round>> rounds =
+      session->Measure(Name(each), each.count, {each.tokens, 1});
+  if (!rounds.ok()) return rounds.status();
+  std::vector<double> medians, lasts;
+  uint64_t cached = 0;
+  for (const Round& round : *rounds) {
+    std::vector<double> first;
+    for (const RequestLog& log : round.logs) first.push_back(log.first_token_s() * 1e3);
+    medians.push_back(Median(first));
+    lasts.push_back(round.last_first_token_s() * 1e3);
+    cached += round.cached_tokens;
+  }
+  const double last_ms = Median(lasts);
+  Json object = {{"prompts", each.count},
+                 {"tokens", each.tokens},
+                 {"ttft_median_ms", Median(medians)},
+                 {"ttft_last_ms", last_ms},
+                 {"prompt_tokens_per_second", double{1} * each.count * each.tokens / last_ms * 1e3},
+                 {"cached_prompt_tokens", cached}};
+  if (const std::optional<Floor>& floor = session->target().floor) {
+    const double floor_ms = floor->PrefillSeconds(each.count, each.tokens) * 1e3;
+    object["floor_ms"] = floor_ms;
+    object["ratio"] = last_ms / floor_ms;
+  }
+  object["runs_ttft_last_ms"] = lasts;
+  return object;
+}
+
+std::string CaseLine(const Case& each, const Json& object) {
+  const auto number = [&](const char* key, const char* format) {
+    if (!object.contains(key)) return std::string("-");
+    return absl::StrFormat(*absl::ParsedFormat<'f'>::New(format), object[key].get<double>());
+  };
+  return absl::StrFormat(kRow, Name(each), number("ttft_median_ms", "%.2f"),
+                         number("ttft_last_ms", "%.2f"), number("floor_ms", "%.2f"),
+                         number("ratio", "%.2f"), number("prompt_tokens_per_second", "%.0f")) +
+         CachedLine(object);
+}
+
 }  // namespace
 
 absl::Status RunPrefillBench(const PrefillFlags& flags) {
@@ -55,55 +100,23 @@ absl::Status RunPrefillBench(const PrefillFlags& flags) {
     }
   }
 
-  constexpr char kRow[] = "%10s  %10s  %10s  %10s  %5s  %14s\n";
-  std::string table =
-      absl::StrFormat(kRow, "prompts", "TTFT med", "TTFT last", "floor", "ratio", "prompt tok/s");
-  Json results = Json::array();
+  const BenchOutput output(flags.bench);
+  output.Text(TargetLine(target));
+  output.Text(
+      absl::StrFormat("milliseconds to the first token; median of %u runs\n\n", flags.bench.runs));
+  output.Text(
+      absl::StrFormat(kRow, "prompts", "TTFT med", "TTFT last", "floor", "ratio", "prompt tok/s"));
+  Json report = {{"bench", "prefill"},
+                 {"target", DescribeTarget(flags.bench, target)},
+                 {"cases", Json::array()}};
   for (const Case& each : cases) {
-    const std::string name = absl::StrCat(each.count, "x", each.tokens);
-    const absl::StatusOr<std::vector<Round>> rounds =
-        (*session)->Measure(name, each.count, {each.tokens, 1});
-    if (!rounds.ok()) return rounds.status();
-    std::vector<double> medians, lasts;
-    uint64_t cached = 0;
-    for (const Round& round : *rounds) {
-      std::vector<double> first;
-      for (const RequestLog& log : round.logs) first.push_back(log.first_token_s() * 1e3);
-      medians.push_back(Median(first));
-      lasts.push_back(round.last_first_token_s() * 1e3);
-      cached += round.cached_tokens;
-    }
-    const double last_ms = Median(lasts);
-    const double rate = each.count * each.tokens / (last_ms * 1e-3);
-    Json object = {{"prompts", each.count},
-                   {"tokens", each.tokens},
-                   {"ttft_median_ms", Median(medians)},
-                   {"ttft_last_ms", last_ms},
-                   {"prompt_tokens_per_second", rate},
-                   {"cached_prompt_tokens", cached}};
-    std::string floor = "-", ratio = "-";
-    if (target.floor) {
-      const double floor_ms = target.floor->PrefillSeconds(each.count, each.tokens) * 1e3;
-      object["floor_ms"] = floor_ms;
-      object["ratio"] = last_ms / floor_ms;
-      floor = absl::StrFormat("%.2f", floor_ms);
-      ratio = absl::StrFormat("%.2f", last_ms / floor_ms);
-    }
-    object["runs_ttft_last_ms"] = lasts;
-    results.push_back(object);
-    absl::StrAppendFormat(&table, kRow, name, absl::StrFormat("%.2f", Median(medians)),
-                          absl::StrFormat("%.2f", last_ms), floor, ratio,
-                          absl::StrFormat("%.0f", rate));
-    if (cached > 0) {
-      absl::StrAppendFormat(&table, "       %d prompt tokens came from the prefix cache\n", cached);
-    }
+    const absl::StatusOr<Json> measured = MeasureCase(each, session->get());
+    if (!measured.ok()) return measured.status();
+    output.Text(CaseLine(each, *measured));
+    report["cases"].push_back(*measured);
+    if (absl::Status saved = output.Save(report); !saved.ok()) return saved;
   }
-  const Json json = {
-      {"bench", "prefill"}, {"target", DescribeTarget(flags.bench, target)}, {"cases", results}};
-  const std::string head =
-      TargetLine(target) +
-      absl::StrFormat("milliseconds to the first token; median of %u runs\n\n", flags.bench.runs);
-  return WriteReport(flags.bench, json, head + table);
+  return output.Finish(report);
 }
 
 }  // namespace lockstep

@@ -187,7 +187,9 @@ absl::Status RunServeBench(const ServeBenchFlags& flags) {
   if (!flags.html.empty()) {
     if (absl::Status written = WriteHtml(flags.html, report); !written.ok()) return written;
   }
-  return WriteReport(flags.bench, report, ServeTable(report));
+  const BenchOutput output(flags.bench);
+  output.Text(ServeTable(report));
+  return output.Finish(report);
 }
 
 }  // namespace lockstep

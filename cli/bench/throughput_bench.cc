@@ -78,10 +78,9 @@ absl::Status RunThroughputBench(const ThroughputFlags& flags) {
                         Median(per_token));
   absl::StrAppendFormat(&table, "client        %.2f us a token, %.2f cores\n", cost.us_per_token,
                         cost.cores);
-  if (cached > 0) {
-    absl::StrAppendFormat(&table, "%d prompt tokens came from the prefix cache\n", cached);
-  }
-  return WriteReport(flags.bench, json, table);
+  const BenchOutput output(flags.bench);
+  output.Text(table + CachedLine(json));
+  return output.Finish(json);
 }
 
 }  // namespace lockstep
