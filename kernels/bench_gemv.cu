@@ -2,8 +2,7 @@
 // over so many copies of the weights that no cache helps.
 //
 //   bench_gemv              GB/s of weights by shape and rows
-//   bench_gemv plans [M]    the same of every way to cut up the product with M rows
-//   bench_gemv fp8 [...]    e4m3 weights
+//   bench_gemv fp8          the same of e4m3 weights
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
@@ -15,7 +14,6 @@
 #include <vector>
 
 #include "kernels/gemv.h"
-#include "kernels/gemv_plan.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -100,8 +98,8 @@ class Bench {
     return args;
   }
 
-  // Microseconds a launch; plan: nullptr, or what to use instead of the default.
-  double Time(GemvArgs args, const SkinnyPlan* plan) {
+  // Microseconds a launch.
+  double Time(GemvArgs args) {
     const size_t bytes = size_t{static_cast<unsigned>(args.n)} * args.k * (fp8_ ? 1 : 2);
     const size_t step = (bytes + 255) / 256 * 256;
     const int copies = static_cast<int>(std::max<size_t>(1, kBytes / step));
@@ -112,7 +110,7 @@ class Bench {
     for (int i = 0; i < launches; ++i) {
       args.weights = static_cast<const char*>(weights_) + step * (i % copies);
       const Launch launch = {stream_, true};
-      CHECK_CUDA(plan == nullptr ? Gemv(launch, args) : GemvWithPlan(launch, args, *plan));
+      CHECK_CUDA(Gemv(launch, args));
     }
     CHECK_CUDA(cudaStreamEndCapture(stream_, &graph));
     CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
@@ -131,8 +129,8 @@ class Bench {
     std::sort(times.begin(), times.end());
     return times[times.size() / 2] * 1e3 / launches;
   }
-  double GbPerSecond(const GemvArgs& args, const SkinnyPlan* plan) {
-    return double(args.n) * args.k * (fp8_ ? 1 : 2) / Time(args, plan) * 1e-3;
+  double GbPerSecond(const GemvArgs& args) {
+    return double(args.n) * args.k * (fp8_ ? 1 : 2) / Time(args) * 1e-3;
   }
 
  private:
@@ -150,7 +148,7 @@ void Table(Bench& bench) {
     double first = 0, last = 0;
     for (int m : {1, 2, 4, 8, 16}) {
       const GemvArgs args = bench.Args(shape, m);
-      last = bench.GbPerSecond(args, nullptr);
+      last = bench.GbPerSecond(args);
       if (m == 1) first = last;
       std::printf(" %5.0f", last);
     }
@@ -160,33 +158,12 @@ void Table(Bench& bench) {
   }
 }
 
-void Plans(Bench& bench, int m) {
-  for (const Shape& shape : kShapes) {
-    const GemvArgs args = bench.Args(shape, m);
-    std::printf("%5d x %5d:", shape.n, shape.k);
-    for (int cluster : {1, 2, 4, 8}) {
-      for (int split : {1, 2, 4, 8}) {
-        const SkinnyPlan plan = PlanSkinny(args, 132, cluster, split);
-        if (plan.pieces < 2) continue;
-        std::printf("  %d/%d %.0f", cluster, split, bench.GbPerSecond(args, &plan));
-      }
-    }
-    std::printf("\n");
-    std::fflush(stdout);
-  }
-}
-
 }  // namespace
 }  // namespace lockstep::kernels
 
 int main(int argc, char** argv) {
   const bool fp8 = argc > 1 && std::strcmp(argv[1], "fp8") == 0;
-  if (fp8) --argc, ++argv;
   lockstep::kernels::Bench bench(fp8);
-  if (argc > 1 && std::strcmp(argv[1], "plans") == 0) {
-    lockstep::kernels::Plans(bench, argc > 2 ? std::atoi(argv[2]) : 16);
-  } else {
-    lockstep::kernels::Table(bench);
-  }
+  lockstep::kernels::Table(bench);
   return 0;
 }

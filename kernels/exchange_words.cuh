@@ -72,47 +72,61 @@ __device__ __forceinline__ void PushWords(const ExchangeWords& e, int turn, int 
 
 __device__ __noinline__ inline void TrapWithoutRank(const ExchangeWords& e, int rank) {
   if (e.fault != nullptr) {
-    volatile PeerFault* fault = e.fault;
-    fault->exchange = e.number;
-    fault->rank = static_cast<uint32_t>(rank);
-    fault->block = blockIdx.x;
+    StoreShared(reinterpret_cast<uint4*>(e.fault),
+                {static_cast<uint32_t>(PeerWait::kPushedPartial), e.number,
+                 static_cast<uint32_t>(rank), blockIdx.x});
     __threadfence_system();
-    *reinterpret_cast<volatile uint32_t*>(&e.fault->code) =
-        static_cast<uint32_t>(PeerWait::kPushedPartial);
-    __threadfence_system();
+  } else if (threadIdx.x == 0) {
+    printf("lockstep: rank %d block %d: nothing of exchange %u from rank %d\n", e.rank,
+           static_cast<int>(blockIdx.x), e.number, rank);
   }
-  printf("lockstep: rank %d block %d: nothing of exchange %u from rank %d\n", e.rank,
-         static_cast<int>(blockIdx.x), e.number, rank);
   __trap();
 }
 
-// Waits for vector v of every rank and adds them up in rank order.
-template <typename T>
-__device__ __forceinline__ void SumOfRanks(const ExchangeWords& e, int v, float (&sum)[8]) {
-  uint4 words[kMaxPeers];
+// Waits for vectors first, first + stride, ... below `end`, N at most, of every rank
+// and adds each up in rank order.
+template <typename T, int N>
+__device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, int first, int stride, int end,
+                                            float (&sums)[N][8]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sums[i][k] = 0.0f;
+  }
+  const uint4* const from = e.base[e.rank] + ExchangeIndex(e, e.number, 0, 0);
+  uint4 words[N][kMaxPeers];
   Patience patience(e.patience_ns);
   for (;;) {
     int missing = -1;
 #pragma unroll
-    for (int r = 0; r < kMaxPeers; ++r) {
-      if (r < e.size) words[r] = LoadShared(e.base[e.rank] + ExchangeIndex(e, e.number, r, v));
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+      for (int r = 0; r < kMaxPeers; ++r) {
+        const int v = first + i * stride;
+        if (r < e.size && v < end) words[i][r] = LoadShared(from + r * e.vectors + v);
+      }
     }
 #pragma unroll
-    for (int r = 0; r < kMaxPeers; ++r) {
-      if (r < e.size && !Arrived(words[r])) missing = r;
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+      for (int r = 0; r < kMaxPeers; ++r) {
+        if (r < e.size && first + i * stride < end && !Arrived(words[i][r])) missing = r;
+      }
     }
     if (missing < 0) break;
     if (patience.Exhausted()) TrapWithoutRank(e, missing);
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
+  for (int i = 0; i < N; ++i) {
+    if (first + i * stride >= end) break;
 #pragma unroll
-  for (int r = 0; r < kMaxPeers; ++r) {
-    if (r >= e.size) break;
-    float f[8];
-    UnpackVector<T>(words[r], f);
+    for (int r = 0; r < kMaxPeers; ++r) {
+      if (r >= e.size) break;
+      float f[8];
+      UnpackVector<T>(words[i][r], f);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] += f[i];
+      for (int k = 0; k < 8; ++k) sums[i][k] += f[k];
+    }
   }
 }
 
@@ -121,7 +135,7 @@ __device__ __forceinline__ void SumOfRanks(const ExchangeWords& e, int v, float 
 // writes it before having read what this rank pushes next.
 __device__ __forceinline__ void ClearPreviousSlot(const ExchangeWords& e) {
   uint4* slot = e.base[e.rank] + ExchangeIndex(e, e.number + kExchangeSlots - 1, 0, 0);
-  const int threads = kGemvWarps * 32;
+  constexpr int threads = kGemvThreads;
   for (int i = blockIdx.x * threads + threadIdx.x; i < e.size * e.vectors;
        i += threads * static_cast<int>(gridDim.x))
     StoreShared(slot + i, {kAbsentWord, kAbsentWord, kAbsentWord, kAbsentWord});

@@ -31,8 +31,6 @@ int SmCount() {
   return count;
 }
 
-SkinnyPlan DefaultSkinny(const GemvArgs& args) { return PlanSkinny(args, SmCount(), 0, 0); }
-
 bool SupportsExchange(const GemvArgs& args) {
   const bool reduce = args.prologue == GemvPrologue::kReduce;
   const bool push = args.epilogue == GemvEpilogue::kPush;
@@ -47,43 +45,34 @@ bool SupportsExchange(const GemvArgs& args) {
 }
 
 template <typename W, typename T>
-cudaError_t Launch2(const Launch& launch, const GemvArgs& args, const SkinnyPlan* skinny) {
-  if (skinny != nullptr) return LaunchSkinny<W, T>(launch, args, *skinny);
-  return LaunchRow<W, T>(launch, args, PlanRow(args, SmCount()));
-}
-
-cudaError_t LaunchTyped(const Launch& launch, const GemvArgs& args, const SkinnyPlan* skinny) {
-  const bool bf16 = args.type == Type::kBF16;
-  if (args.weight_type == Type::kE4M3) {
-    return bf16 ? Launch2<__nv_fp8_e4m3, __nv_bfloat16>(launch, args, skinny)
-                : Launch2<__nv_fp8_e4m3, __half>(launch, args, skinny);
-  }
-  return bf16 ? Launch2<__nv_bfloat16, __nv_bfloat16>(launch, args, skinny)
-              : Launch2<__half, __half>(launch, args, skinny);
+cudaError_t LaunchAs(const Launch& launch, const GemvArgs& args) {
+  if (args.m == 1) return LaunchRow<W, T>(launch, args, PlanRow(args, SmCount()));
+  return LaunchSkinny<W, T>(launch, args, PlanSkinny(args, SmCount()));
 }
 
 }  // namespace
 
 RowPlan PlanRow(const GemvArgs& args, int sm_count) {
   const int weight_bytes = static_cast<int>(TypeBytes(args.weight_type));
-  const int unit_vectors = weight_bytes == 2 ? 4 : 2;    // the smallest capacity
+  const int largest = weight_bytes == 2 ? 16 : 8;        // capacity: 128 registers of x
   const int pieces = DivUp(args.k * weight_bytes, 512);  // of 32 lanes x 16 bytes
   RowPlan plan;
   plan.unit = args.epilogue == GemvEpilogue::kPush ? 8 : IsGate(args) ? 2 : 1;
-  // More warps along K only where x would not fit the smallest capacity otherwise.
-  while (plan.split < kGemvWarps && DivUp(pieces, plan.split) > unit_vectors) plan.split *= 2;
-  int vectors = unit_vectors;
-  while (vectors * plan.split < pieces) vectors *= 2;
-  if (vectors > 4 * unit_vectors) return plan;
+  while (plan.split < kGemvWarps && DivUp(pieces, plan.split) > largest) plan.split *= 2;
+  int vectors = largest;
+  while (vectors > largest / 4 && vectors / 2 * plan.split >= pieces) vectors /= 2;
+  if (vectors * plan.split < pieces) return plan;
 
-  const size_t x_bytes = args.prologue == GemvPrologue::kPlain ? 0 : size_t{2} * args.k;
-  const size_t rest = x_bytes + sizeof(float) * plan.split * kRowChunk;
-  plan.stage_bytes = static_cast<size_t>(kGemvWarps / plan.split) * args.k * weight_bytes;
-  const size_t room = kMaxGemvShared - rest;
-  const size_t wanted = std::max<size_t>(3, (size_t{160} << 10) / plan.stage_bytes);
-  plan.stages =
-      static_cast<int>(std::min<size_t>({wanted, room / plan.stage_bytes, kMaxGemvStages}));
-  if (plan.stages < 2) return plan;
+  const size_t rest = size_t{2} * args.k + sizeof(float) * plan.split * kRowChunk;
+  plan.stage_bytes = static_cast<size_t>(kStageVectors / vectors) * args.k * weight_bytes;
+  const int groups = kGemvWarps / plan.split;
+  // A deeper ring would not be faster, but delay x behind the weights; and no fewer
+  // than three stages, where one is large.
+  const size_t wanted = std::max<size_t>(3 * plan.stage_bytes, size_t{144} << 10);
+  plan.stages = static_cast<int>(
+      std::min<size_t>(std::min(wanted, kMaxGemvShared - rest) / plan.stage_bytes, kMaxGemvStages));
+  plan.stages = plan.stages / groups * groups;
+  if (plan.stages == 0) return plan;
   plan.shared_bytes = std::max(kMinGemvShared, plan.stages * plan.stage_bytes + rest);
   const int limit = args.max_blocks > 0 ? std::min(args.max_blocks, sm_count) : sm_count;
   plan.blocks = std::min(limit, args.n / plan.unit);
@@ -91,39 +80,22 @@ RowPlan PlanRow(const GemvArgs& args, int sm_count) {
   return plan;
 }
 
-SkinnyPlan PlanSkinny(const GemvArgs& args, int sm_count, int cluster, int split) {
+SkinnyPlan PlanSkinny(const GemvArgs& args, int sm_count) {
   const int weight_bytes = static_cast<int>(TypeBytes(args.weight_type));
   const int pieces = args.k * weight_bytes / 64;
-  const int large = weight_bytes == 2 ? 16 : 8;
+  const int capacity = weight_bytes == 2 ? kSkinnyPieces : kSkinnyPieces / 2;
   SkinnyPlan plan;
-  if (cluster == 0) {
-    cluster = 1;
-    while (cluster < 8 && DivUp(pieces, cluster * kGemvWarps) > large) cluster *= 2;
-  }
-  if (split == 0) {
-    split = 1;
-    while (split < kGemvWarps && DivUp(pieces, cluster * split) > large) split *= 2;
-  }
-  plan.cluster = cluster;
-  plan.split = split;
-  const int per_warp = DivUp(pieces, cluster * split);
-  if (per_warp > large) return plan;
-  plan.capacity = per_warp > large / 2 ? large : large / 2;
-
-  const int rows = args.m <= 8 ? 8 : 16;
-  plan.row_stride = static_cast<size_t>(per_warp | 1) * 64;
+  plan.phases = DivUp(pieces, kGemvWarps * capacity);
+  plan.pieces = DivUp(pieces, kGemvWarps * plan.phases);
+  plan.row_stride = static_cast<size_t>(plan.pieces | 1) * 64;
   plan.stage_bytes = 16 * plan.row_stride;
-  const size_t rest = sizeof(float) * 2 * kGemvWarps * rows * 20 +
-                      (cluster > 1 ? static_cast<size_t>(kSkinnySumBytes) : 0);
-  const size_t room = std::min<size_t>(kMaxGemvShared - rest, size_t{172} << 10);
-  plan.stages = static_cast<int>(std::min<size_t>(room / plan.stage_bytes, kMaxGemvStages));
-  plan.shared_bytes = std::max(kMinGemvShared, plan.stages * plan.stage_bytes + rest);
-  int limit = args.max_blocks > 0 ? std::min(args.max_blocks, sm_count) : sm_count;
-  limit /= cluster;
-  // Fewer stages than warps would let a warp run into a stage's next but one use.
-  if (limit < 1 || plan.stages < kGemvWarps) return plan;
-  plan.blocks = std::min(limit, DivUp(args.n, 16)) * cluster;
-  plan.pieces = per_warp;
+  const size_t partial = sizeof(float) * 2 * kGemvWarps * (args.m <= 8 ? 8 : 16) * 20;
+  plan.depth = static_cast<int>(std::min<size_t>(
+      (kMaxGemvShared - partial) / (kGemvWarps * plan.stage_bytes), kMaxGemvStages / kGemvWarps));
+  plan.shared_bytes =
+      std::max(kMinGemvShared, kGemvWarps * plan.depth * plan.stage_bytes + partial);
+  const int limit = args.max_blocks > 0 ? std::min(args.max_blocks, sm_count) : sm_count;
+  plan.blocks = std::min(limit, DivUp(args.n, 16));
   return plan;
 }
 
@@ -160,23 +132,22 @@ bool GemvSupports(const GemvArgs& args) {
            PlanRow(args, SmCount()).vectors != 0;
   }
   return args.prologue == GemvPrologue::kPlain && args.epilogue != GemvEpilogue::kPush &&
-         args.k % (fp8 ? 64 : 32) == 0 && DefaultSkinny(args).pieces != 0;
+         args.k % (fp8 ? 64 : 32) == 0;
 }
 
 int GemvKeys(const GemvArgs& args) {
-  return args.m == 1 ? PlanRow(args, SmCount()).blocks : DefaultSkinny(args).blocks;
+  return args.m == 1 ? PlanRow(args, SmCount()).blocks : PlanSkinny(args, SmCount()).blocks;
 }
 
 cudaError_t Gemv(const Launch& launch, const GemvArgs& args) {
   if (!GemvSupports(args)) return cudaErrorInvalidValue;
-  if (args.m == 1) return LaunchTyped(launch, args, nullptr);
-  const SkinnyPlan plan = DefaultSkinny(args);
-  return LaunchTyped(launch, args, &plan);
-}
-
-cudaError_t GemvWithPlan(const Launch& launch, const GemvArgs& args, const SkinnyPlan& plan) {
-  if (plan.pieces == 0) return cudaErrorInvalidValue;
-  return LaunchTyped(launch, args, &plan);
+  const bool bf16 = args.type == Type::kBF16;
+  if (args.weight_type == Type::kE4M3) {
+    return bf16 ? LaunchAs<__nv_fp8_e4m3, __nv_bfloat16>(launch, args)
+                : LaunchAs<__nv_fp8_e4m3, __half>(launch, args);
+  }
+  return bf16 ? LaunchAs<__nv_bfloat16, __nv_bfloat16>(launch, args)
+              : LaunchAs<__half, __half>(launch, args);
 }
 
 }  // namespace lockstep::kernels

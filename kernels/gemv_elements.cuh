@@ -69,11 +69,6 @@ __device__ __forceinline__ uint4 PackVector(const float (&v)[8]) {
           PackPair<T>(v[6], v[7])};
 }
 
-// The warps that compute, without the one that requests weights.
-__device__ __forceinline__ void ComputeBarrier() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kGemvWarps * 32) : "memory");
-}
-
 __device__ __forceinline__ float Gated(GemvEpilogue epilogue, float gate, float up) {
   if (epilogue == GemvEpilogue::kSiluGate) return gate / (1.0f + __expf(-gate)) * up;
   const float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
@@ -86,6 +81,17 @@ __device__ __forceinline__ uint64_t LogitKey(float value, int id) {
   const uint32_t bits = __float_as_uint(value + 0.0f);  // -0 and 0 are equals
   const uint32_t ordered = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
   return static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(id);
+}
+
+// Loads the kernel, and settles how an SM divides its memory: an SM that changes
+// that between two kernels first runs empty.
+template <typename Kernel>
+cudaError_t AllowShared(Kernel* kernel) {
+  const cudaError_t status = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxGemvShared));
+  if (status != cudaSuccess) return status;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
 }
 
 }  // namespace lockstep::kernels

@@ -1,10 +1,13 @@
 // The product with one row. Every block owns a contiguous stretch of weight rows
 // and streams it, whole rows at a time, through a ring of stages:
 //
-//   producer warp   requests all stages at once, then each one as it is released
-//   8 warps         warp = (row within the stage, part of K); 16-byte reads, fp32
-//                   multiply-adds with x in registers, one partial sum a row
-//   epilogue        every kRowChunk rows: partial sums added in order of K
+//   `split` warps share the K of a row; so there are 8 / split groups, and stage i is
+//   group i % groups's, which asks for the slot's next stage when it has read it.
+//   Groups do not wait for each other: that, and x in registers as fp32, makes them
+//   fast enough to empty a full ring in a microsecond once x is there.
+//
+//   Per warp and stage: kStageVectors 16-byte reads a lane, R rows, S vectors of each.
+//   Every kRowChunk rows: partial sums added in order of K, epilogue.
 //
 // Bytes moved: n * k * sizeof(W), x and the outputs are noise. Checked against a
 // double reference in tests/kernels/gemv_test.cu.
@@ -22,8 +25,9 @@ struct RowParams {
   const uint8_t* weights;
   const float* scales;
   int n, k;
-  int unit;  // rows that stay in one block: 1, of a gate 2, of a push 8
-  int split_log2, stages;
+  int unit;              // rows that stay in one block: 1, of a gate 2, of a push 8
+  int share, remainder;  // units of a block; the first `remainder` blocks have one more
+  int split_log2, stages, stage_rows;
   uint32_t stage_bytes, row_bytes;
 
   GemvPrologue prologue;
@@ -44,7 +48,7 @@ struct RowParams {
 
 namespace row {
 
-// Shared memory: ring | x as T (unless plain) | partial sums.
+// Shared memory: ring | x as T | partial sums.
 struct Shared {
   uint8_t* ring;
   uint4* x;
@@ -58,103 +62,145 @@ struct Stretch {
 
 // Pieces of x that a lane multiplies: vector s of warp part `wk` is number
 // (wk * S + s) * 32 + lane of the row.
-template <typename W, int S>
+template <int S>
 __device__ __forceinline__ int VectorOf(int wk, int s) {
   return (wk * S + s) * 32 + static_cast<int>(threadIdx.x % 32);
 }
 
-template <typename W, typename T, int S>
-__device__ __forceinline__ void LoadPlain(const RowParams& p, int wk,
-                                          float (&x)[S][kPerVector<W>]) {
-  constexpr int kParts = kPerVector<W> / 8;  // 16-byte pieces of x for one of weights
-  const int vectors = p.k / kPerVector<W>;
-  const uint4* from = static_cast<const uint4*>(p.x);
-  WaitForPrevious();
-  uint4 raw[S][kParts];
+// What a thread asks for at a time: behind the weights that every SM has requested, an
+// answer takes a microsecond or two, so there is one wait for all of a usual row.
+inline constexpr int kXBatch = 4;
+inline constexpr int kReduceBatch = 2;  // of all ranks
+
+__device__ __forceinline__ int XVector(int first, int i) {
+  return first + i * kGemvThreads + static_cast<int>(threadIdx.x);
+}
+
+template <int N>
+__device__ __forceinline__ void LoadBatch(const uint4* from, int first, int end,
+                                          uint4 (&batch)[N]) {
 #pragma unroll
-  for (int s = 0; s < S; ++s) {
-    const int v = VectorOf<W, S>(wk, s);
+  for (int i = 0; i < N; ++i)
+    batch[i] = XVector(first, i) < end ? __ldcg(from + XVector(first, i)) : uint4{};
+}
+
+// The same of the sum over ranks plus residual, which also goes to residual_out.
+template <typename T, int N>
+__device__ __forceinline__ void ReduceBatch(const RowParams& p, int first, int end,
+                                            uint4 (&batch)[N]) {
+  float sum[N][8];
+  SumsOfRanks<T, N>(p.exchange, XVector(first, 0), kGemvThreads, end, sum);
+  // Not before: the arrival of the sums says that this is complete.
+  LoadBatch(static_cast<const uint4*>(p.residual_in), first, end, batch);
 #pragma unroll
-    for (int i = 0; i < kParts; ++i)
-      raw[s][i] = v < vectors ? __ldcg(from + v * kParts + i) : uint4{};
-  }
+  for (int i = 0; i < N; ++i) {
+    const int v = XVector(first, i);
+    if (v >= end) break;
+    float residual[8];
+    UnpackVector<T>(batch[i], residual);
 #pragma unroll
-  for (int s = 0; s < S; ++s) {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      float f[8];
-      UnpackVector<T>(raw[s][i], f);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) x[s][i * 8 + e] = f[e];
-    }
+    for (int e = 0; e < 8; ++e) sum[i][e] += residual[e];
+    batch[i] = PackVector<T>(sum[i]);
+    if (v % static_cast<int>(gridDim.x) == static_cast<int>(blockIdx.x))
+      static_cast<uint4*>(p.residual_out)[v] = batch[i];
   }
 }
 
-// Fills shared.x with the row to be normed and returns this thread's sum of squares.
-template <typename T>
-__device__ __forceinline__ float StageResidual(const RowParams& p, const Shared& shared) {
-  const uint4* from = static_cast<const uint4*>(p.residual_in);
+// Puts a batch into shared.x; returns the sum of its squares.
+template <typename T, int N>
+__device__ __forceinline__ float StoreBatch(const Shared& shared, int first, int end,
+                                            const uint4 (&batch)[N]) {
   float squares = 0.0f;
-  for (int v = threadIdx.x; v < p.k / 8; v += kGemvWarps * 32) {
-    float f[8];
-    uint4 packed;
-    if (p.prologue == GemvPrologue::kReduce) {
-      SumOfRanks<T>(p.exchange, v, f);
-      float residual[8];
-      UnpackVector<T>(__ldcg(from + v), residual);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) f[e] += residual[e];
-      packed = PackVector<T>(f);
-      if (v % static_cast<int>(gridDim.x) == static_cast<int>(blockIdx.x))
-        static_cast<uint4*>(p.residual_out)[v] = packed;
-    } else {
-      packed = __ldcg(static_cast<const uint4*>(p.x) + v);
-    }
-    UnpackVector<T>(packed, f);
+  for (int i = 0; i < N; ++i) {
+    const int v = XVector(first, i);
+    if (v >= end) break;
+    shared.x[v] = batch[i];
+    float f[8];
+    UnpackVector<T>(batch[i], f);
 #pragma unroll
     for (int e = 0; e < 8; ++e) squares = __fmaf_rn(f[e], f[e], squares);
-    shared.x[v] = packed;
   }
   return squares;
 }
 
+// Fills shared.x with the row that meets the weights, before any norm, and returns
+// this thread's sum of its squares.
+template <typename T>
+__device__ __forceinline__ float StageX(const RowParams& p, const Shared& shared) {
+  const int end = p.k / 8;
+  float squares = 0.0f;
+  if (p.prologue == GemvPrologue::kReduce) {
+    for (int first = 0; first < end; first += kReduceBatch * kGemvThreads) {
+      uint4 batch[kReduceBatch];
+      ReduceBatch<T>(p, first, end, batch);
+      squares += StoreBatch<T>(shared, first, end, batch);
+    }
+  } else {
+    for (int first = 0; first < end; first += kXBatch * kGemvThreads) {
+      uint4 batch[kXBatch];
+      LoadBatch(static_cast<const uint4*>(p.x), first, end, batch);
+      squares += StoreBatch<T>(shared, first, end, batch);
+    }
+  }
+  return squares;
+}
+
+// 1 / rms of the row, from every thread's squares; the barrier also publishes shared.x.
+__device__ __forceinline__ float InverseRms(const RowParams& p, float squares, float* scratch) {
+  squares = WarpSum(squares);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = squares;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kGemvWarps; ++w) total += scratch[w];
+  return rsqrtf(total / static_cast<float>(p.k) + p.eps);
+}
+
+// This warp's part of x, as it meets the weights.
 template <typename W, typename T, int S>
-__device__ __forceinline__ void LoadNormed(const RowParams& p, const Shared& shared, int wk,
-                                           float* scratch, float (&x)[S][kPerVector<W>]) {
-  constexpr int kParts = kPerVector<W> / 8;
+__device__ __forceinline__ void LoadX(const RowParams& p, const Shared& shared, int wk,
+                                      float* scratch, float (&x)[S][kPerVector<W>]) {
+  constexpr int kParts = kPerVector<W> / 8;  // 16-byte pieces of x for one of weights
   const int vectors = p.k / kPerVector<W>;
-  uint4 weight[S][kParts];
+  const bool normed = p.prologue != GemvPrologue::kPlain;
+  uint4 weight[S][kParts];  // constants: on their way before the wait
 #pragma unroll
   for (int s = 0; s < S; ++s) {
-    const int v = VectorOf<W, S>(wk, s);
+    const int v = VectorOf<S>(wk, s);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      weight[s][i] =
-          v < vectors ? __ldg(static_cast<const uint4*>(p.norm_weight) + v * kParts + i) : uint4{};
+      const uint4* from = static_cast<const uint4*>(p.norm_weight) + v * kParts + i;
+      weight[s][i] = normed && v < vectors ? __ldg(from) : uint4{};
     }
   }
   // A reduction polls: what it reads has arrived when it has arrived, and everything
   // older is complete by then, since the kernel that pushed waited for it.
   if (p.prologue != GemvPrologue::kReduce) WaitForPrevious();
-  const float squares = WarpSum(StageResidual<T>(p, shared));
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = squares;
-  ComputeBarrier();
+  const float squares = StageX<T>(p, shared);
+  float scale = 1.0f;
+  if (normed) {
+    scale = InverseRms(p, squares, scratch);
+  } else {
+    __syncthreads();
+  }
   if (p.prologue == GemvPrologue::kReduce) ClearPreviousSlot(p.exchange);
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kGemvWarps; ++w) total += scratch[w];
-  const float scale = rsqrtf(total / static_cast<float>(p.k) + p.eps);
 #pragma unroll
   for (int s = 0; s < S; ++s) {
-    const int v = VectorOf<W, S>(wk, s);
+    const int v = VectorOf<S>(wk, s);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      float f[8], w[8];
+      float f[8];
       UnpackVector<T>(v < vectors ? shared.x[v * kParts + i] : uint4{}, f);
-      UnpackVector<T>(weight[s][i], w);
+      if (normed) {
+        float w[8];
+        UnpackVector<T>(weight[s][i], w);
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        x[s][i * 8 + e] = ToFloat(FromFloat<T>(f[e] * scale * (w[e] + p.weight_offset)));
+        for (int e = 0; e < 8; ++e)
+          f[e] = ToFloat(FromFloat<T>(f[e] * scale * (w[e] + p.weight_offset)));
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[s][i * 8 + e] = f[e];
     }
   }
 }
@@ -195,7 +241,7 @@ template <typename T>
 __device__ __forceinline__ void Epilogue(const RowParams& p, const Sums<T>& sum, int rows,
                                          uint64_t& key) {
   const int first = sum.first, tid = threadIdx.x;
-  constexpr int kStep = kGemvWarps * 32;
+  constexpr int kStep = kGemvThreads;
   switch (p.epilogue) {
     case GemvEpilogue::kStore:
       for (int r = tid; r < rows; r += kStep) {
@@ -240,7 +286,7 @@ __device__ __forceinline__ void StoreKey(uint64_t key, uint64_t* scratch, uint64
     key = other > key ? other : key;
   }
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = key;
-  ComputeBarrier();
+  __syncthreads();
   if (threadIdx.x != 0) return;
   for (int w = 1; w < kGemvWarps; ++w) key = scratch[w] > key ? scratch[w] : key;
   keys[blockIdx.x] = key;
@@ -248,19 +294,35 @@ __device__ __forceinline__ void StoreKey(uint64_t key, uint64_t* scratch, uint64
 
 __device__ __forceinline__ void Request(const RowParams& p, const Stretch& stretch, int stage,
                                         int slot, uint8_t* ring, uint64_t* full) {
-  const int per_stage = kGemvWarps >> p.split_log2;
-  const int rows = min(per_stage, stretch.rows - stage * per_stage);
-  const uint32_t bytes = rows * p.row_bytes;
+  const int first = stage * p.stage_rows;
+  const uint32_t bytes = min(p.stage_rows, stretch.rows - first) * p.row_bytes;
   BarrierArriveExpecting(full + slot, bytes);
-  BulkCopy(ring + static_cast<size_t>(slot) * p.stage_bytes,
-           p.weights + static_cast<size_t>(stretch.begin + stage * per_stage) * p.row_bytes, bytes,
+  BulkCopy(ring + slot * p.stage_bytes,
+           p.weights + static_cast<size_t>(stretch.begin + first) * p.row_bytes, bytes,
            full + slot);
+}
+
+// The products of R rows from one stage, complete in lane 0.
+template <typename W, int S, int R>
+__device__ __forceinline__ void ReadStage(const uint8_t* stage, uint32_t row_bytes, int vectors,
+                                          int wk, int rows, uint4 (&w)[R][S]) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int s = 0; s < S; ++s) {
+      const int v = VectorOf<S>(wk, s);
+      w[r][s] = r < rows && v < vectors
+                    ? *reinterpret_cast<const uint4*>(stage + r * row_bytes + v * 16)
+                    : uint4{};
+    }
+  }
 }
 
 }  // namespace row
 
 template <typename W, typename T, int S>
 __global__ void __launch_bounds__(kGemvThreads, 1) RowKernel(const __grid_constant__ RowParams p) {
+  constexpr int R = kStageVectors / S;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ uint64_t full[kMaxGemvStages], empty[kMaxGemvStages];
   __shared__ float norm_scratch[kGemvWarps];
@@ -268,82 +330,71 @@ __global__ void __launch_bounds__(kGemvThreads, 1) RowKernel(const __grid_consta
   TriggerDependents();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t units = p.n / p.unit;
+  const int block = static_cast<int>(blockIdx.x);
   row::Stretch stretch;
-  stretch.begin = static_cast<int>(blockIdx.x * units / gridDim.x) * p.unit;
-  stretch.rows = static_cast<int>((blockIdx.x + 1) * units / gridDim.x) * p.unit - stretch.begin;
-  const int per_stage = kGemvWarps >> p.split_log2;
-  const int num_stages = (stretch.rows + per_stage - 1) / per_stage;
+  stretch.begin = (block * p.share + min(block, p.remainder)) * p.unit;
+  stretch.rows = (p.share + (block < p.remainder ? 1 : 0)) * p.unit;
+  const int num_stages = (stretch.rows + R - 1) / R;
 
   row::Shared shared;
   shared.ring = dynamic;
-  shared.x = reinterpret_cast<uint4*>(dynamic + static_cast<size_t>(p.stages) * p.stage_bytes);
-  shared.sums =
-      reinterpret_cast<float*>(shared.x + (p.prologue == GemvPrologue::kPlain ? 0 : p.k / 8));
+  shared.x = reinterpret_cast<uint4*>(dynamic + p.stages * p.stage_bytes);
+  shared.sums = reinterpret_cast<float*>(shared.x + p.k / 8);
 
-  if (threadIdx.x == kGemvWarps * 32) {
-    for (int i = 0; i < p.stages; ++i) {
-      BarrierInit(full + i, 1);
-      BarrierInit(empty + i, kGemvWarps);
+  const int split = 1 << p.split_log2, groups = kGemvWarps >> p.split_log2;
+  if (warp == 0) {
+    if (lane < p.stages) {
+      BarrierInit(full + lane, 1);
+      BarrierInit(empty + lane, split);
     }
     FenceBarrierInit();
-    for (int i = 0; i < min(p.stages, num_stages); ++i)
-      row::Request(p, stretch, i, i, shared.ring, full);
+    __syncwarp();
+    if (lane < min(p.stages, num_stages)) row::Request(p, stretch, lane, lane, shared.ring, full);
   }
   __syncthreads();
 
-  if (warp == kGemvWarps) {
-    if (lane != 0) return;
-    int slot = 0;
-    uint32_t parity = 0;
-    for (int i = p.stages; i < num_stages; ++i) {
-      BarrierWait(empty + slot, parity, "gemv: a stage to be read");
-      row::Request(p, stretch, i, slot, shared.ring, full);
-      if (++slot == p.stages) slot = 0, parity ^= 1;
-    }
-    return;
-  }
-
-  const int wk = warp & ((1 << p.split_log2) - 1), wr = warp >> p.split_log2;
+  const int wk = warp & (split - 1), group = warp >> p.split_log2;
   float x[S][kPerVector<W>];
-  if (p.prologue == GemvPrologue::kPlain) {
-    row::LoadPlain<W, T, S>(p, wk, x);
-  } else {
-    row::LoadNormed<W, T, S>(p, shared, wk, norm_scratch, x);
-  }
+  row::LoadX<W, T, S>(p, shared, wk, norm_scratch, x);
 
   const int vectors = p.k / kPerVector<W>;
   uint64_t key = 0;
-  int slot = 0;
+  int slot = group, stage = group;
   uint32_t parity = 0;
   for (int begin = 0; begin < stretch.rows; begin += kRowChunk) {
     const int end = min(begin + kRowChunk, stretch.rows);
-    for (int base = begin; base < end; base += per_stage) {
+    for (; stage * R < end; stage += groups) {
+      const int first = stage * R, rows = end - first;
       BarrierWait(full + slot, parity, "gemv: weights");
-      const int r = base + wr;
-      uint4 w[S];
-      if (r < end) {
-        const uint4* from = reinterpret_cast<const uint4*>(
-            shared.ring + static_cast<size_t>(slot) * p.stage_bytes + wr * p.row_bytes);
-#pragma unroll
-        for (int s = 0; s < S; ++s) {
-          const int v = row::VectorOf<W, S>(wk, s);
-          w[s] = v < vectors ? from[v] : uint4{};
+      uint4 w[R][S];
+      row::ReadStage<W, S, R>(shared.ring + slot * p.stage_bytes, p.row_bytes, vectors, wk, rows,
+                              w);
+      __syncwarp();
+      if (lane == 0) {
+        if (split > 1) BarrierArrive(empty + slot);
+        if (wk == 0 && stage + p.stages < num_stages) {
+          if (split > 1) BarrierWait(empty + slot, parity, "gemv: a stage to be read");
+          row::Request(p, stretch, stage + p.stages, slot, shared.ring, full);
         }
       }
       __syncwarp();
-      if (lane == 0) BarrierArrive(empty + slot);
-      if (r < end) {
-        const float sum = WarpSum(row::Dot<W, S>(w, x));
-        if (lane == 0) shared.sums[wk * kRowChunk + r - begin] = sum;
+      float sum[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) sum[r] = row::Dot<W, S>(w[r], x);
+#pragma unroll
+      for (int r = 0; r < R; ++r) sum[r] = WarpSum(sum[r]);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (lane == r && r < rows) shared.sums[wk * kRowChunk + first - begin + r] = sum[r];
       }
-      if (++slot == p.stages) slot = 0, parity ^= 1;
+      slot += groups;
+      if (slot >= p.stages) slot -= p.stages, parity ^= 1;
     }
-    ComputeBarrier();
+    __syncthreads();
     // Outputs may be read still by a kernel before the one ahead.
     if (p.prologue == GemvPrologue::kReduce && begin == 0) WaitForPrevious();
     row::Epilogue<T>(p, {p, shared.sums, stretch.begin + begin}, end - begin, key);
-    if (end < stretch.rows) ComputeBarrier();
+    if (end < stretch.rows) __syncthreads();
   }
   if (p.epilogue == GemvEpilogue::kLogits && p.keys != nullptr)
     row::StoreKey(key, key_scratch, p.keys);
@@ -353,6 +404,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1) RowKernel(const __grid_consta
 template <typename W, typename T, typename Fn>
 cudaError_t WithRowKernel(int vectors, Fn fn) {
   constexpr int kUnit = sizeof(W) == 2 ? 4 : 2;
+  static_assert(kUnit * 4 <= kStageVectors);
   if (vectors == kUnit) return fn(RowKernel<W, T, kUnit>);
   if (vectors == 2 * kUnit) return fn(RowKernel<W, T, 2 * kUnit>);
   if (vectors == 4 * kUnit) return fn(RowKernel<W, T, 4 * kUnit>);
@@ -363,10 +415,8 @@ template <typename W, typename T>
 cudaError_t InitRow() {
   constexpr int kUnit = sizeof(W) == 2 ? 4 : 2;
   for (int vectors = kUnit; vectors <= 4 * kUnit; vectors *= 2) {
-    const cudaError_t status = WithRowKernel<W, T>(vectors, [](auto* kernel) {
-      return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(kMaxGemvShared));
-    });
+    const cudaError_t status =
+        WithRowKernel<W, T>(vectors, [](auto* kernel) { return AllowShared(kernel); });
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
@@ -380,6 +430,9 @@ cudaError_t LaunchRow(const Launch& launch, const GemvArgs& args, const RowPlan&
   p.n = args.n;
   p.k = args.k;
   p.unit = plan.unit;
+  p.share = args.n / plan.unit / plan.blocks;
+  p.remainder = args.n / plan.unit % plan.blocks;
+  p.stage_rows = kStageVectors / plan.vectors;
   while (1 << p.split_log2 < plan.split) ++p.split_log2;
   p.stages = plan.stages;
   p.stage_bytes = static_cast<uint32_t>(plan.stage_bytes);

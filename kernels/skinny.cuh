@@ -2,20 +2,25 @@
 // the A operand and 8 rows of x as B, so that a mostly empty x wastes arithmetic,
 // which is free here, and not bandwidth.
 //
-// K is dealt to the blocks of a cluster and to warps, each of which holds its part
-// of x in registers for the whole run. A stage is one warp's part of 16 weight rows:
+// K is dealt to the eight warps of a block, each of which holds its part of x in
+// registers. A stage is one warp's part of 16 weight rows, a tile:
 //
 //        K: |  warp 0   |  warp 1   | ...      a lane reads 16 bytes of row g and of
 //   row 0   |===========|===========|          row g + 8 at a time; that these are
-//   ...     |  stage i  | stage i+1 |          neighbours in K and not the columns a
+//   ...     |   stage   |   stage   |          neighbours in K and not the columns a
 //   row 15  |===========|===========|          fragment names is as good, as long as
 //                                              x is read the same way
 //
-// Rows of a stage lie an odd number of 64-byte units apart: no bank conflicts.
-// Partial sums are added over warps in shared memory after each step of tiles, then
-// over the blocks of the cluster, both in order of K.
+// Rows of a stage lie an odd number of 64-byte units apart: no bank conflicts. Every
+// warp has a ring of its own, of `depth` stages, and asks for a slot's next stage
+// when it has read it.
 //
-// Bytes moved: n * k * sizeof(W), and m * k * sizeof(T) from L2 for each cluster.
+// Where K is longer than eight warps' registers, it passes by in phases: a group of
+// tiles keeps its sums in registers while x is loaded part by part (kPhased).
+// The warps' sums are added in order through shared memory.
+//
+// Bytes moved: n * k * sizeof(W); of x, m * k * sizeof(T) from L2 a block and group.
+// Checked against a double reference in tests/kernels/skinny_test.cu.
 #ifndef LOCKSTEP_KERNELS_SKINNY_CUH_
 #define LOCKSTEP_KERNELS_SKINNY_CUH_
 
@@ -23,121 +28,93 @@
 
 namespace lockstep::kernels {
 
-template <typename W, typename T, int kRows, int S>
-__global__ void __launch_bounds__(kSkinnyThreads, 1)
+template <typename W, typename T, int kRows, bool kPhased>
+__global__ void __launch_bounds__(kGemvThreads, 1)
     SkinnyKernel(const __grid_constant__ SkinnyParams p) {
+  constexpr int kGroup = skinny::kGroup<kRows, kPhased>;
+  constexpr bool kNarrow = sizeof(W) == 1 && !std::is_same_v<T, __half>;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ uint64_t full[kMaxGemvStages], cluster_barrier;
-  __shared__ uint64_t key_scratch[kGemvWarps * 32];
+  __shared__ uint64_t full[kMaxGemvStages];
   TriggerDependents();
 
-  const int tid = threadIdx.x, warp = tid / 32;
+  const int warp = threadIdx.x / 32;
   const skinny::Stretch stretch = skinny::StretchOf(p);
-  const int per_step = kGemvWarps >> p.split_log2;
-  const int steps = (stretch.tiles + per_step - 1) / per_step;
-  const int num_stages = steps * kGemvWarps;
-
-  if (tid == 0) {
-    for (int i = 0; i < p.stages; ++i) BarrierInit(full + i, 1);
-    BarrierInit(&cluster_barrier, p.cluster);
-    FenceBarrierInit();
-  }
+  if (threadIdx.x < kGemvWarps * p.depth) BarrierInit(full + threadIdx.x, 1);
+  FenceBarrierInit();
   __syncthreads();
-  for (int i = warp; i < min(p.stages, num_stages); i += kGemvWarps)
-    skinny::Request<W>(p, stretch, i, i, dynamic, full);
-  if (p.cluster > 1) {  // the others' barriers are ready
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-  }
 
-  float* partial =
-      reinterpret_cast<float*>(dynamic + static_cast<size_t>(p.stages) * p.stage_bytes);
-  float* cluster_sums = partial + 2 * kGemvWarps * skinny::kPartial<kRows>;
-  const int rank = skinny::ClusterRank(p.cluster);
-  const skinny::Part part = skinny::PartOf<W>(p, rank, warp & ((1 << p.split_log2) - 1));
+  uint64_t* const my_full = full + warp * p.depth;
+  uint8_t* const my_ring = dynamic + warp * p.depth * p.stage_bytes;
+  skinny::Cursor<kGroup> next;
+  for (int i = 0; i < p.depth && next.tile < stretch.tiles; ++i) {
+    skinny::Request<W>(p, stretch, next, my_ring + i * p.stage_bytes, my_full + i);
+    next.Advance(p, stretch.tiles);
+  }
   WaitForPrevious();
-  skinny::XPart<W, T, kRows, S> x;
-  skinny::LoadX<W, T, kRows, S>(p, part, x);
 
-  constexpr int kChunkTiles = kSkinnySumBytes / (kRows * skinny::kTile * 4);
+  float* const partial = reinterpret_cast<float*>(dynamic + kGemvWarps * p.depth * p.stage_bytes);
+  skinny::XPart<W, kRows> x;
+  skinny::Narrowing<kRows> narrowing;
+  float change[kRows / 8][2], scale[kRows / 8][2];
+#pragma unroll
+  for (int j = 0; j < kRows / 8; ++j) scale[j][0] = scale[j][1] = 1.0f;
   uint64_t key = 0;
-  int chunk = 0;  // the first tile whose sums wait in cluster_sums
-  for (int step = 0; step < steps; ++step) {
-    const int i = step * kGemvWarps + warp, slot = i % p.stages;
-    float* step_partial = partial + (step & 1) * kGemvWarps * skinny::kPartial<kRows>;
-    BarrierWait(full + slot, (i / p.stages) & 1, "skinny: weights");
-    skinny::Accumulator<kRows> sum = {};
-    skinny::MultiplyStage<W, T, kRows, S>(p, dynamic + static_cast<size_t>(slot) * p.stage_bytes,
-                                          part, x, sum);
-    // Its only reader asks for the slot's next stage, whichever warp that is for.
-    __syncwarp();
-    if (i + p.stages < num_stages)
-      skinny::Request<W>(p, stretch, i + p.stages, slot, dynamic, full);
-    skinny::StorePartial<kRows>(sum, step_partial + warp * skinny::kPartial<kRows>);
-    ComputeBarrier();
-
-    const auto over_warps = [&](int tile, int row, int r) {
-      const float* from = step_partial + (tile << p.split_log2) * skinny::kPartial<kRows> +
-                          row * skinny::kColumn + r;
-      float sum = 0.0f;
-      for (int w = 0; w < 1 << p.split_log2; ++w) sum += from[w * skinny::kPartial<kRows>];
-      return sum;
-    };
-    const int tile = step * per_step, tiles = min(per_step, stretch.tiles - tile);
-    if (p.cluster == 1) {
-      skinny::FinishTiles<T, kRows>(p, (stretch.first + tile) * skinny::kTile, tiles, tid,
-                                    kGemvWarps * 32, over_warps, key);
-      continue;
-    }
-
-    for (int o = tid; o < tiles * kRows * skinny::kTile; o += kGemvWarps * 32) {
-      cluster_sums[(tile - chunk) * kRows * skinny::kTile + o] =
-          over_warps(o / (kRows * skinny::kTile), o / skinny::kTile % kRows, o % skinny::kTile);
-    }
-    if (step + 1 < steps && tile + 2 * per_step - chunk <= kChunkTiles) continue;
-    const auto over_cluster = [&](int t, int row, int r) {
-      const float* from = cluster_sums + (t * kRows + row) * skinny::kTile + r;
-      float parts[8], sum = 0.0f;
+  int slot = 0, buffer = 0;
+  uint32_t parity = 0;
+  for (int group = 0; group < stretch.tiles; group += kGroup) {
+    skinny::Accumulator<kRows, kPhased> sum[kGroup] = {};
+    narrowing.Reset();
+    for (int phase = 0; phase < p.phases; ++phase) {
+      const skinny::Part part = skinny::PartOf<W>(p, phase);
+      if (kPhased || group == 0) {
+        skinny::LoadX<W, T, kRows>(p, part, x);
+        if constexpr (kNarrow) {
+          narrowing.Narrow(x, change);
 #pragma unroll
-      for (int c = 0; c < 8; ++c) parts[c] = c < p.cluster ? skinny::LoadRemote(from, c) : 0.0f;
+          for (int t = 0; t < kGroup; ++t) skinny::Rescale<kRows, kPhased>(sum[t], change);
+        }
+      }
 #pragma unroll
-      for (int c = 0; c < 8; ++c) sum += parts[c];
-      return sum;
-    };
-    skinny::ClusterBarrier(&cluster_barrier, p.cluster, 0);
-    skinny::FinishTiles<T, kRows>(p, (stretch.first + chunk) * skinny::kTile, tile + tiles - chunk,
-                                  rank * kGemvWarps * 32 + tid, p.cluster * kGemvWarps * 32,
-                                  over_cluster, key);
-    // Neither overwrite the sums nor leave while another block reads them.
-    skinny::ClusterBarrier(&cluster_barrier, p.cluster, 1);
-    chunk = tile + per_step;
+      for (int t = 0; t < kGroup; ++t) {
+        if (group + t >= stretch.tiles) break;
+        BarrierWait(my_full + slot, parity, "skinny: weights");
+        skinny::MultiplyStage<W, T, kRows, kPhased>(p, my_ring + slot * p.stage_bytes, part.count,
+                                                    x, sum[t]);
+        __syncwarp();
+        if (next.tile < stretch.tiles) {
+          skinny::Request<W>(p, stretch, next, my_ring + slot * p.stage_bytes, my_full + slot);
+          next.Advance(p, stretch.tiles);
+        }
+        if (++slot == p.depth) slot = 0, parity ^= 1;
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kGroup; ++t) {
+      if (group + t >= stretch.tiles) break;
+      float* const sums = partial + buffer * kGemvWarps * skinny::kPartial<kRows>;
+      skinny::StorePartial<kRows, kPhased>(sum[t], kNarrow ? narrowing.inverse : scale,
+                                           sums + warp * skinny::kPartial<kRows>);
+      // The other buffer was read before everybody came here.
+      __syncthreads();
+      skinny::FinishTile<T, kRows>(p, (stretch.first + group + t) * skinny::kTile, sums, key);
+      buffer ^= 1;
+    }
   }
-  if (p.epilogue == GemvEpilogue::kLogits && p.keys != nullptr)
-    skinny::StoreKeys<kRows>(p, key, key_scratch);
+  if (p.epilogue == GemvEpilogue::kLogits && p.keys != nullptr) skinny::StoreKeys(p, key);
 }
 
-// Capacities of pieces, by the weight type: x takes the same registers.
-template <typename W>
-inline constexpr int kLargeCapacity = sizeof(W) == 2 ? 16 : 8;
-
 template <typename W, typename T, typename Fn>
-cudaError_t WithSkinnyKernel(int m, int capacity, Fn fn) {
-  constexpr int kLarge = kLargeCapacity<W>;
-  if (capacity == kLarge)
-    return m <= 8 ? fn(SkinnyKernel<W, T, 8, kLarge>) : fn(SkinnyKernel<W, T, 16, kLarge>);
-  if (capacity == kLarge / 2)
-    return m <= 8 ? fn(SkinnyKernel<W, T, 8, kLarge / 2>) : fn(SkinnyKernel<W, T, 16, kLarge / 2>);
-  return cudaErrorInvalidValue;
+cudaError_t WithSkinnyKernel(int m, bool phased, Fn fn) {
+  if (phased) return m <= 8 ? fn(SkinnyKernel<W, T, 8, true>) : fn(SkinnyKernel<W, T, 16, true>);
+  return m <= 8 ? fn(SkinnyKernel<W, T, 8, false>) : fn(SkinnyKernel<W, T, 16, false>);
 }
 
 template <typename W, typename T>
 cudaError_t InitSkinny() {
   for (int m : {8, 16}) {
-    for (int capacity : {kLargeCapacity<W> / 2, kLargeCapacity<W>}) {
-      const cudaError_t status = WithSkinnyKernel<W, T>(m, capacity, [](auto* kernel) {
-        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(kMaxGemvShared));
-      });
+    for (bool phased : {false, true}) {
+      const cudaError_t status =
+          WithSkinnyKernel<W, T>(m, phased, [](auto* kernel) { return AllowShared(kernel); });
       if (status != cudaSuccess) return status;
     }
   }
@@ -146,6 +123,9 @@ cudaError_t InitSkinny() {
 
 template <typename W, typename T>
 cudaError_t LaunchSkinny(const Launch& launch, const GemvArgs& args, const SkinnyPlan& plan) {
+  const bool gate =
+      args.epilogue == GemvEpilogue::kSiluGate || args.epilogue == GemvEpilogue::kGeluGate;
+  const int tiles = (args.n + skinny::kTile - 1) / skinny::kTile;
   SkinnyParams p = {};
   p.weights = static_cast<const uint8_t*>(args.weights);
   p.scales = sizeof(W) == 1 ? args.scales : nullptr;
@@ -154,25 +134,22 @@ cudaError_t LaunchSkinny(const Launch& launch, const GemvArgs& args, const Skinn
   p.n = args.n;
   p.k = args.k;
   p.m = args.m;
-  p.cluster = plan.cluster;
-  while (1 << p.split_log2 < plan.split) ++p.split_log2;
+  p.share = tiles / plan.blocks;
+  p.remainder = tiles % plan.blocks;
+  p.phases = plan.phases;
   p.pieces = plan.pieces;
-  p.stages = plan.stages;
+  p.depth = plan.depth;
   p.row_bytes = static_cast<uint32_t>(args.k * sizeof(W));
   p.row_stride = static_cast<uint32_t>(plan.row_stride);
   p.stage_bytes = static_cast<uint32_t>(plan.stage_bytes);
   p.epilogue = args.epilogue;
   p.out = args.out;
-  const bool gate =
-      args.epilogue == GemvEpilogue::kSiluGate || args.epilogue == GemvEpilogue::kGeluGate;
   p.out_stride = args.out_stride != 0 ? args.out_stride : gate ? args.n / 2 : args.n;
   p.bias = args.bias;
   p.keys = args.keys;
-  p.keys_stride = plan.blocks;
   p.first_id = args.first_id;
-  return WithSkinnyKernel<W, T>(args.m, plan.capacity, [&](auto* kernel) {
-    return LaunchKernel(launch, kernel, plan.blocks, kSkinnyThreads, plan.shared_bytes,
-                        plan.cluster, p);
+  return WithSkinnyKernel<W, T>(args.m, plan.phases > 1, [&](auto* kernel) {
+    return LaunchKernel(launch, kernel, plan.blocks, kGemvThreads, plan.shared_bytes, 1, p);
   });
 }
 

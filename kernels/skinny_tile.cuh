@@ -14,7 +14,8 @@ struct SkinnyParams {
   const void* x;
   int64_t x_stride;  // elements
   int n, k, m;
-  int cluster, split_log2, pieces, stages;
+  int share, remainder;  // tiles of a block; the first `remainder` blocks have one more
+  int phases, pieces, depth;
   uint32_t row_bytes, row_stride, stage_bytes;
 
   GemvEpilogue epilogue;
@@ -22,7 +23,7 @@ struct SkinnyParams {
   int64_t out_stride;
   const void* bias;
   uint64_t* keys;
-  int keys_stride, first_id;
+  int first_id;
 };
 
 namespace skinny {
@@ -31,29 +32,83 @@ inline constexpr int kTile = 16;        // weight rows
 inline constexpr int kPieceBytes = 64;  // of a weight row
 // A column of partial sums: 16 rows and padding against bank conflicts.
 inline constexpr int kColumn = 20;
+template <int kRows>
+inline constexpr int kPartial = kRows* kColumn;
 
 template <typename W>
 inline constexpr int kPieceElements = kPieceBytes / static_cast<int>(sizeof(W));
+// Pieces of x that a warp holds: 64 or 128 registers.
+template <typename W>
+inline constexpr int kPieces = kSkinnyPieces / static_cast<int>(3 - sizeof(W));
+// Words that a lane has of a piece: pairs of elements.
+template <typename W>
+inline constexpr int kPairs = 8 / static_cast<int>(sizeof(W));
+// What the tensor cores multiply: e4m3 becomes f16 with one instruction a pair.
+template <typename W, typename T>
+using Operand = std::conditional_t<sizeof(W) == 1, __half, T>;
 
-__device__ __forceinline__ int ClusterRank(int cluster) {
-  return static_cast<int>(blockIdx.x) % cluster;
-}
+// Tiles that are worked on at a time: while x passes by in phases, each keeps its sums.
+template <int kRows, bool kPhased>
+inline constexpr int kGroup = kPhased ? 64 / kRows : 1;
 
-// The pieces of K of one warp of the cluster.
+// The pieces of K of one warp in one phase.
 struct Part {
   int first, count;
 };
 template <typename W>
-__device__ __forceinline__ Part PartOf(const SkinnyParams& p, int rank, int wk) {
-  const int first = ((rank << p.split_log2) + wk) * p.pieces;
-  const int count = p.k / kPieceElements<W> - first;
-  return {first, max(0, min(count, p.pieces))};
+__device__ __forceinline__ Part PartOf(const SkinnyParams& p, int phase) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int first = (phase * kGemvWarps + warp) * p.pieces;
+  return {first, max(0, min(p.k / kPieceElements<W> - first, p.pieces))};
 }
 
-template <typename T>
+// The block's tiles.
+struct Stretch {
+  int first, tiles;
+};
+__device__ __forceinline__ Stretch StretchOf(const SkinnyParams& p) {
+  const int block = static_cast<int>(blockIdx.x);
+  return {block * p.share + min(block, p.remainder), p.share + (block < p.remainder ? 1 : 0)};
+}
+
+// Goes through a warp's stages: tiles, within phases, within groups of tiles.
+template <int kGroupTiles>
+struct Cursor {
+  int group = 0, phase = 0, tile = 0;  // group: its first tile
+
+  __device__ __forceinline__ void Advance(const SkinnyParams& p, int tiles) {
+    if (++tile < min(group + kGroupTiles, tiles)) return;
+    if (++phase == p.phases) {
+      phase = 0;
+      group += kGroupTiles;
+    }
+    tile = group;
+  }
+};
+
+// By a whole warp, a row a lane: its part of the weights of a tile.
+template <typename W, int kGroupTiles>
+__device__ __forceinline__ void Request(const SkinnyParams& p, const Stretch& stretch,
+                                        const Cursor<kGroupTiles>& at, uint8_t* stage,
+                                        uint64_t* full) {
+  const int lane = threadIdx.x % 32;
+  const Part part = PartOf<W>(p, at.phase);
+  const int row = (stretch.first + at.tile) * kTile;
+  const int rows = min(kTile, p.n - row);
+  const uint32_t bytes = part.count * kPieceBytes;
+  if (lane == 0) BarrierArriveExpecting(full, rows * bytes);
+  __syncwarp();
+  if (lane < rows && bytes != 0) {
+    BulkCopy(stage + lane * p.row_stride,
+             p.weights + static_cast<size_t>(row + lane) * p.row_bytes + part.first * kPieceBytes,
+             bytes, full);
+  }
+}
+
+template <typename O>
 __device__ __forceinline__ void Multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
+  if constexpr (std::is_same_v<O, __half>) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
@@ -68,59 +123,31 @@ __device__ __forceinline__ void Multiply(float (&c)[4], uint32_t a0, uint32_t a1
   }
 }
 
-// A lane's 16 bytes of a weight row as pairs of T, in the order that OrderedX gives x.
-template <typename W, typename T>
-inline constexpr int kPairs = 8 / static_cast<int>(sizeof(W));  // words: 4 or 8
-
-template <typename W, typename T>
-__device__ __forceinline__ void WeightPairs(const uint4& v, uint32_t (&out)[kPairs<W, T>]) {
+// A lane's 16 bytes of a weight row as operands.
+template <typename W>
+__device__ __forceinline__ void WeightPairs(const uint4& v, uint32_t (&out)[kPairs<W>]) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(W) == 2) {
       out[i] = words[i];
-    } else if constexpr (std::is_same_v<T, __half>) {
+    } else {
       out[2 * i] = HalvesOfE4M3(words[i]);
       out[2 * i + 1] = HalvesOfE4M3(words[i] >> 16);
-    } else {
-      // Sign and the seven bits of e4m3 moved to their places in a bf16: its value is
-      // then 2^-120 of what is meant, denormals included. Bytes 0 and 2, 1 and 3.
-      const __nv_bfloat162 scale =
-          __halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));
-      const uint32_t raw[2] = {((words[i] << 4) & 0x07f007f0u) | ((words[i] << 8) & 0x80008000u),
-                               ((words[i] >> 4) & 0x07f007f0u) | (words[i] & 0x80008000u)};
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        __nv_bfloat162 pair;
-        memcpy(&pair, &raw[j], 4);
-        pair = __hmul2(pair, scale);
-        memcpy(&out[2 * i + j], &pair, 4);
-      }
     }
   }
 }
 
-// Two words of x (elements 0..3) in the order of WeightPairs.
-template <typename W, typename T>
-__device__ __forceinline__ void OrderX(uint32_t& low, uint32_t& high) {
-  if constexpr (sizeof(W) == 1 && !std::is_same_v<T, __half>) {
-    const uint32_t even = __byte_perm(low, high, 0x5410);
-    high = __byte_perm(low, high, 0x7632);
-    low = even;
-  }
-}
+// The words of x that meet a warp's pieces.
+template <typename W, int kRows>
+using XPart = uint32_t[kPieces<W>][kRows / 8][kPairs<W>];
 
-// The words of x that meet one piece of weights: [rows of x / 8][kPairs].
-template <typename W, typename T, int kRows, int S>
-using XPart = uint32_t[S][kRows / 8][kPairs<W, T>];
-
-template <typename W, typename T, int kRows, int S>
-__device__ __forceinline__ void LoadX(const SkinnyParams& p, const Part& part,
-                                      XPart<W, T, kRows, S>& x) {
+template <typename W, typename T, int kRows>
+__device__ __forceinline__ void LoadX(const SkinnyParams& p, const Part& part, XPart<W, kRows>& x) {
   const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-  constexpr int kVectors = kPairs<W, T> / 4;
+  constexpr int kVectors = kPairs<W> / 4;
 #pragma unroll
-  for (int s = 0; s < S; ++s) {
+  for (int s = 0; s < kPieces<W>; ++s) {
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       const int row = j * 8 + group;
@@ -138,66 +165,144 @@ __device__ __forceinline__ void LoadX(const SkinnyParams& p, const Part& part,
       }
     }
   }
-#pragma unroll
-  for (int s = 0; s < S; ++s) {
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < kPairs<W, T>; i += 2) OrderX<W, T>(x[s][j][i], x[s][j][i + 1]);
-    }
-  }
 }
 
-// [rows of x / 8][two chains: the unit is deep][fragment]
+// bf16 as f16, whose range is smaller: each row of a part is multiplied by a power of
+// two that brings its largest element just below 2^15, or by that of an earlier part
+// of the row if it is smaller. What is lost that way is 2^38 times smaller than the
+// largest element.
 template <int kRows>
-using Accumulator = float[kRows / 8][2][4];
+struct Narrowing {
+  float factor[kRows / 8];      // of this lane's rows of x
+  float inverse[kRows / 8][2];  // of this lane's columns of sums
 
-template <typename W, typename T, int kRows, int S>
+  __device__ __forceinline__ void Reset() {
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) factor[j] = 0x1p126f;
+  }
+
+  // x becomes f16. Returns by how much the sums so far must be multiplied.
+  template <int kS, int kP>
+  __device__ __forceinline__ void Narrow(uint32_t (&x)[kS][kRows / 8][kP],
+                                         float (&change)[kRows / 8][2]) {
+    const int lane = threadIdx.x % 32, quad = lane % 4;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      uint32_t largest = 15u << 7;  // as bf16 bits; below it the factor would overflow
+#pragma unroll
+      for (int s = 0; s < kS; ++s) {
+#pragma unroll
+        for (int i = 0; i < kP; ++i)
+          largest = max(largest, max(x[s][j][i] & 0x7fffu, x[s][j][i] >> 16 & 0x7fffu));
+      }
+      largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+      const float before = factor[j];
+      factor[j] = fminf(before, __uint_as_float((268u - (largest >> 7)) << 23));
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int from = (quad * 2 + c) * 4;
+        const float now = __shfl_sync(~0u, factor[j], from);
+        change[j][c] = now / __shfl_sync(~0u, before, from);
+        inverse[j][c] = 1.0f / now;
+      }
+#pragma unroll
+      for (int s = 0; s < kS; ++s) {
+#pragma unroll
+        for (int i = 0; i < kP; ++i) {
+          const float2 pair = UnpackPair(x[s][j][i], __nv_bfloat16());
+          x[s][j][i] = PackPair<__half>(pair.x * factor[j], pair.y * factor[j]);
+        }
+      }
+    }
+  }
+};
+
+// [chain][rows of x / 8][fragment]; two chains where nothing else hides the unit's depth.
+template <int kRows, bool kPhased>
+using Accumulator = float[kPhased ? 1 : 2][kRows / 8][4];
+
+template <typename W, typename T, int kRows, bool kPhased>
 __device__ __forceinline__ void MultiplyStage(const SkinnyParams& p, const uint8_t* stage,
-                                              const Part& part, const XPart<W, T, kRows, S>& x,
-                                              Accumulator<kRows>& sum) {
+                                              int count, const XPart<W, kRows>& x,
+                                              Accumulator<kRows, kPhased>& sum) {
   const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
   const uint8_t* low = stage + group * p.row_stride + quad * 16;
   const uint8_t* high = low + 8 * p.row_stride;
 #pragma unroll
-  for (int s = 0; s < S; ++s) {
-    if (s >= part.count) break;
-    uint32_t a[kPairs<W, T>], b[kPairs<W, T>];
-    WeightPairs<W, T>(*reinterpret_cast<const uint4*>(low + s * kPieceBytes), a);
-    WeightPairs<W, T>(*reinterpret_cast<const uint4*>(high + s * kPieceBytes), b);
+  for (int s = 0; s < kPieces<W>; ++s) {
+    if (s >= count) break;
+    uint32_t a[kPairs<W>], b[kPairs<W>];
+    WeightPairs<W>(*reinterpret_cast<const uint4*>(low + s * kPieceBytes), a);
+    WeightPairs<W>(*reinterpret_cast<const uint4*>(high + s * kPieceBytes), b);
 #pragma unroll
-    for (int i = 0; i < kPairs<W, T>; i += 2) {
+    for (int i = 0; i < kPairs<W>; i += 2) {
 #pragma unroll
-      for (int j = 0; j < kRows / 8; ++j)
-        Multiply<T>(sum[j][i / 2 % 2], a[i], b[i], a[i + 1], b[i + 1], x[s][j][i], x[s][j][i + 1]);
+      for (int j = 0; j < kRows / 8; ++j) {
+        Multiply<Operand<W, T>>(sum[kPhased ? 0 : i / 2 % 2][j], a[i], b[i], a[i + 1], b[i + 1],
+                                x[s][j][i], x[s][j][i + 1]);
+      }
     }
   }
 }
 
-// -> partial [rows of x][kColumn].
-template <int kRows>
-__device__ __forceinline__ void StorePartial(const Accumulator<kRows>& sum, float* partial) {
-  const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+template <int kRows, bool kPhased>
+__device__ __forceinline__ void Rescale(Accumulator<kRows, kPhased>& sum,
+                                        const float (&change)[kRows / 8][2]) {
 #pragma unroll
   for (int j = 0; j < kRows / 8; ++j) {
-    float* column = partial + (j * 8 + quad * 2) * kColumn + group;
-    column[0] = sum[j][0][0] + sum[j][1][0];
-    column[kColumn] = sum[j][0][1] + sum[j][1][1];
-    column[8] = sum[j][0][2] + sum[j][1][2];
-    column[kColumn + 8] = sum[j][0][3] + sum[j][1][3];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[0][j][i] *= change[j][i % 2];
   }
 }
 
-// The last of the work on output element (row of x, weight row r).
-template <typename T>
-__device__ __forceinline__ float Scaled(const SkinnyParams& p, int r, float v) {
-  return p.scales == nullptr || r >= p.n ? v : v * __ldg(p.scales + r);
+// -> partial [rows of x][kColumn].
+template <int kRows, bool kPhased>
+__device__ __forceinline__ void StorePartial(const Accumulator<kRows, kPhased>& sum,
+                                             const float (&scale)[kRows / 8][2], float* partial) {
+  const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < kRows / 8; ++j) {
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i] = (kPhased ? sum[0][j][i] : sum[0][j][i] + sum[kPhased ? 0 : 1][j][i]) * scale[j][i % 2];
+    float* column = partial + (j * 8 + quad * 2) * kColumn + group;
+    column[0] = v[0];
+    column[kColumn] = v[1];
+    column[8] = v[2];
+    column[kColumn + 8] = v[3];
+  }
 }
-template <typename T>
-__device__ __forceinline__ void Finish(const SkinnyParams& p, int row, int r, float v,
-                                       uint64_t& key) {
-  if (row >= p.m || r >= p.n) return;
-  v = Scaled<T>(p, r, v);
+
+__device__ __forceinline__ float Scaled(const SkinnyParams& p, int r, float v) {
+  return p.scales == nullptr ? v : v * __ldg(p.scales + r);
+}
+
+// A tile whose first weight row is `base`, from the partial sums of all warps.
+template <typename T, int kRows>
+__device__ __forceinline__ void FinishTile(const SkinnyParams& p, int base, const float* partial,
+                                           uint64_t& key) {
+  const auto sum = [&](int row, int r) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kGemvWarps; ++w) total += partial[w * kPartial<kRows> + row * kColumn + r];
+    return total;
+  };
+  const bool gate = p.epilogue == GemvEpilogue::kSiluGate || p.epilogue == GemvEpilogue::kGeluGate;
+  const int width = gate ? kTile / 2 : kTile;
+  const int row = static_cast<int>(threadIdx.x) / width, i = static_cast<int>(threadIdx.x) % width;
+  if (row >= p.m) return;
+  if (gate) {  // n is even: both rows of a gate exist or neither
+    const int r = base + 2 * i;
+    if (r >= p.n) return;
+    const float g = Scaled(p, r, sum(row, 2 * i)), u = Scaled(p, r + 1, sum(row, 2 * i + 1));
+    static_cast<T*>(p.out)[row * p.out_stride + r / 2] = FromFloat<T>(Gated(p.epilogue, g, u));
+    return;
+  }
+  const int r = base + i;
+  if (r >= p.n) return;
+  float v = Scaled(p, r, sum(row, i));
   if (p.epilogue == GemvEpilogue::kLogits) {
     if (p.out != nullptr) static_cast<float*>(p.out)[row * p.out_stride + r] = v;
     const uint64_t candidate = LogitKey(v, p.first_id + r);
@@ -207,120 +312,17 @@ __device__ __forceinline__ void Finish(const SkinnyParams& p, int row, int r, fl
   if (p.bias != nullptr) v += ToFloat(static_cast<const T*>(p.bias)[r]);
   static_cast<T*>(p.out)[row * p.out_stride + r] = FromFloat<T>(v);
 }
-// n is even: both rows of a gate exist or neither.
-template <typename T>
-__device__ __forceinline__ void FinishGate(const SkinnyParams& p, int row, int r, float gate,
-                                           float up) {
-  if (row >= p.m || r >= p.n) return;
-  static_cast<T*>(p.out)[row * p.out_stride + r / 2] =
-      FromFloat<T>(Gated(p.epilogue, Scaled<T>(p, r, gate), Scaled<T>(p, r + 1, up)));
-}
 
-// Outputs [first, first + stride, ...) of `tiles` tiles, the first of which is weight
-// row `base`: sum(tile, row, r) gives the finished sums.
-template <typename T, int kRows, typename Sum>
-__device__ __forceinline__ void FinishTiles(const SkinnyParams& p, int base, int tiles, int first,
-                                            int stride, const Sum& sum, uint64_t& key) {
-  if (p.epilogue == GemvEpilogue::kSiluGate || p.epilogue == GemvEpilogue::kGeluGate) {
-    for (int i = first; i < tiles * kRows * 8; i += stride) {
-      const int tile = i / (kRows * 8), row = i / 8 % kRows, r = i % 8 * 2;
-      FinishGate<T>(p, row, base + tile * kTile + r, sum(tile, row, r), sum(tile, row, r + 1));
-    }
-  } else {
-    for (int i = first; i < tiles * kRows * kTile; i += stride) {
-      const int tile = i / (kRows * kTile), row = i / kTile % kRows, r = i % kTile;
-      Finish<T>(p, row, base + tile * kTile + r, sum(tile, row, r), key);
-    }
+// Thread t holds a key of row t / kTile; the largest of each -> keys[row][block].
+__device__ __forceinline__ void StoreKeys(const SkinnyParams& p, uint64_t key) {
+#pragma unroll
+  for (int offset = kTile / 2; offset > 0; offset >>= 1) {
+    const uint64_t other = __shfl_xor_sync(~0u, key, offset);
+    key = other > key ? other : key;
   }
-}
-
-// All blocks of the cluster: everything written to shared memory before is visible
-// to the others after.
-__device__ __forceinline__ void ClusterBarrier(uint64_t* barrier, int cluster, uint32_t parity) {
-  ComputeBarrier();
-  if (threadIdx.x < static_cast<unsigned>(cluster)) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
-            SharedAddress(barrier)),
-        "r"(threadIdx.x)
-        : "memory");
-  }
-  Patience patience(kBarrierPatienceNs);
-  for (;;) {
-    uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(SharedAddress(barrier)), "r"(parity)
-        : "memory");
-    if (done != 0) return;
-    if (patience.Exhausted()) TrapAtBarrier("skinny: the cluster");
-  }
-}
-__device__ __forceinline__ float LoadRemote(const float* local, int rank) {
-  float v;
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [remote];\n}"
-      : "=f"(v)
-      : "r"(SharedAddress(local)), "r"(rank)
-      : "memory");
-  return v;
-}
-
-// Thread t holds a key of row t / kTile % kRows; the largest of each -> keys[row][block].
-template <int kRows>
-__device__ __forceinline__ void StoreKeys(const SkinnyParams& p, uint64_t key, uint64_t* scratch) {
-  scratch[threadIdx.x] = key;
-  ComputeBarrier();
-  const int row = threadIdx.x;
-  if (row >= p.m) return;
-  key = 0;
-  for (int t = row * kTile; t < kGemvWarps * 32; t += kRows * kTile) {
-    for (int i = t; i < t + kTile; ++i) key = scratch[i] > key ? scratch[i] : key;
-  }
-  p.keys[static_cast<int64_t>(row) * p.keys_stride + blockIdx.x] = key;
-}
-
-// Shared memory: ring | partial sums [2][warp][kRows][kColumn] | sums of the cluster.
-template <int kRows>
-inline constexpr int kPartial = kRows* kColumn;
-
-// The stretch of tiles that a cluster owns.
-struct Stretch {
-  int first, tiles;
-};
-__device__ __forceinline__ Stretch StretchOf(const SkinnyParams& p) {
-  const int64_t tiles = (p.n + kTile - 1) / kTile;
-  const int group = static_cast<int>(blockIdx.x) / p.cluster;
-  const int groups = static_cast<int>(gridDim.x) / p.cluster;
-  const int first = static_cast<int>(group * tiles / groups);
-  return {first, static_cast<int>((group + 1) * tiles / groups) - first};
-}
-
-// By a whole warp: a row a lane. Stage i is that of warp i % kGemvWarps.
-template <typename W>
-__device__ __forceinline__ void Request(const SkinnyParams& p, const Stretch& stretch, int i,
-                                        int slot, uint8_t* ring, uint64_t* full) {
-  const int warp = i % kGemvWarps, lane = threadIdx.x % 32;
-  const int per_step = kGemvWarps >> p.split_log2;
-  const int tile = i / kGemvWarps * per_step + (warp >> p.split_log2);
-  const Part part = PartOf<W>(p, ClusterRank(p.cluster), warp & ((1 << p.split_log2) - 1));
-  const int row = (stretch.first + tile) * kTile;
-  const int rows = tile < stretch.tiles ? min(kTile, p.n - row) : 0;
-  const uint32_t bytes = part.count * kPieceBytes;
-  if (lane == 0) BarrierArriveExpecting(full + slot, rows * bytes);
-  __syncwarp();
-  if (lane < rows && bytes != 0) {
-    BulkCopy(ring + static_cast<size_t>(slot) * p.stage_bytes + lane * p.row_stride,
-             p.weights + static_cast<size_t>(row + lane) * p.row_bytes + part.first * kPieceBytes,
-             bytes, full + slot);
-  }
+  const int row = static_cast<int>(threadIdx.x) / kTile;
+  if (threadIdx.x % kTile == 0 && row < p.m)
+    p.keys[static_cast<int64_t>(row) * gridDim.x + blockIdx.x] = key;
 }
 
 }  // namespace skinny
