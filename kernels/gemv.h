@@ -1,11 +1,11 @@
 // Few rows times a large matrix: out[m][n] = epilogue(prologue(x)[m][k] . weights[n][k]),
 // the product of decoding. Bound by reading the weights once, so that is what the
 // kernels are built around: one thread block an SM streams its share of the weight
-// rows through a ring in shared memory, and requests the first 120-170 KB of them
+// rows through a ring in shared memory, and requests the first 110-200 KB of them
 // before it waits for the kernel ahead of it.
 //
-//   m == 1        FMA units, fp32 throughout (gemv.cu)
-//   2 <= m <= 16  tensor cores, fp32 sums (skinny.cu); a row's result does not
+//   m == 1        FMA units, fp32 throughout (gemv_row.cuh)
+//   2 <= m <= 16  tensor cores, fp32 sums (skinny.cuh); a row's result does not
 //                 depend on m nor on the other rows
 //
 // Deterministic: sums are formed in an order that only n, k, the weight type and
