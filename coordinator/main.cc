@@ -206,7 +206,7 @@ int Coordinator::Run() {
 void KeepMemoryFlat() {
   mallopt(M_MMAP_THRESHOLD, 128 * 1024);
   mallopt(M_TRIM_THRESHOLD, 1024 * 1024);
-  mallopt(M_ARENA_MAX, 4);
+  mallopt(M_ARENA_MAX, 2);
 }
 
 int Main(int argc, char** argv) {

@@ -46,8 +46,7 @@ absl::StatusOr<std::vector<TokenId>> EncodeChat(const ChatPrompt& chat, bool add
   if (!model.chat_template) {
     return FieldError("messages", "this model has no chat template; send a prompt");
   }
-  absl::StatusOr<std::string> text =
-      model.chat_template->Render(chat.messages, chat.add_generation_prompt);
+  absl::StatusOr<std::string> text = model.chat_template->Render(chat.messages, chat.context);
   if (!text.ok()) return AsFieldError("messages", text.status());
   return EncodeText(*text, add_special_tokens, model, "messages", max_tokens);
 }
@@ -81,13 +80,14 @@ absl::Status FitContext(const ClientSampling& asked, const DoorDefaults& default
     sampling.max_tokens = std::min(left, defaults.max_tokens.value_or(left));
   }
   if (sampling.max_tokens > left) {
-    return FieldError("max_tokens", absl::StrCat(sampling.max_tokens, " with a prompt of ",
-                                                 prompt_tokens, " tokens is above max-model-len ",
-                                                 model.max_model_len, "; allowed: ", left));
+    return FieldError(
+        asked.max_tokens_field,
+        absl::StrCat(sampling.max_tokens, " with a prompt of ", prompt_tokens,
+                     " tokens is above max-model-len ", model.max_model_len, "; allowed: ", left));
   }
   if (sampling.min_tokens > sampling.max_tokens) {
-    return FieldError("min_tokens", absl::StrCat(sampling.min_tokens, " is above max_tokens ",
-                                                 sampling.max_tokens));
+    return FieldError("min_tokens", absl::StrCat(sampling.min_tokens, " is above ",
+                                                 asked.max_tokens_field, " ", sampling.max_tokens));
   }
   return absl::OkStatus();
 }

@@ -148,10 +148,10 @@ absl::StatusOr<SamplingParams> BuildSampling(const ClientSampling& in, uint32_t 
   real("presence_penalty", in.presence_penalty, penalty, &out.presence_penalty);
   real("frequency_penalty", in.frequency_penalty, penalty, &out.frequency_penalty);
   integer("top_k", in.top_k, 0, kMaxUint32, &out.top_k);
-  integer("max_tokens", in.max_tokens, 0, kMaxUint32, &out.max_tokens);
+  integer(in.max_tokens_field, in.max_tokens, 0, kMaxUint32, &out.max_tokens);
   integer("min_tokens", in.min_tokens, 0, kMaxUint32, &out.min_tokens);
   integer("n", in.n, 1, limits::kMaxN, &out.n);
-  integer("logprobs", in.logprobs, 0, limits::kLogprobs, &out.logprobs);
+  integer(in.logprobs_field, in.logprobs, 0, limits::kLogprobs, &out.logprobs);
   integer("prompt_logprobs", in.prompt_logprobs, 0, limits::kLogprobs, &out.prompt_logprobs);
   if (status.ok()) status = SetStops(in, &out);
   if (status.ok()) status = SetTokenLists(in, vocab_size, &out);

@@ -33,11 +33,14 @@ struct ClientSampling {
   std::vector<int64_t> stop_token_ids;
   std::optional<int64_t> min_tokens, n, logprobs, prompt_logprobs;
   std::optional<bool> ignore_eos, include_stop_str_in_output, skip_special_tokens;
+  // As the client named what has two names.
+  const char* max_tokens_field = "max_tokens";
+  const char* logprobs_field = "logprobs";
 };
 
 struct ChatPrompt {
   std::vector<ChatMessage> messages;
-  bool add_generation_prompt = true;
+  ChatContext context = {};
 };
 
 struct ClientRequest {

@@ -14,7 +14,7 @@ ChatPrompt FromProto(const v1::ChatMessages& chat) {
     prompt.messages.push_back({message.role(), message.content()});
   }
   if (chat.has_add_generation_prompt()) {
-    prompt.add_generation_prompt = chat.add_generation_prompt();
+    prompt.context.add_generation_prompt = chat.add_generation_prompt();
   }
   return prompt;
 }

@@ -55,7 +55,7 @@ void SetLimits(grpc::ServerBuilder* builder) {
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
   // Messages that are being received, of all connections: beyond it they wait.
   grpc::ResourceQuota quota("door");
-  quota.Resize(2 * limits::kBodyBytesInFlight);
+  quota.Resize(limits::kBodyBytesInFlight);
   builder->SetResourceQuota(quota);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxStreamsPerConnection);
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE,

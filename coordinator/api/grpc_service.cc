@@ -39,13 +39,15 @@ class GenerateCall : public Reactor, public std::enable_shared_from_this<Generat
   // The message is read here: a call that is cancelled early takes it away.
   GenerateCall(RequestPath* path, grpc::CallbackServerContext* context,
                const v1::GenerateRequest& request)
-      : path_(path), context_(context), client_(FromProto(request)) {
+      : path_(path), context_(context), held_(path->HoldMessage(request.ByteSizeLong())) {
+    if (held_.ok()) client_ = FromProto(request);
     client_.deadline_ms = DeadlineMs(*context, path->engine());
   }
 
   void Begin() {
     self_ = this->shared_from_this();
     absl::Status status = path_->Admit();
+    if (status.ok()) status = held_.status();
     if (status.ok()) {
       status = path_->RunLater([self = self_] { self->Intake(); });
     }
@@ -97,6 +99,7 @@ class GenerateCall : public Reactor, public std::enable_shared_from_this<Generat
     }
     absl::StatusOr<Request> request = path_->Build(client_, {});
     client_ = {};
+    held_ = std::shared_ptr<void>();
     if (!request.ok()) return FinishOnce(request.status());
     absl::StatusOr<std::shared_ptr<Answer>> started = path_->Submit(*std::move(request));
     if (!started.ok()) return FinishOnce(started.status());
@@ -113,6 +116,7 @@ class GenerateCall : public Reactor, public std::enable_shared_from_this<Generat
   }
 
   grpc::CallbackServerContext* const context_;  // alive until Finish
+  absl::StatusOr<std::shared_ptr<void>> held_;  // until client_ is read
   ClientRequest client_;
   std::shared_ptr<GenerateCall> self_;
 };
@@ -220,7 +224,7 @@ class InferenceService final : public v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
                                      const v1::TokenizeRequest* request,
                                      v1::TokenizeResponse* response) override {
-    return Later(context, [this, request, response] {
+    return Later(context, request->ByteSizeLong(), [this, request, response] {
       absl::StatusOr<std::vector<TokenId>> ids =
           EncodePrompt(FromProto(*request), path_->model(), "text", TokenizeLimit(path_->model()));
       if (!ids.ok()) return ids.status();
@@ -233,7 +237,7 @@ class InferenceService final : public v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
                                        const v1::DetokenizeRequest* request,
                                        v1::DetokenizeResponse* response) override {
-    return Later(context, [this, request, response]() -> absl::Status {
+    return Later(context, request->ByteSizeLong(), [this, request, response]() -> absl::Status {
       const std::vector<TokenId> ids(request->token_ids().begin(), request->token_ids().end());
       absl::StatusOr<std::string> text = DecodeTokens(ids, path_->model(), "token_ids");
       if (!text.ok()) return text.status();
@@ -252,13 +256,20 @@ class InferenceService final : public v1::Inference::CallbackService {
   }
 
  private:
-  // Runs `work` on an intake thread and finishes with what it returns.
-  grpc::ServerUnaryReactor* Later(grpc::CallbackServerContext* context,
+  // Runs `work` on a message of `bytes` on an intake thread and finishes with what
+  // it returns.
+  grpc::ServerUnaryReactor* Later(grpc::CallbackServerContext* context, size_t bytes,
                                   std::function<absl::Status()> work) {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    const absl::Status posted = path_->RunLater([context, reactor, work = std::move(work)] {
-      reactor->Finish(ToGrpcStatus(work(), context));
-    });
+    absl::StatusOr<std::shared_ptr<void>> held = path_->HoldMessage(bytes);
+    absl::Status posted = held.status();
+    if (posted.ok()) {
+      posted = path_->RunLater([context, reactor, work = std::move(work), held = *held]() mutable {
+        const absl::Status status = work();
+        held.reset();
+        reactor->Finish(ToGrpcStatus(status, context));
+      });
+    }
     if (!posted.ok()) reactor->Finish(ToGrpcStatus(posted, context));
     return reactor;
   }

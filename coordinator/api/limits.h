@@ -37,6 +37,9 @@ inline constexpr float kMinP = 1.0f;               // [0, 1]
 inline constexpr float kPenalty = 2.0f;            // presence, frequency [-2, 2]
 inline constexpr float kRepetitionPenalty = 2.0f;  // (0, 2]
 inline constexpr size_t kChatMessages = 1024;
+inline constexpr size_t kTools = 128;
+inline constexpr size_t kToolValues = 16 * 1024;  // JSON values in all tools; a template's variables
+inline constexpr size_t kToolNameBytes = 64;      // [A-Za-z0-9_-]
 // Of a Tokenize call, where twice max-model-len is not more.
 inline constexpr size_t kTokenizeTokens = 32 * 1024;
 

@@ -1,13 +1,24 @@
 #include "coordinator/api/request_path.h"
 
+#include <malloc.h>
+
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/api_error.h"
+#include "coordinator/api/limits.h"
+#include "coordinator/retry_delay.h"
 
 namespace lockstep {
 namespace {
 
 constexpr int kIntakeThreads = 2;
 constexpr size_t kIntakeCapacity = 4096;
+constexpr size_t kSmallMessageBytes = 512 * 1024;
+
+absl::Status Full(const std::string& message) {
+  absl::Status status = absl::ResourceExhaustedError(message);
+  SetRetryDelay(&status, 1);
+  return status;
+}
 
 }  // namespace
 
@@ -29,8 +40,19 @@ absl::Status RequestPath::Admit() { return Refuse(RefusalOf(Info())); }
 
 absl::Status RequestPath::RunLater(std::function<void()> work) {
   if (intake_pool_.TryPost(std::move(work), kIntakeCapacity)) return absl::OkStatus();
-  return Refuse(absl::ResourceExhaustedError(
-      absl::StrCat("the server is full: ", kIntakeCapacity, " requests await validation")));
+  return Refuse(
+      Full(absl::StrCat("the server is full: ", kIntakeCapacity, " requests await validation")));
+}
+
+absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldMessage(size_t bytes) {
+  if (bytes <= kSmallMessageBytes) return std::shared_ptr<void>();
+  const bool fits = held_bytes_->fetch_add(bytes) + bytes <= limits::kBodyBytesInFlight;
+  std::shared_ptr<void> held(nullptr, [all = held_bytes_, bytes](void*) {
+    *all -= bytes;
+    malloc_trim(0);  // what came of the message was many times its size
+  });
+  if (fits) return held;
+  return Refuse(Full("too many large messages at once"));
 }
 
 absl::StatusOr<Request> RequestPath::Build(const ClientRequest& client,

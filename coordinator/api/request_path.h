@@ -37,6 +37,9 @@ class RequestPath {
   // Runs `work` on an intake thread, where parsing and tokenising belong;
   // ResourceExhausted when too much waits for one already.
   absl::Status RunLater(std::function<void()> work);
+  // A place for a message of `bytes` that waits to be read; given back with the
+  // last copy. ResourceExhausted when large ones fill theirs already.
+  absl::StatusOr<std::shared_ptr<void>> HoldMessage(size_t bytes);
   absl::StatusOr<Request> Build(const ClientRequest& client, const DoorDefaults& defaults);
   absl::StatusOr<std::shared_ptr<Answer>> Submit(Request request);
   // Counts a refusal that a door made by itself, and returns it.
@@ -61,6 +64,7 @@ class RequestPath {
   const std::shared_ptr<WorkPool> text_pool_;
   WorkPool intake_pool_;
   std::atomic<bool> draining_ = false;
+  const std::shared_ptr<std::atomic<size_t>> held_bytes_ = std::make_shared<std::atomic<size_t>>(0);
   mutable std::mutex mutex_;
   Phases startup_;  // guarded by mutex_
 };

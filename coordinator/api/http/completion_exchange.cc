@@ -5,13 +5,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/http/http_error.h"
-#include "coordinator/api/http/json_reader.h"
 
 namespace lockstep {
 namespace {
-
-// What OpenAI's API does without max_tokens.
-constexpr DoorDefaults kDefaults = {.max_tokens = 16, .prompt_field = "prompt"};
 
 std::string ServerSentEvent(const std::string& data) {
   return absl::StrCat("data: ", data, "\n\n");
@@ -19,12 +15,14 @@ std::string ServerSentEvent(const std::string& data) {
 
 }  // namespace
 
-CompletionExchange::CompletionExchange(RequestPath* path, HttpRequest request,
-                                       std::string request_id, FinishHead finish_head)
+CompletionExchange::CompletionExchange(RequestPath* path, const GenerationApi& api,
+                                       HttpRequest request, std::string request_id,
+                                       FinishHead finish_head)
     : path_(path),
+      api_(api),
       request_id_(std::move(request_id)),
       finish_head_(std::move(finish_head)),
-      envelope_(request_id_, path->model().name),
+      envelope_(api.id_prefix + request_id_, path->model().name),
       http_(std::move(request)) {}
 
 CompletionExchange::~CompletionExchange() { CancelAll(); }
@@ -54,18 +52,14 @@ void CompletionExchange::Intake() {
 
 // All or nothing: every prompt is judged before the first is submitted.
 absl::Status CompletionExchange::Start(std::vector<std::shared_ptr<Answer>>* answers) {
-  absl::StatusOr<CompletionRequest> read = [&]() -> absl::StatusOr<CompletionRequest> {
-    const absl::StatusOr<Json> body = ParseJson(http_.body);
-    if (!body.ok()) return body.status();
-    return ReadCompletionRequest(*body);
-  }();
+  absl::StatusOr<CompletionRequest> read = api_.read(http_.body);
   if (!read.ok()) return path_->Refuse(read.status());
   request_ = *std::move(read);
   std::vector<Request> requests;
   for (size_t i = 0; i < request_.prompts.size(); ++i) {
     ClientRequest& client = request_.prompts[i];
     client.request_id = request_id_;
-    absl::StatusOr<Request> request = path_->Build(client, kDefaults);
+    absl::StatusOr<Request> request = path_->Build(client, api_.defaults);
     if (!request.ok()) return request.status();
     if (request_.prompts.size() > 1) absl::StrAppend(&request->external_id, "-", i);
     requests.push_back(*std::move(request));
@@ -144,7 +138,8 @@ bool CompletionExchange::TakeIntake() {
   unfinished_ = live_.size();
   for (size_t i = 0; i < live_.size(); ++i) {
     for (uint32_t k = 0; k < request_.n; ++k) {
-      choices_.emplace_back(static_cast<uint32_t>(i) * request_.n + k, request_, path_->model());
+      const uint32_t index = static_cast<uint32_t>(i) * request_.n + k;
+      choices_.push_back(api_.make_choice(index, request_, path_->model()));
     }
     usage_.prompt_tokens += live_[i]->prompt().size();
     if (!request_.echo) continue;
@@ -185,8 +180,8 @@ absl::Status CompletionExchange::Pull(std::string* stream) {
     for (const AnswerEvent& event : taken.events) Handle(i, event, stream);
     if (request_.stream) {
       for (uint32_t k = 0; k < request_.n; ++k) {
-        ChoiceBuilder& choice = choices_[i * request_.n + k];
-        if (choice.HasDelta()) AppendChunk(&choice, stream);
+        ChoiceBuilder* const choice = choices_[i * request_.n + k].get();
+        if (choice->HasDelta()) AppendChunks(choice, stream);
       }
     }
     if (!taken.terminal) continue;
@@ -198,29 +193,36 @@ absl::Status CompletionExchange::Pull(std::string* stream) {
 }
 
 void CompletionExchange::Handle(size_t prompt, const AnswerEvent& event, std::string* stream) {
-  ChoiceBuilder* const choices = &choices_[prompt * request_.n];
+  const std::unique_ptr<ChoiceBuilder>* const choices = &choices_[prompt * request_.n];
   const Answer& answer = *live_[prompt];
   if (const auto* info = std::get_if<PromptInfo>(&event)) {
     usage_.cached_tokens += info->cached_tokens;
     const std::string text = request_.echo ? prompt_texts_[prompt] : std::string();
-    for (uint32_t k = 0; k < request_.n; ++k) choices[k].AddPrompt(answer, *info, text);
+    for (uint32_t k = 0; k < request_.n; ++k) choices[k]->AddPrompt(answer, *info, text);
   } else if (const auto* delta = std::get_if<TextDelta>(&event)) {
     // One chunk a token; what comes last waits, to take the finish reason along.
-    if (request_.stream && choices[delta->index].HasDelta()) {
-      AppendChunk(&choices[delta->index], stream);
+    if (request_.stream && choices[delta->index]->HasDelta()) {
+      AppendChunks(choices[delta->index].get(), stream);
     }
     usage_.completion_tokens += delta->token_ids.size();
-    choices[delta->index].AddDelta(*delta);
+    choices[delta->index]->AddDelta(*delta);
   } else {
     const auto& end = std::get<SequenceEnd>(event);
-    choices[end.index].AddEnd(end, answer.sampling());
+    choices[end.index]->AddEnd(end, answer.sampling());
   }
 }
 
-void CompletionExchange::AppendChunk(ChoiceBuilder* choice, std::string* stream) {
+void CompletionExchange::AppendChunks(ChoiceBuilder* choice, std::string* stream) {
+  if (std::optional<OrderedJson> opening = choice->TakeOpening()) {
+    AppendChunk(*std::move(opening), stream);
+  }
+  AppendChunk(choice->Take(), stream);
+}
+
+void CompletionExchange::AppendChunk(OrderedJson choice, std::string* stream) {
   OrderedJson choices = OrderedJson::array();
-  choices.push_back(choice->Take());
-  OrderedJson chunk = envelope_.Make(std::move(choices));
+  choices.push_back(std::move(choice));
+  OrderedJson chunk = envelope_.Make(api_.chunk_object, std::move(choices));
   if (!prompt_token_ids_.is_null()) {
     chunk["prompt_token_ids"] = std::exchange(prompt_token_ids_, nullptr);
   }
@@ -244,7 +246,7 @@ Exchange::Part CompletionExchange::FailPart(const absl::Status& status) {
 Exchange::Part CompletionExchange::StreamPart(std::string stream, bool last) {
   if (last) {
     if (request_.include_usage) {
-      OrderedJson chunk = envelope_.Make(OrderedJson::array());
+      OrderedJson chunk = envelope_.Make(api_.chunk_object, OrderedJson::array());
       chunk["usage"] = UsageJson(usage_);
       stream += ServerSentEvent(Dump(chunk));
     }
@@ -261,8 +263,8 @@ Exchange::Part CompletionExchange::StreamPart(std::string stream, bool last) {
 
 Exchange::Part CompletionExchange::WholePart() {
   OrderedJson choices = OrderedJson::array();
-  for (ChoiceBuilder& choice : choices_) choices.push_back(choice.Take());
-  OrderedJson whole = envelope_.Make(std::move(choices));
+  for (const auto& choice : choices_) choices.push_back(choice->Take());
+  OrderedJson whole = envelope_.Make(api_.object, std::move(choices));
   if (!prompt_token_ids_.is_null()) whole["prompt_token_ids"] = std::move(prompt_token_ids_);
   whole["usage"] = UsageJson(usage_);
   HttpReply head{.headers = {}, .body = Dump(whole)};

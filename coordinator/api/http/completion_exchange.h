@@ -1,4 +1,4 @@
-// POST /v1/completions from body to last byte: parsed and tokenised on an
+// POST /v1/completions or /v1/chat/completions from body to last byte: parsed and tokenised on an
 // intake thread, one Answer a prompt, pulled when the connection can write.
 // Errors before the first byte get their status; later ones end the stream.
 #ifndef LOCKSTEP_COORDINATOR_API_HTTP_COMPLETION_EXCHANGE_H_
@@ -15,6 +15,7 @@
 #include "coordinator/api/http/completion_format.h"
 #include "coordinator/api/http/completion_request.h"
 #include "coordinator/api/http/exchange.h"
+#include "coordinator/api/http/generation_api.h"
 #include "coordinator/api/request_path.h"
 
 namespace lockstep {
@@ -24,8 +25,8 @@ class CompletionExchange : public Exchange,
  public:
   // Every head goes through `finish_head` (request id, counters).
   using FinishHead = std::function<HttpReply(HttpReply)>;
-  CompletionExchange(RequestPath* path, HttpRequest request, std::string request_id,
-                     FinishHead finish_head);
+  CompletionExchange(RequestPath* path, const GenerationApi& api, HttpRequest request,
+                     std::string request_id, FinishHead finish_head);
   ~CompletionExchange() override;
 
   void Begin();
@@ -46,12 +47,14 @@ class CompletionExchange : public Exchange,
   bool TakeIntake();
   absl::Status Pull(std::string* stream);
   void Handle(size_t prompt, const AnswerEvent& event, std::string* stream);
-  void AppendChunk(ChoiceBuilder* choice, std::string* stream);
+  void AppendChunks(ChoiceBuilder* choice, std::string* stream);
+  void AppendChunk(OrderedJson choice, std::string* stream);
   Part FailPart(const absl::Status& status);
   Part StreamPart(std::string stream, bool last);
   Part WholePart();
 
   RequestPath* const path_;
+  const GenerationApi& api_;
   const std::string request_id_;
   const FinishHead finish_head_;
   const CompletionEnvelope envelope_;
@@ -68,7 +71,7 @@ class CompletionExchange : public Exchange,
   bool taken_ = false, head_sent_ = false, over_ = false;
   std::vector<std::shared_ptr<Answer>> live_;  // null once terminal
   size_t unfinished_ = 0;
-  std::vector<ChoiceBuilder> choices_;
+  std::vector<std::unique_ptr<ChoiceBuilder>> choices_;
   Usage usage_;
   std::vector<std::string> prompt_texts_;  // for echo
   OrderedJson prompt_token_ids_;           // of the answer's top level

@@ -15,17 +15,14 @@ size_t CountCharacters(const std::string& text) {
   }));
 }
 
-// JSON has no infinity; a token that cannot come is very unlikely.
-double Finite(float logprob) { return std::max(static_cast<double>(logprob), -9999.0); }
-
 }  // namespace
 
-ChoiceBuilder::ChoiceBuilder(uint32_t index, const CompletionRequest& request,
-                             const ServedModel& model)
+CompletionChoice::CompletionChoice(uint32_t index, const CompletionRequest& request,
+                                   const ServedModel& model)
     : index_(index), request_(request), model_(model) {}
 
-void ChoiceBuilder::AddPrompt(const Answer& answer, const PromptInfo& info,
-                              const std::string& prompt_text) {
+void CompletionChoice::AddPrompt(const Answer& answer, const PromptInfo& info,
+                                 const std::string& prompt_text) {
   if (request_.return_token_ids) prompt_token_ids_ = answer.prompt();
   if (request_.prompt_logprobs) {
     prompt_logprobs_ = OrderedJson::array();
@@ -34,7 +31,7 @@ void ChoiceBuilder::AddPrompt(const Answer& answer, const PromptInfo& info,
       if (!info.logprobs[i]) continue;
       OrderedJson entry = OrderedJson::object();
       const auto add = [&](TokenId id, float logprob, uint32_t rank) {
-        entry[absl::StrCat(id)] = {{"logprob", Finite(logprob)},
+        entry[absl::StrCat(id)] = {{"logprob", FiniteLogprob(logprob)},
                                    {"rank", rank},
                                    {"decoded_token", model_.tokenizer->TokenText(id)}};
       };
@@ -60,7 +57,7 @@ void ChoiceBuilder::AddPrompt(const Answer& answer, const PromptInfo& info,
   }
 }
 
-void ChoiceBuilder::AddDelta(const TextDelta& delta) {
+void CompletionChoice::AddDelta(const TextDelta& delta) {
   has_delta_ = true;
   text_ += delta.text;
   token_ids_.insert(token_ids_.end(), delta.token_ids.begin(), delta.token_ids.end());
@@ -70,42 +67,33 @@ void ChoiceBuilder::AddDelta(const TextDelta& delta) {
   }
 }
 
-void ChoiceBuilder::AddEnd(const SequenceEnd& end, const SamplingParams& sampling) {
+void CompletionChoice::AddEnd(const SequenceEnd& end, const SamplingParams& sampling) {
   has_delta_ = true;
   finish_reason_ = end.reason == FinishReason::kStop ? "stop" : "length";
-  const std::vector<TokenId>& asked = sampling.stop_token_ids;
-  if (end.stop_string) {
-    stop_reason_ = *end.stop_string;
-  } else if (end.ending_token &&
-             std::find(asked.begin(), asked.end(), *end.ending_token) != asked.end()) {
-    stop_reason_ = *end.ending_token;
-  }
+  stop_reason_ = StopReason(end, sampling);
 }
 
-std::string ChoiceBuilder::TokenName(TokenId id) const {
-  return request_.return_tokens_as_token_ids ? absl::StrCat("token_id:", id)
-                                             : model_.tokenizer->TokenText(id);
-}
-
-void ChoiceBuilder::AddLogprobs(TokenId id, const std::optional<TokenLogprobs>& entry,
-                                bool hidden) {
-  tokens_.push_back(TokenName(id));
+void CompletionChoice::AddLogprobs(TokenId id, const std::optional<TokenLogprobs>& entry,
+                                   bool hidden) {
+  tokens_.push_back(TokenName(id, request_, model_));
   text_offsets_.push_back(text_offset_);
   if (!hidden) text_offset_ += CountCharacters(model_.tokenizer->TokenText(id));
-  token_logprobs_.push_back(entry ? OrderedJson(Finite(entry->logprob)) : OrderedJson(nullptr));
+  token_logprobs_.push_back(entry ? OrderedJson(FiniteLogprob(entry->logprob))
+                                  : OrderedJson(nullptr));
   top_logprobs_.push_back(entry ? TopLogprobs(id, *entry) : OrderedJson(nullptr));
 }
 
 // The alternatives, and the token itself where it is not among them. Of two
 // tokens that look the same the likelier one is shown.
-OrderedJson ChoiceBuilder::TopLogprobs(TokenId id, const TokenLogprobs& entry) const {
+OrderedJson CompletionChoice::TopLogprobs(TokenId id, const TokenLogprobs& entry) const {
   OrderedJson top = OrderedJson::object();
-  for (const auto& [other, logprob] : entry.top) top.emplace(TokenName(other), Finite(logprob));
-  top.emplace(TokenName(id), Finite(entry.logprob));
+  for (const auto& [other, logprob] : entry.top)
+    top.emplace(TokenName(other, request_, model_), FiniteLogprob(logprob));
+  top.emplace(TokenName(id, request_, model_), FiniteLogprob(entry.logprob));
   return top;
 }
 
-OrderedJson ChoiceBuilder::Take() {
+OrderedJson CompletionChoice::Take() {
   OrderedJson choice;
   choice["index"] = index_;
   choice["text"] = std::exchange(text_, {});
@@ -146,17 +134,33 @@ OrderedJson UsageJson(const Usage& usage) {
   return json;
 }
 
-CompletionEnvelope::CompletionEnvelope(const std::string& request_id, const std::string& model)
-    : id_(absl::StrCat("cmpl-", request_id)), model_(model), created_(std::time(nullptr)) {}
+CompletionEnvelope::CompletionEnvelope(const std::string& id, const std::string& model)
+    : id_(id), model_(model), created_(std::time(nullptr)) {}
 
-OrderedJson CompletionEnvelope::Make(OrderedJson choices) const {
+OrderedJson CompletionEnvelope::Make(const char* object, OrderedJson choices) const {
   OrderedJson json;
   json["id"] = id_;
-  json["object"] = "text_completion";
+  json["object"] = object;
   json["created"] = created_;
   json["model"] = model_;
   json["choices"] = std::move(choices);
   return json;
+}
+
+double FiniteLogprob(float logprob) { return std::max(static_cast<double>(logprob), -9999.0); }
+
+std::string TokenName(TokenId id, const CompletionRequest& request, const ServedModel& model) {
+  return request.return_tokens_as_token_ids ? absl::StrCat("token_id:", id)
+                                            : model.tokenizer->TokenText(id);
+}
+
+OrderedJson StopReason(const SequenceEnd& end, const SamplingParams& sampling) {
+  if (end.stop_string) return *end.stop_string;
+  const std::vector<TokenId>& asked = sampling.stop_token_ids;
+  if (end.ending_token && std::find(asked.begin(), asked.end(), *end.ending_token) != asked.end()) {
+    return *end.ending_token;
+  }
+  return nullptr;
 }
 
 std::string Dump(const OrderedJson& json) {

@@ -70,6 +70,7 @@ void ReadMaxTokens(FieldReader* fields, ClientSampling* out) {
   out->max_tokens = fields->Integer("max_tokens");
   const std::optional<int64_t> newer = fields->Integer("max_completion_tokens");
   if (!newer) return;
+  out->max_tokens_field = "max_completion_tokens";
   if (out->max_tokens && *out->max_tokens != *newer) {
     return fields->Fail(
         FieldError("max_completion_tokens", "differs from max_tokens; send one of them"));
@@ -142,8 +143,6 @@ void ReadNeutral(FieldReader* fields, int64_t n) {
   fields->Identifier("user");
 }
 
-}  // namespace
-
 ClientSampling ReadSampling(FieldReader* fields) {
   ClientSampling out;
   ReadMaxTokens(fields, &out);
@@ -169,27 +168,35 @@ ClientSampling ReadSampling(FieldReader* fields) {
   return out;
 }
 
-absl::StatusOr<CompletionRequest> ReadCompletionRequest(const Json& body) {
-  FieldReader fields(body);
-  CompletionRequest out;
-  ClientRequest common;
-  common.model = fields.Identifier("model").value_or("");
-  common.sampling = ReadSampling(&fields);
-  common.sampling.logprobs = fields.Integer("logprobs");
-  common.add_special_tokens = fields.Bool("add_special_tokens");
-  if (const std::optional<int64_t> priority = fields.Integer("priority")) {
+}  // namespace
+
+void ReadCommon(FieldReader* fields, ClientRequest* client, CompletionRequest* out) {
+  client->model = fields->Identifier("model").value_or("");
+  client->sampling = ReadSampling(fields);
+  client->add_special_tokens = fields->Bool("add_special_tokens");
+  if (const std::optional<int64_t> priority = fields->Integer("priority")) {
     if (*priority < std::numeric_limits<int32_t>::min() ||
         *priority > std::numeric_limits<int32_t>::max()) {
-      fields.Fail(FieldError("priority", absl::StrCat(*priority, " is not a 32-bit number")));
+      fields->Fail(FieldError("priority", absl::StrCat(*priority, " is not a 32-bit number")));
     } else {
-      common.priority = static_cast<int32_t>(*priority);
+      client->priority = static_cast<int32_t>(*priority);
     }
   }
-  out.stream = fields.Bool("stream").value_or(false);
-  ReadStreamOptions(&fields, &out);
+  out->stream = fields->Bool("stream").value_or(false);
+  ReadStreamOptions(fields, out);
+  out->return_token_ids = fields->Bool("return_token_ids").value_or(false);
+  out->return_tokens_as_token_ids = fields->Bool("return_tokens_as_token_ids").value_or(false);
+}
+
+absl::StatusOr<CompletionRequest> ReadCompletionRequest(const std::string& text) {
+  const absl::StatusOr<Json> body = ParseJson(text);
+  if (!body.ok()) return body.status();
+  FieldReader fields(*body);
+  CompletionRequest out;
+  ClientRequest common;
+  ReadCommon(&fields, &common, &out);
+  common.sampling.logprobs = fields.Integer("logprobs");
   out.echo = fields.Bool("echo").value_or(false);
-  out.return_token_ids = fields.Bool("return_token_ids").value_or(false);
-  out.return_tokens_as_token_ids = fields.Bool("return_tokens_as_token_ids").value_or(false);
   const int64_t n = common.sampling.n.value_or(1);
   ReadNeutral(&fields, n);
   const Json* const prompt = fields.Raw("prompt");

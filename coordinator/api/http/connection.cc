@@ -1,5 +1,7 @@
 #include "coordinator/api/http/connection.h"
 
+#include <malloc.h>
+
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/post.hpp>
@@ -24,11 +26,13 @@ using asio::ip::tcp;
 using boost::system::error_code;
 using Parser = http::request_parser<http::string_body>;
 
-// Read while an exchange runs, so that a pipelining client cannot fill memory.
-constexpr size_t kMaxPipelinedBytes = 16 * 1024;
+// Read while an exchange runs. A client that sends more behind an unanswered
+// request is cut off: unread, it could leave without anybody noticing.
+constexpr size_t kMaxPipelinedBytes = 64 * 1024;
 // At a time; every open connection holds as much.
 constexpr size_t kReadBytes = 4 * 1024;
 constexpr size_t kBodyReadBytes = 16 * 1024;
+constexpr size_t kLargeBodyBytes = 512 * 1024;
 // After an early refusal the rest of the request is read away, so that the
 // client sees the refusal and not a reset.
 constexpr size_t kMaxLingerBytes = 32 * 1024 * 1024;
@@ -142,7 +146,11 @@ struct Connection::Received {
 class Connection::BodyLease {
  public:
   explicit BodyLease(std::shared_ptr<ServerState> state) : state_(std::move(state)) {}
-  ~BodyLease() { state_->body_bytes -= held_; }
+  ~BodyLease() {
+    state_->body_bytes -= held_;
+    // What came of a large body was many times its size.
+    if (held_ >= kLargeBodyBytes) malloc_trim(0);
+  }
   bool Resize(size_t bytes) {
     if (bytes <= held_) return true;
     const size_t more = bytes - std::exchange(held_, bytes);
@@ -297,7 +305,12 @@ asio::awaitable<bool> Connection::Answer(Received received) {
         exchange->Abandon();
         co_return false;
       }
-      if (in_.size() < kMaxPipelinedBytes) StartRead(kReadBytes);
+      if (in_.size() >= kMaxPipelinedBytes) {
+        exchange->Abandon();
+        Close();
+        co_return false;
+      }
+      StartRead(kReadBytes);
       co_await Wait(Clock::time_point::max());
       continue;
     }

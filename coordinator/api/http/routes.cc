@@ -82,6 +82,7 @@ struct Routes::Route {
 
 const Routes::Route Routes::kRoutes[] = {
     {"/v1/completions", "POST", &Routes::Completions},
+    {"/v1/chat/completions", "POST", &Routes::Chat},
     {"/tokenize", "POST", &Routes::Tokenize},
     {"/detokenize", "POST", &Routes::Detokenize},
     {"/v1/models", "GET", &Routes::Models},
@@ -159,13 +160,22 @@ std::shared_ptr<Exchange> Routes::Later(
   return exchange;
 }
 
-std::shared_ptr<Exchange> Routes::Completions(HttpRequest&& request,
-                                              const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Generate(const GenerationApi& api, HttpRequest&& request,
+                                           const std::string& request_id) {
   auto exchange = std::make_shared<CompletionExchange>(
-      path_, std::move(request), request_id,
+      path_, api, std::move(request), request_id,
       [this, request_id](HttpReply reply) { return FinishHead(std::move(reply), request_id); });
   exchange->Begin();
   return exchange;
+}
+
+std::shared_ptr<Exchange> Routes::Completions(HttpRequest&& request,
+                                              const std::string& request_id) {
+  return Generate(CompletionsApi(), std::move(request), request_id);
+}
+
+std::shared_ptr<Exchange> Routes::Chat(HttpRequest&& request, const std::string& request_id) {
+  return Generate(ChatApi(), std::move(request), request_id);
 }
 
 std::shared_ptr<Exchange> Routes::Tokenize(HttpRequest&& request, const std::string& request_id) {

@@ -1,5 +1,5 @@
 // The routes of the HTTP door, over the request path:
-//   POST /v1/completions, /tokenize, /detokenize
+//   POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize
 //   GET  /v1/models, /v1/models/NAME, /health, /ready, /metrics, /version
 // Anything else is 404, another method 405, both in OpenAI's error shape.
 #ifndef LOCKSTEP_COORDINATOR_API_HTTP_ROUTES_H_
@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "coordinator/api/http/exchange.h"
+#include "coordinator/api/http/generation_api.h"
 #include "coordinator/api/request_path.h"
 
 namespace lockstep {
@@ -28,6 +29,9 @@ class Routes : public HttpHandler {
   static const Route kRoutes[];
 
   std::shared_ptr<Exchange> Completions(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> Chat(HttpRequest&& request, const std::string& request_id);
+  std::shared_ptr<Exchange> Generate(const GenerationApi& api, HttpRequest&& request,
+                                     const std::string& request_id);
   std::shared_ptr<Exchange> Tokenize(HttpRequest&& request, const std::string& request_id);
   std::shared_ptr<Exchange> Detokenize(HttpRequest&& request, const std::string& request_id);
   std::shared_ptr<Exchange> Models(HttpRequest&& request, const std::string& request_id);

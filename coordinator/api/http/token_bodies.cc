@@ -8,57 +8,10 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/api_error.h"
 #include "coordinator/api/client_request.h"
+#include "coordinator/api/http/chat_messages.h"
 #include "coordinator/api/http/json_reader.h"
-#include "coordinator/api/limits.h"
 
 namespace lockstep {
-namespace {
-
-// A message's content: text, or text parts joined by a newline.
-absl::StatusOr<std::string> ReadContent(const Json& content, const std::string& where) {
-  if (content.is_string()) return content.get<std::string>();
-  if (!content.is_array()) {
-    return FieldError(where, absl::StrCat("expected text or text parts, got ", EchoJson(content)));
-  }
-  std::string joined;
-  for (size_t i = 0; i < content.size(); ++i) {
-    FieldReader part(content[i], absl::StrCat(where, "[", i, "]."));
-    const std::optional<std::string> type = part.String("type");
-    const std::optional<std::string> text = part.String("text");
-    if (absl::Status status = part.Finish(); !status.ok()) return status;
-    if (type != "text" || !text) {
-      return FieldError(absl::StrCat(where, "[", i, "].type"), "only text parts are supported");
-    }
-    absl::StrAppend(&joined, i == 0 ? "" : "\n", *text);
-  }
-  return joined;
-}
-
-absl::StatusOr<std::vector<ChatMessage>> ReadMessages(const Json& list) {
-  if (!list.is_array()) {
-    return FieldError("messages", absl::StrCat("expected an array, got ", EchoJson(list)));
-  }
-  if (list.size() > limits::kChatMessages) {
-    return FieldError("messages",
-                      absl::StrCat(list.size(), " are too many; allowed: ", limits::kChatMessages));
-  }
-  std::vector<ChatMessage> messages;
-  for (size_t i = 0; i < list.size(); ++i) {
-    const std::string where = absl::StrCat("messages[", i, "]");
-    FieldReader fields(list[i], where + ".");
-    const std::optional<std::string> role = fields.String("role");
-    const Json* const content = fields.Raw("content");
-    if (absl::Status status = fields.Finish(); !status.ok()) return status;
-    if (!role) return FieldError(where + ".role", "missing");
-    if (content == nullptr) return FieldError(where + ".content", "missing");
-    absl::StatusOr<std::string> text = ReadContent(*content, where + ".content");
-    if (!text.ok()) return text.status();
-    messages.push_back({*role, *std::move(text)});
-  }
-  return messages;
-}
-
-}  // namespace
 
 absl::StatusOr<std::string> TokenizeBody(const std::string& body, const ServedModel& model) {
   const absl::StatusOr<Json> json = ParseJson(body);
@@ -78,7 +31,9 @@ absl::StatusOr<std::string> TokenizeBody(const std::string& body, const ServedMo
   if (messages != nullptr) {
     absl::StatusOr<std::vector<ChatMessage>> read = ReadMessages(*messages);
     if (!read.ok()) return read.status();
-    client.prompt = ChatPrompt{*std::move(read), add_generation_prompt.value_or(true)};
+    ChatPrompt chat{*std::move(read)};
+    chat.context.add_generation_prompt = add_generation_prompt.value_or(true);
+    client.prompt = std::move(chat);
   } else if (prompt) {
     client.prompt = *std::move(prompt);
   }
