@@ -5,6 +5,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "coordinator/text/ffi/lockstep_text.h"
 #include "coordinator/text/internal/ffi.h"
 #include "coordinator/text/tokenizer_config.h"
@@ -24,6 +25,33 @@ constexpr uint64_t kStepsPerMessage = 500;
 constexpr size_t kBaseOutputBytes = size_t{1} << 20;
 constexpr size_t kOutputPerContextByte = 8;
 
+// A message as templates read it. The message of an error has no position.
+absl::StatusOr<std::string> MessageJson(const ChatMessage& message, bool reads_parts) {
+  bool valid = true;
+  const auto checked = [&valid](const std::string& text) {
+    valid = valid && IsValidUtf8(text);
+    return text;
+  };
+  Json json;
+  json["role"] = checked(message.role);
+  if (message.parts.empty()) {
+    json["content"] = checked(message.content);
+  } else if (reads_parts) {
+    for (const std::string& part : message.parts) {
+      json["content"].push_back({{"type", "text"}, {"text", checked(part)}});
+    }
+  } else {
+    json["content"] = checked(absl::StrJoin(message.parts, "\n"));
+  }
+  if (!message.tool_call_id.empty()) json["tool_call_id"] = checked(message.tool_call_id);
+  if (!message.name.empty()) json["name"] = checked(message.name);
+  if (!valid) return absl::InvalidArgumentError("not UTF-8");
+  std::string text = json.dump(-1, ' ', false, Json::error_handler_t::replace);
+  if (message.tool_calls_json.empty()) return text;
+  text.pop_back();
+  return absl::StrCat(text, ",\"tool_calls\":", message.tool_calls_json, "}");
+}
+
 }  // namespace
 
 struct ChatTemplate::Impl {
@@ -37,6 +65,7 @@ struct ChatTemplate::Impl {
 
   LockstepTemplate* handle = nullptr;
   std::map<std::string, std::string> special_tokens;
+  bool reads_parts = true;  // while ReadsParts asks
 };
 
 absl::StatusOr<std::optional<ChatTemplate>> ChatTemplate::Load(const std::string& model_dir) {
@@ -62,6 +91,7 @@ absl::StatusOr<std::optional<ChatTemplate>> ChatTemplate::Load(const std::string
       lockstep_template_new(source->data(), source->size(), &impl->handle, error.out());
   if (status != LOCKSTEP_TEXT_OK) return ffi::ToStatus(LOCKSTEP_TEXT_INVALID, path, error);
   impl->special_tokens = std::move(config->special_tokens);
+  impl->reads_parts = ChatTemplate(impl).ReadsParts();
   return std::optional(ChatTemplate(std::move(impl)));
 }
 
@@ -70,23 +100,60 @@ absl::StatusOr<std::string> ChatTemplate::Render(absl::Span<const ChatMessage> m
   return RenderAt(messages, add_generation_prompt, std::time(nullptr));
 }
 
+absl::StatusOr<std::string> ChatTemplate::Render(absl::Span<const ChatMessage> messages,
+                                                 const ChatContext& context) const {
+  return RenderAt(messages, context, std::time(nullptr));
+}
+
 absl::StatusOr<std::string> ChatTemplate::RenderAt(absl::Span<const ChatMessage> messages,
                                                    bool add_generation_prompt,
                                                    int64_t unix_seconds) const {
-  Json context = Json::object();
-  for (const auto& [name, text] : impl_->special_tokens) context[name] = text;
-  Json list = Json::array();
+  return RenderAt(messages, ChatContext{.add_generation_prompt = add_generation_prompt},
+                  unix_seconds);
+}
+
+// Asked of the template itself: no look at its source is as sure.
+bool ChatTemplate::ReadsParts() const {
+  constexpr char kProbe[] = "lockstep probe";
+  const ChatMessage probe{.role = "user", .content = "", .parts = {kProbe}};
+  const absl::StatusOr<std::string> shown = RenderAt({&probe, 1}, true, 0);
+  if (!shown.ok()) return false;
+  // What takes the list for a text writes the whole of it.
+  const auto has = [&](const char* text) { return shown->find(text) != std::string::npos; };
+  return has(kProbe) && !has("'type'") && !has("\"type\"");
+}
+
+absl::StatusOr<std::string> ChatTemplate::RenderAt(absl::Span<const ChatMessage> messages,
+                                                   const ChatContext& context,
+                                                   int64_t unix_seconds) const {
+  Json names = Json::object();
+  for (const auto& [name, text] : impl_->special_tokens) names[name] = text;
+  names["add_generation_prompt"] = context.add_generation_prompt;
+  names["documents"] = nullptr;
+  std::string json = "{\"messages\":[";
   for (size_t i = 0; i < messages.size(); ++i) {
-    if (!IsValidUtf8(messages[i].role) || !IsValidUtf8(messages[i].content)) {
-      return absl::InvalidArgumentError(absl::StrCat("messages[", i, "]: not UTF-8"));
+    absl::StatusOr<std::string> message = MessageJson(messages[i], impl_->reads_parts);
+    if (!message.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("messages[", i, "]: ", std::string(message.status().message())));
     }
-    list.push_back({{"role", messages[i].role}, {"content", messages[i].content}});
+    absl::StrAppend(&json, i == 0 ? "" : ",", *message);
   }
-  context["messages"] = std::move(list);
-  context["add_generation_prompt"] = add_generation_prompt;
-  context["tools"] = nullptr;
-  context["documents"] = nullptr;
-  const std::string json = context.dump(-1, ' ', false, Json::error_handler_t::replace);
+  // Left as it came: a template may show the keys in the client's order.
+  absl::StrAppend(&json, "],\"tools\":", context.tools_json.empty() ? "null" : context.tools_json);
+  if (!context.variables_json.empty()) {
+    const Json variables = Json::parse(context.variables_json, nullptr, /*allow_exceptions=*/false);
+    if (!variables.is_object()) return absl::InvalidArgumentError("variables: not a JSON object");
+    for (const auto& [name, value] : variables.items()) {
+      if (names.contains(name) || name == "messages" || name == "tools") {
+        return absl::InvalidArgumentError(
+            absl::StrCat("the name '", name, "' is not free for a variable"));
+      }
+      names[name] = value;
+    }
+  }
+  const std::string rest = names.dump(-1, ' ', false, Json::error_handler_t::replace);
+  absl::StrAppend(&json, ",", rest.substr(1));
 
   ffi::Text text, error;
   ffi::Call call;

@@ -18,6 +18,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -27,6 +28,22 @@ namespace lockstep {
 struct ChatMessage {
   std::string role;
   std::string content;
+  // Text that came in parts; used instead of `content` when there are any. A
+  // template that reads lists gets the list, another one the parts joined by a
+  // newline.
+  std::vector<std::string> parts = {};
+  // Of an assistant: a JSON array of {"id", "type", "function": {"name",
+  // "arguments": object}}. "" when it called nothing.
+  std::string tool_calls_json = {};
+  std::string tool_call_id = {};  // of a tool's answer, as is `name`
+  std::string name = {};
+};
+
+// What a template sees beside the messages.
+struct ChatContext {
+  bool add_generation_prompt = true;
+  std::string tools_json = {};      // a JSON array of functions; "" for none
+  std::string variables_json = {};  // a JSON object whose entries are names of their own
 };
 
 class ChatTemplate {
@@ -46,9 +63,18 @@ class ChatTemplate {
   // As Render, at a given time for strftime_now (UTC seconds since 1970).
   absl::StatusOr<std::string> RenderAt(absl::Span<const ChatMessage> messages,
                                        bool add_generation_prompt, int64_t unix_seconds) const;
+  // As Render, with tools and variables. InvalidArgument for JSON that is none
+  // and for a variable of a name that the template has from elsewhere.
+  absl::StatusOr<std::string> Render(absl::Span<const ChatMessage> messages,
+                                     const ChatContext& context) const;
 
  private:
   struct Impl;
+  absl::StatusOr<std::string> RenderAt(absl::Span<const ChatMessage> messages,
+                                       const ChatContext& context, int64_t unix_seconds) const;
+  // Whether content that is a list of text parts is shown as its text.
+  bool ReadsParts() const;
+
   explicit ChatTemplate(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 
   std::shared_ptr<const Impl> impl_;

@@ -242,7 +242,7 @@ TEST(BuildRequest, TextGetsTheTokenizersFrame) {
 
 TEST(BuildRequest, ChatGoesThroughTheTemplate) {
   ClientRequest request;
-  request.prompt = ChatPrompt{{{"user", "hi"}}, true};
+  request.prompt = ChatPrompt{{{"user", "hi"}}};
   const absl::StatusOr<Request> built = Build(request);
   ASSERT_TRUE(built.ok()) << built.status();
   const std::string text = *Model().chat_template->Render({{"user", "hi"}}, true);
@@ -253,7 +253,7 @@ TEST(BuildRequest, AModelWithoutTemplateRefusesChat) {
   ServedModel bare = Model();
   bare.chat_template.reset();
   ClientRequest request;
-  request.prompt = ChatPrompt{{{"user", "hi"}}, true};
+  request.prompt = ChatPrompt{{{"user", "hi"}}};
   const absl::Status status = BuildRequest(request, bare, {}, 0).status();
   EXPECT_EQ(ErrorField(status), "messages");
   EXPECT_THAT(std::string(status.message()), HasSubstr("no chat template"));
