@@ -73,9 +73,10 @@ struct Client::Impl {
 Client::Client(const std::string& address) : impl_(std::make_unique<Impl>()) {
   grpc::ChannelArguments args;
   args.SetMaxReceiveMessageSize(kMaxMessageBytes);
-  // A server that is just starting is found within a second, not after gRPC's default back-off.
+  // A server that is just starting is found within a second, not after gRPC's default
+  // back-off. (The "minimal" back-off stays: it is how long one attempt may take, and a
+  // busy server needs more than a moment.)
   args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
   impl_->stub = v1::Inference::NewStub(
       grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), args));

@@ -56,7 +56,7 @@ class KilledRankTest : public FaultTest, public ::testing::WithParamInterface<in
 
 TEST_P(KilledRankTest, StreamsPauseAndGoOnWithTheSameTokens) {
   constexpr uint32_t kTokens = 400;
-  Serve(2);
+  ASSERT_NO_FATAL_FAILURE(Serve(2));
   std::vector<std::vector<uint32_t>> expected;
   for (int i = 0; i < 4; ++i) expected.push_back(FaultFree(Prompt(i), kTokens));
   const uint64_t epoch = served_->Info().epoch();
@@ -91,7 +91,7 @@ TEST_F(FaultTest, RandomKillsLoseNoStream) {
   const char* const asked = std::getenv("LOCKSTEP_KILLS");
   const int kills = asked == nullptr ? 6 : std::atoi(asked);
   constexpr uint32_t kTokens = 120;
-  Serve(2);
+  ASSERT_NO_FATAL_FAILURE(Serve(2));
   std::vector<std::vector<uint32_t>> expected;
   for (int i = 0; i < kStreams; ++i) expected.push_back(FaultFree(Prompt(i), kTokens));
   std::mt19937 random(20261121);
@@ -112,7 +112,7 @@ TEST_F(FaultTest, RandomKillsLoseNoStream) {
 }
 
 TEST_F(FaultTest, APauseOfHalfASecondKillsNobody) {
-  Serve(2);
+  ASSERT_NO_FATAL_FAILURE(Serve(2));
   const uint64_t epoch = served_->Info().epoch();
   const pid_t worker = served_->WorkerPid(1);
   const std::vector<uint32_t> expected = FaultFree(Prompt(0), 300);
@@ -129,7 +129,7 @@ TEST_F(FaultTest, APauseOfHalfASecondKillsNobody) {
 }
 
 TEST_F(FaultTest, AWorkerStoppedForEverIsReplaced) {
-  Serve(2);
+  ASSERT_NO_FATAL_FAILURE(Serve(2));
   const std::vector<uint32_t> expected = FaultFree(Prompt(0), 300);
   const uint64_t epoch = served_->Info().epoch();
   const pid_t worker = served_->WorkerPid(1);
@@ -148,7 +148,7 @@ TEST_F(FaultTest, AWorkerStoppedForEverIsReplaced) {
 }
 
 TEST_F(FaultTest, TheSecondDeathEndsARequestAndNamesTheRank) {
-  Serve(2);
+  ASSERT_NO_FATAL_FAILURE(Serve(2));
   auto stream = Stream(0, 1500);
   for (int death = 0; death < 2; ++death) {
     const uint64_t epoch = served_->AwaitEpochAbove(0).epoch();
@@ -165,7 +165,7 @@ TEST_F(FaultTest, TheSecondDeathEndsARequestAndNamesTheRank) {
 }
 
 TEST_F(FaultTest, AKilledCoordinatorEndsStreamsAndWorkersReattach) {
-  Serve(2, {"--grpc-port", "0"});
+  ASSERT_NO_FATAL_FAILURE(Serve(2, {"--grpc-port", "0"}));
   const std::vector<pid_t> workers = {served_->WorkerPid(0), served_->WorkerPid(1)};
   auto stream = Stream(0, 1500);
   stream->AwaitTokens(5);
@@ -181,7 +181,7 @@ TEST_F(FaultTest, AKilledCoordinatorEndsStreamsAndWorkersReattach) {
 }
 
 TEST_F(FaultTest, SigtermDrainsRunningStreams) {
-  Serve(2, {"--drain-timeout", std::to_string(Bound(100).count())});
+  ASSERT_NO_FATAL_FAILURE(Serve(2, {"--drain-timeout", std::to_string(Bound(100).count())}));
   const std::vector<uint32_t> expected = FaultFree(Prompt(0), 600);
   std::vector<std::unique_ptr<StreamedAnswer>> streams;
   for (int i = 0; i < 4; ++i) streams.push_back(Stream(0, 600));
@@ -197,7 +197,7 @@ TEST_F(FaultTest, SigtermDrainsRunningStreams) {
 }
 
 TEST_F(FaultTest, NothingOutlivesAKilledLauncher) {
-  Serve(2);
+  ASSERT_NO_FATAL_FAILURE(Serve(2));
   const std::vector<pid_t> children = {served_->WorkerPid(0), served_->WorkerPid(1),
                                        served_->CoordinatorPid()};
   for (const pid_t child : children) ASSERT_GT(child, 0);
@@ -213,7 +213,7 @@ TEST_F(FaultTest, NothingOutlivesAKilledLauncher) {
 }
 
 TEST_F(FaultTest, ACancelledStreamGivesItsBlocksBack) {
-  Serve(2);
+  ASSERT_NO_FATAL_FAILURE(Serve(2));
   for (int round = 0; round < 10; ++round) {
     auto stream = Stream(round, 1500);
     stream->AwaitTokens(static_cast<size_t>(round) * 3);
