@@ -24,6 +24,11 @@ inline constexpr int kMaxCommKeys = 4'096;
 inline constexpr int kMaxCommKeyBytes = 128;
 inline constexpr int kMaxCommValueBytes = 64 << 10;
 
+// A profile: steps it may span, events of a message, and of a rank in all.
+inline constexpr uint32_t kMaxProfileSteps = 1'000;
+inline constexpr int kMaxProfileEvents = 8'192;
+inline constexpr int kMaxProfileEventsPerRank = 4'000'000;
+
 // One message of the private plane: a prompt of a million tokens fits.
 inline constexpr int kMaxMessageBytes = 64 << 20;
 
