@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""lockstep-worker-group beside a real coordinator: the way a pod of GPUs runs."""
+
+import json
+import os
+import pathlib
+import signal
+import stat
+import subprocess
+import tempfile
+import unittest
+
+import harness
+
+SCRIPT = harness.ROOT / "deploy/container/lockstep-worker-group"
+
+
+def children(pid):
+    """Descendants of a process, as {pid: command line}."""
+    found, todo = {}, [pid]
+    while todo:
+        parent = todo.pop()
+        try:
+            pids = pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        except OSError:
+            continue
+        for child in map(int, pids):
+            try:
+                command = pathlib.Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            found[child] = command
+            todo.append(child)
+    return found
+
+
+def workers(pid):
+    return [child for child, command in children(pid).items()
+            if command[0].endswith(b"/lockstep-worker")]
+
+
+class WorkerGroupTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="lockstep-group-test.")
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def start(self, name, *words, path=str(harness.BIN)):
+        log = self.folder / f"{name}.log"
+        environment = dict(os.environ, PATH=path + os.pathsep + os.environ["PATH"])
+        with open(log, "wb") as out:
+            process = subprocess.Popen([str(word) for word in words], stdout=out, stderr=out,
+                                       env=environment)
+        self.addCleanup(harness.stop, process)
+        return process, log
+
+    def test_serves_outlives_a_killed_worker_and_ends_clean(self):
+        ports, plane = self.folder / "ports.json", self.folder / "plane"
+        coordinator, log = self.start(
+            "coordinator", harness.BIN / "lockstep-coordinator", "--model", harness.DEMO_MODEL,
+            "--served-model-name", "demo", "--tensor-parallel-size", "2", "--cpu-threads", "1",
+            "--http-port", "0", "--grpc-port", "0", "--worker-address", f"unix:{plane}",
+            "--port-file", ports)
+        group, group_log = self.start("group", SCRIPT, "--count", "2", "--", "--coordinator",
+                                      f"unix:{plane}", "--backend", "cpu")
+        harness.wait_for("a whole group", ports.exists, coordinator, 60, log)
+        port = json.loads(ports.read_text())["http_port"]
+        self.assertEqual(self.answer(port), 200)
+
+        before = sorted(workers(group.pid))
+        self.assertEqual(len(before), 2)
+        os.kill(before[0], signal.SIGKILL)
+        harness.wait_for("another worker", lambda: len(workers(group.pid)) == 2 and sorted(
+            workers(group.pid)) != before, group, 20, group_log)
+        harness.wait_for("a whole group again", lambda: harness.request(
+            port, "GET", "/ready")[0] == 200, group, 30, group_log)
+        self.assertEqual(self.answer(port), 200)
+
+        last = workers(group.pid)
+        self.assertEqual(harness.stop(group, 10), 0)
+        self.assertEqual([pid for pid in last if pathlib.Path(f"/proc/{pid}").exists()], [])
+        self.assertIn("exit 137; starting it again in 0 s", group_log.read_text())
+
+    def answer(self, port):
+        return harness.request(port, "POST", "/v1/completions", {
+            "model": "demo", "prompt": "A rope", "max_tokens": 4})[0]
+
+    def test_a_bad_worker_flag_ends_the_group(self):
+        group, log = self.start("group", SCRIPT, "--count", "2", "--", "--no-such-flag")
+        self.assertEqual(group.wait(20), 2)
+        self.assertIn("--no-such-flag", log.read_text())
+
+    def test_a_crash_loop_is_named_and_ends_the_group(self):
+        fake = self.folder / "bin" / "lockstep-worker"
+        fake.parent.mkdir()
+        runs = self.folder / "runs"
+        # Worker 1 is well; worker 0 dies at once.
+        fake.write_text('#!/bin/sh\ncase "$*" in *"--device 1"*) exec sleep 1000 ;; esac\n'
+                        f'echo run >>{runs}\nexit 7\n')
+        fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+        # The pauses are the script's own; the test does not wait for them.
+        pauses = self.folder / "bin" / "sleep"
+        pauses.write_text('#!/bin/sh\n[ "$1" = 1000 ] || exit 0\nexec /bin/sleep 1000\n')
+        pauses.chmod(0o755)
+        group, log = self.start("group", SCRIPT, "--count", "2", "--", path=str(fake.parent))
+        self.assertEqual(group.wait(30), 1)
+        self.assertEqual(len(runs.read_text().split()), 6)
+        self.assertIn("worker 0: exit 7, the 6. time in a row", log.read_text())
+
+    def test_each_node_asks_for_its_own_ranks(self):
+        fake = self.folder / "bin" / "lockstep-worker"
+        fake.parent.mkdir()
+        fake.write_text(f'#!/bin/sh\necho "$*" >>{self.folder}/flags\nexit 2\n')
+        fake.chmod(0o755)
+        group, _ = self.start("group", SCRIPT, "--count", "1", "--node", "3", "--",
+                              "--coordinator", "a:1", path=str(fake.parent))
+        self.assertEqual(group.wait(20), 2)
+        self.assertEqual((self.folder / "flags").read_text(),
+                         "--coordinator a:1 --exit-with-parent --preferred-rank 2 --device 0\n")
+
+    def test_its_own_flags_are_checked(self):
+        for words, said in ((["--"], "--count is needed"), (["--count", "0"], "--count '0'"),
+                            (["--count", "x"], "--count 'x'"), (["--node"], "--node needs"),
+                            (["--gpus", "2"], "unknown argument '--gpus'")):
+            group, log = self.start("group", SCRIPT, *words)
+            self.assertEqual(group.wait(20), 2, words)
+            self.assertIn(said, log.read_text())
+
+
+if __name__ == "__main__":
+    unittest.main()
