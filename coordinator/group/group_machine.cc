@@ -57,6 +57,7 @@ void GroupMachine::OnMessage(StreamId stream, const WorkerMessage& message, int6
     case WorkerMessage::kCommKey:
       return RelayKey(stream, peer, message.comm_key(), now_ms);
     case WorkerMessage::kHeartbeat:
+    case WorkerMessage::kProfile:  // answers what nobody here asks yet
       return;
     case WorkerMessage::MESSAGE_NOT_SET:
       return OnGarbage(stream, now_ms);
