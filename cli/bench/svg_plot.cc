@@ -10,13 +10,13 @@ namespace lockstep {
 namespace {
 
 // Pixels.
-constexpr double kWidth = 520, kHeight = 280;
-constexpr double kLeft = 62, kRight = 14, kTop = 34, kBottom = 46;
+constexpr double kWidth = 520, kHeight = 300;
+constexpr double kLeft = 62, kRight = 14, kTop = 58, kBottom = 46;
 constexpr double kInnerWidth = kWidth - kLeft - kRight;
 constexpr double kInnerHeight = kHeight - kTop - kBottom;
 constexpr int kXTicks = 6, kYTicks = 5;
 constexpr size_t kColours = 6;  // classes c0 to c5
-constexpr double kLegendLine = 15;
+constexpr double kLegendLine = 14, kLegendKey = 28, kLetter = 6.2;
 
 struct Axis {
   double max = 1, step = 1;
@@ -75,11 +75,25 @@ void DrawSeries(const Plot& plot, size_t index, const Axis& x, const Axis& y, st
                           colour, plot.markers ? "" : " faint", X(x, px), Y(y, py),
                           plot.markers ? 3 : 5, EscapeHtml(series.name), px, py);
   }
-  const double line = kTop + 6 + kLegendLine * static_cast<double>(index);
-  absl::StrAppendFormat(svg, "<rect class=\"key %s\" x=\"%g\" y=\"%g\" width=\"10\" height=\"3\"/>",
-                        colour, kLeft + 10, line - 4);
-  absl::StrAppendFormat(svg, "<text class=\"tick\" x=\"%g\" y=\"%g\">%s</text>\n", kLeft + 25, line,
-                        EscapeHtml(series.name));
+}
+
+// Under the title, in as many lines as it takes; two are left free.
+void DrawLegend(const Plot& plot, std::string* svg) {
+  double x = kLeft, y = 35;
+  for (size_t i = 0; i < plot.series.size(); ++i) {
+    const std::string& name = plot.series[i].name;
+    const double width = kLegendKey + kLetter * static_cast<double>(name.size());
+    if (x > kLeft && x + width > kWidth) {
+      x = kLeft;
+      y += kLegendLine;
+    }
+    absl::StrAppendFormat(svg,
+                          "<rect class=\"key c%u\" x=\"%g\" y=\"%g\" width=\"10\" height=\"3\"/>",
+                          i % kColours, x, y - 5);
+    absl::StrAppendFormat(svg, "<text class=\"tick\" x=\"%g\" y=\"%g\">%s</text>\n", x + 14, y,
+                          EscapeHtml(name));
+    x += width;
+  }
 }
 
 }  // namespace
@@ -139,6 +153,7 @@ std::string SvgPlot(const Plot& plot) {
     absl::StrAppendFormat(&svg, "<text class=\"label\" x=\"%g\" y=\"%g\">no data</text>\n",
                           kLeft + kInnerWidth / 2, kTop + kInnerHeight / 2);
   }
+  DrawLegend(plot, &svg);
   for (size_t i = 0; i < plot.series.size(); ++i) DrawSeries(plot, i, x, y, &svg);
   return svg + "</svg>\n";
 }

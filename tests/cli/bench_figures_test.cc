@@ -202,7 +202,7 @@ TEST(SvgPlot, TicksAreRoundNumbers) {
 TEST(SvgPlot, KeepsPointsInsideAndSaysWhenThereAreNone) {
   EXPECT_THAT(SvgPlot({"t", "x", "y", {}}), HasSubstr("no data"));
   const std::string svg = SvgPlot({"t", "x", "y", {{"s", {{0, 0}, {10, 100}}}}});
-  EXPECT_THAT(svg, HasSubstr("points=\"62.0,234.0 506.0,34.0 \""));
+  EXPECT_THAT(svg, HasSubstr("points=\"62.0,254.0 506.0,58.0 \""));
 }
 
 }  // namespace

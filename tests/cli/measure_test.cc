@@ -155,6 +155,7 @@ TEST_F(MeasureTest, BenchStartsAServerOfItsOwnAndPassesFlagsOn) {
   EXPECT_EQ(report["target"]["model"], "x");
   EXPECT_EQ(report["target"]["dtype"], "float32");
   EXPECT_EQ(report["target"]["kv_tokens"], 77 * 16);
+  EXPECT_THAT(ReadFile(log), HasSubstr("lockstep-coordinator"));
 }
 
 TEST_F(MeasureTest, AShapeWithoutWeightsCanBeMeasured) {
