@@ -1,0 +1,378 @@
+{{- define "lockstep.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* 50 characters leave room for what is appended. */}}
+{{- define "lockstep.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
+{{- else if contains (include "lockstep.name" .) .Release.Name }}
+{{- .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "lockstep.name" .) | trunc 50 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* A LeaderWorkerSet makes a headless Service of its own name: it must not be ours. */}}
+{{- define "lockstep.setName" -}}
+{{- include "lockstep.fullname" . }}-group
+{{- end }}
+
+{{- define "lockstep.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "lockstep.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "lockstep.labels" -}}
+{{ include "lockstep.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Labels of a pod; component is server (it answers) or worker. */}}
+{{- define "lockstep.podMetadata" -}}
+labels:
+  {{- include "lockstep.labels" .root | nindent 2 }}
+  app.kubernetes.io/component: {{ .component }}
+  {{- with .root.Values.podLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .root.Values.podAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "lockstep.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "lockstep.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- default "default" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "lockstep.imageOf" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
+{{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{- define "lockstep.image" -}}
+{{- include "lockstep.imageOf" (dict "root" . "image" .Values.image) }}
+{{- end }}
+
+{{- define "lockstep.coordinatorImage" -}}
+{{- if .Values.coordinator.image.repository }}
+{{- include "lockstep.imageOf" (dict "root" . "image" .Values.coordinator.image) }}
+{{- else }}
+{{- include "lockstep.image" . }}
+{{- end }}
+{{- end }}
+
+{{- define "lockstep.claimName" -}}
+{{- .Values.persistence.existingClaim | default (printf "%s-model" (include "lockstep.fullname" .)) }}
+{{- end }}
+
+{{- define "lockstep.modelPath" -}}
+{{- if .Values.model.subPath }}/models/{{ .Values.model.subPath }}{{ else }}/models{{ end }}
+{{- end }}
+
+{{- define "lockstep.ranksPerPod" -}}
+{{- div (int .Values.tensorParallelSize) (int .Values.nodes) }}
+{{- end }}
+
+{{- define "lockstep.gracePeriod" -}}
+{{- add (int .Values.drain.preStopSeconds) (int .Values.drain.timeoutSeconds) 5 }}
+{{- end }}
+
+{{/* What no single field's schema can say. */}}
+{{- define "lockstep.validate" -}}
+{{- $v := .Values }}
+{{- if and (ne $v.topology "multinode") (ne (int $v.nodes) 1) }}
+{{- fail (printf "nodes: %d with topology %s: only multinode spreads a server over several pods" (int $v.nodes) $v.topology) }}
+{{- end }}
+{{- if mod (int $v.tensorParallelSize) (int $v.nodes) }}
+{{- fail (printf "tensorParallelSize: %d does not divide over nodes: %d; every pod gets as many GPUs" (int $v.tensorParallelSize) (int $v.nodes)) }}
+{{- end }}
+{{- if and (ne $v.topology "pod") (not $v.privatePlane.allowPlaintext) }}
+{{- fail (printf "privatePlane.allowPlaintext: topology %s puts tokens on the pod network in plain text; set it to true where that network is trusted or encrypted, or use topology pod" $v.topology) }}
+{{- end }}
+{{- if and (eq $v.topology "split") (or $v.autoscaling.enabled (ne (int $v.replicaCount) 1)) }}
+{{- fail "topology: split is one coordinator and one group of workers; for replicas or autoscaling use pod or multinode" }}
+{{- end }}
+{{- if and $v.fetch.enabled (or (not $v.fetch.image) (not (concat $v.fetch.command $v.fetch.args))) }}
+{{- fail "fetch: image and command (or args) are needed: what fills /models" }}
+{{- end }}
+{{- $pods := or (gt (int $v.replicaCount) 1) $v.autoscaling.enabled (ne $v.topology "pod") }}
+{{- if and $pods (not $v.persistence.existingClaim) (not (has "ReadWriteMany" $v.persistence.accessModes)) }}
+{{- fail "persistence.accessModes: several pods read the weights: ReadWriteMany, or an existingClaim that several nodes can mount" }}
+{{- end }}
+{{- end }}
+
+{{/* Flags that `lockstep serve` and lockstep-coordinator share. */}}
+{{- define "lockstep.serverArgs" -}}
+{{- $v := .Values -}}
+- --model={{ include "lockstep.modelPath" . }}
+{{- with $v.model.servedName }}
+- --served-model-name={{ . }}
+{{- end }}
+- --backend={{ $v.backend }}
+- --tensor-parallel-size={{ int $v.tensorParallelSize }}
+- --dtype={{ $v.model.dtype }}
+- --load-format={{ $v.model.loadFormat }}
+{{- with $v.model.quantization }}
+- --quantization={{ . }}
+{{- end }}
+- --max-model-len={{ int $v.model.maxModelLen }}
+- --block-size={{ int $v.engine.blockSize }}
+- --num-kv-blocks={{ int $v.engine.numKvBlocks }}
+- --gpu-memory-utilization={{ $v.gpu.memoryUtilization }}
+- {{ ternary "--enable-prefix-caching" "--no-enable-prefix-caching" $v.engine.enablePrefixCaching }}
+- --max-num-seqs={{ int $v.engine.maxNumSeqs }}
+- --max-num-batched-tokens={{ int $v.engine.maxNumBatchedTokens }}
+- --max-queued-requests={{ int $v.engine.maxQueuedRequests }}
+- --cpu-threads={{ int $v.engine.cpuThreads }}
+- --recovery-timeout={{ $v.engine.recoveryTimeoutSeconds }}
+- --drain-timeout={{ $v.drain.timeoutSeconds }}
+- --host=0.0.0.0
+- --http-port=8000
+- --grpc-port=50051
+# The doors are plain behind the Service: TLS ends in front of it.
+- --insecure
+{{- if $v.engine.reflection }}
+- --reflection
+{{- end }}
+- --log-format={{ $v.engine.logFormat }}
+- --log-level={{ $v.engine.logLevel }}
+{{- with $v.engine.extraArgs }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "lockstep.workerArgs" -}}
+- --backend={{ .Values.backend }}
+- --insecure
+- --threads={{ int .Values.engine.cpuThreads }}
+- --log-format={{ .Values.engine.logFormat }}
+- --log-level={{ .Values.engine.logLevel }}
+{{- end }}
+
+{{- define "lockstep.doorPorts" -}}
+- {name: http, containerPort: 8000}
+- {name: grpc, containerPort: 50051}
+{{- end }}
+
+{{/* startup asks the path given: /ready where the pod itself loads the weights. */}}
+{{- define "lockstep.probes" -}}
+{{- $p := .root.Values.probes -}}
+startupProbe:
+  httpGet: {path: {{ .startup }}, port: http}
+  periodSeconds: {{ $p.startup.periodSeconds }}
+  timeoutSeconds: 5
+  failureThreshold: {{ divf $p.startup.loadTimeoutSeconds $p.startup.periodSeconds | ceil | int }}
+livenessProbe:
+  httpGet: {path: /health, port: http}
+  {{- toYaml $p.liveness | nindent 2 }}
+readinessProbe:
+  httpGet: {path: /ready, port: http}
+  {{- toYaml $p.readiness | nindent 2 }}
+{{- end }}
+
+{{- define "lockstep.computeResources" -}}
+{{- $resources := deepCopy .Values.resources }}
+{{- if eq .Values.backend "cuda" }}
+{{- $gpus := dict .Values.gpu.resourceName (include "lockstep.ranksPerPod" . | int) }}
+{{- $_ := set $resources "limits" (merge (deepCopy $gpus) ($resources.limits | default dict)) }}
+{{- $_ := set $resources "requests" (merge (deepCopy $gpus) ($resources.requests | default dict)) }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
+{{- define "lockstep.env" -}}
+- {name: HOME, value: /tmp}
+{{- with .Values.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "lockstep.mounts" -}}
+- {name: model, mountPath: /models, readOnly: true}
+- {name: tmp, mountPath: /tmp}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "lockstep.containerCommon" -}}
+securityContext:
+  {{- toYaml .Values.securityContext | nindent 2 }}
+env:
+  {{- include "lockstep.env" . | nindent 2 }}
+{{- with .Values.extraEnvFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Containers of the three kinds of pod. */}}
+{{- define "lockstep.serveContainer" -}}
+name: serve
+image: {{ include "lockstep.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+command: [lockstep, serve]
+args:
+  {{- include "lockstep.serverArgs" . | nindent 2 }}
+ports:
+  {{- include "lockstep.doorPorts" . | nindent 2 }}
+{{ include "lockstep.containerCommon" . }}
+{{ include "lockstep.probes" (dict "root" . "startup" "/ready") }}
+lifecycle:
+  preStop: {sleep: {seconds: {{ int .Values.drain.preStopSeconds }}}}
+resources:
+  {{- include "lockstep.computeResources" . | nindent 2 }}
+volumeMounts:
+  {{- include "lockstep.mounts" . | nindent 2 }}
+  - {name: shm, mountPath: /dev/shm}
+{{- end }}
+
+{{- define "lockstep.coordinatorContainer" -}}
+name: coordinator
+image: {{ include "lockstep.coordinatorImage" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+command: [lockstep-coordinator]
+args:
+  {{- include "lockstep.serverArgs" . | nindent 2 }}
+  - --worker-address=0.0.0.0:50052
+ports:
+  {{- include "lockstep.doorPorts" . | nindent 2 }}
+  - {name: workers, containerPort: 50052}
+{{ include "lockstep.containerCommon" . }}
+# It waits for the workers as long as they take: only its own start is timed.
+{{ include "lockstep.probes" (dict "root" . "startup" "/health") }}
+lifecycle:
+  preStop: {sleep: {seconds: {{ int .Values.drain.preStopSeconds }}}}
+resources:
+  {{- toYaml .Values.coordinator.resources | nindent 2 }}
+volumeMounts:
+  {{- include "lockstep.mounts" . | nindent 2 }}
+{{- end }}
+
+{{/* address: where the coordinator is; node: which pod of the group, from 1. */}}
+{{- define "lockstep.workerContainer" -}}
+{{- $v := .root.Values -}}
+name: workers
+image: {{ include "lockstep.image" .root }}
+imagePullPolicy: {{ $v.image.pullPolicy }}
+command: [lockstep-worker-group]
+args:
+  - --count
+  - {{ include "lockstep.ranksPerPod" .root | quote }}
+  - --node
+  - {{ .node | quote }}
+  - --
+  - --coordinator={{ .address }}
+  {{- include "lockstep.workerArgs" .root | nindent 2 }}
+{{ include "lockstep.containerCommon" .root }}
+# Workers serve the coordinator's drain to its end: they are told to stop after it.
+lifecycle:
+  preStop: {sleep: {seconds: {{ add (int $v.drain.preStopSeconds) (int $v.drain.timeoutSeconds) }}}}
+resources:
+  {{- include "lockstep.computeResources" .root | nindent 2 }}
+volumeMounts:
+  {{- include "lockstep.mounts" .root | nindent 2 }}
+  - {name: shm, mountPath: /dev/shm}
+{{- end }}
+
+{{/* A pod's spec around its container. computes: it has the GPUs. */}}
+{{- define "lockstep.podSpec" -}}
+{{- $v := .root.Values -}}
+{{- $placed := ternary $v $v.coordinator .computes -}}
+serviceAccountName: {{ include "lockstep.serviceAccountName" .root }}
+automountServiceAccountToken: false
+# Variables of Services would be read as flags: LOCKSTEP_HTTP_PORT is --http-port.
+enableServiceLinks: false
+terminationGracePeriodSeconds: {{ include "lockstep.gracePeriod" .root }}
+securityContext:
+  {{- toYaml $v.podSecurityContext | nindent 2 }}
+{{- with $v.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if and $v.fetch.enabled .fetches }}
+initContainers:
+  - name: fetch
+    image: {{ $v.fetch.image }}
+    {{- with $v.fetch.command }}
+    command:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- with $v.fetch.args }}
+    args:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    env:
+      - {name: HOME, value: /tmp}
+      {{- if $v.fetch.tokenSecretRef.name }}
+      - name: {{ $v.fetch.tokenEnv }}
+        valueFrom:
+          secretKeyRef: {name: {{ $v.fetch.tokenSecretRef.name }}, key: {{ $v.fetch.tokenSecretRef.key }}}
+      {{- end }}
+      {{- with $v.fetch.env }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+    securityContext:
+      {{- toYaml $v.securityContext | nindent 6 }}
+    resources:
+      {{- toYaml $v.fetch.resources | nindent 6 }}
+    volumeMounts:
+      - {name: model, mountPath: /models}
+      - {name: tmp, mountPath: /tmp}
+{{- end }}
+containers:
+  - {{- .container | nindent 4 }}
+volumes:
+  - name: model
+    persistentVolumeClaim: {claimName: {{ include "lockstep.claimName" .root }}}
+  - name: tmp
+    emptyDir: {sizeLimit: {{ $v.tmp.sizeLimit }}}
+  {{- if .computes }}
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: {{ $v.shm.sizeLimit }}}
+  {{- end }}
+  {{- with $v.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with $placed.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $placed.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $placed.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if .computes }}
+{{- with $v.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- end }}
+{{- with $v.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $v.schedulerName }}
+schedulerName: {{ . }}
+{{- end }}
+{{- end }}

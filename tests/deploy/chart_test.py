@@ -1,0 +1,387 @@
+#!/usr/bin/env python3
+"""The Helm chart: what it renders is valid, restricted, and knows our flags.
+
+The checks read the committed manifests of five value sets, so they need no helm;
+where there is one, the manifests are rendered anew and compared.
+"""
+
+import copy
+import json
+import re
+import unittest
+
+import jsonschema
+import yaml
+
+import chart
+import harness
+import promql
+
+SCHEMAS = json.loads((chart.RENDERED.parent / "kube_schemas.json").read_text())
+SERVICE_LABELS = {"namespace", "service"}  # put on a scrape by prometheus-operator
+
+
+def templates(documents):
+    """(name, pod template) of everything that makes pods."""
+    for document in documents:
+        name = f"{document['kind']}/{document['metadata']['name']}"
+        if document["kind"] == "Deployment":
+            yield name, document["spec"]["template"]
+        elif document["kind"] == "LeaderWorkerSet":
+            group = document["spec"]["leaderWorkerTemplate"]
+            yield f"{name} leader", group["leaderTemplate"]
+            yield f"{name} worker", group["workerTemplate"]
+
+
+def of_kind(documents, kind):
+    return [document for document in documents if document["kind"] == kind]
+
+
+def selects(selector, labels):
+    return all(labels.get(key) == value for key, value in selector.items())
+
+
+def validate(document):
+    """Raises where a manifest has a field that its kind has not, or lacks one."""
+    kind = f"{document['apiVersion']}/{document['kind']}"
+    schema = {"definitions": SCHEMAS["definitions"], **SCHEMAS["kinds"][kind]}
+    if "$ref" in schema:  # draft 7 ignores what stands beside a reference
+        schema = {"definitions": SCHEMAS["definitions"], "allOf": [SCHEMAS["kinds"][kind]]}
+    jsonschema.Draft7Validator(schema).validate(document)
+
+
+class EveryValueSet(unittest.TestCase):
+    """Runs each test over the five rendered sets."""
+
+    def sets(self):
+        for value_set in chart.VALUE_SETS:
+            yield value_set, chart.committed(value_set)
+
+
+class ManifestTest(EveryValueSet):
+    def test_there_are_five_sets(self):
+        self.assertEqual(chart.VALUE_SETS, ["cpu", "host", "multinode", "single", "split"])
+
+    def test_the_committed_manifests_are_of_this_chart(self):
+        self.assertEqual(chart.STAMP.read_text().strip(), chart.inputs_digest(),
+                         "helm/lockstep changed: run tests/deploy/chart.py where there is a helm")
+
+    def test_each_is_what_kubernetes_accepts(self):
+        for _, documents in self.sets():
+            for document in documents:
+                validate(document)
+
+    def test_the_schemas_refuse_strangers_and_wrong_types(self):
+        deployment = of_kind(chart.committed("single"), "Deployment")[0]
+        for path, value in (("spec.replica", 1), ("spec.replicas", "one"),
+                            ("spec.template.spec.hostNetwrok", True),
+                            ("spec.template.spec.containers", {})):
+            broken = copy.deepcopy(deployment)
+            *parents, last = path.split(".")
+            node = broken
+            for parent in parents:
+                node = node[parent]
+            node[last] = value
+            with self.assertRaises(jsonschema.ValidationError, msg=path):
+                validate(broken)
+
+    def test_names_are_unique_and_short_enough(self):
+        for _, documents in self.sets():
+            names = [(document["kind"], document["metadata"]["name"]) for document in documents]
+            self.assertEqual(len(names), len(set(names)))
+            self.assertLessEqual(max(len(name) for _, name in names), 63)
+
+    def test_pods_are_restricted(self):
+        for _, documents in self.sets():
+            for name, template in templates(documents):
+                spec, where = template["spec"], name
+                self.assertIs(spec["automountServiceAccountToken"], False, where)
+                self.assertIs(spec["enableServiceLinks"], False, where)
+                self.assertIs(spec["securityContext"]["runAsNonRoot"], True, where)
+                self.assertGreater(spec["securityContext"]["runAsUser"], 0, where)
+                self.assertEqual(spec["securityContext"]["seccompProfile"]["type"],
+                                 "RuntimeDefault", where)
+                for field in ("hostNetwork", "hostPID", "hostIPC"):
+                    self.assertNotIn(field, spec, where)
+                for volume in spec["volumes"]:
+                    self.assertNotIn("hostPath", volume, where)
+                for container in spec["containers"] + spec.get("initContainers", []):
+                    context = container["securityContext"]
+                    self.assertIs(context["allowPrivilegeEscalation"], False, where)
+                    self.assertIs(context["readOnlyRootFilesystem"], True, where)
+                    self.assertEqual(context["capabilities"], {"drop": ["ALL"]}, where)
+                    self.assertNotIn("privileged", context, where)
+
+    def test_volumes_and_mounts_belong_together(self):
+        for _, documents in self.sets():
+            for name, template in templates(documents):
+                volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+                used = set()
+                for container in template["spec"]["containers"]:
+                    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+                    used |= {mount["name"] for mount in mounts.values()}
+                    self.assertIs(mounts["/models"]["readOnly"], True, name)
+                    self.assertIn("/tmp", mounts, f"{name}: the root is read-only")
+                    if container["name"] != "coordinator":
+                        shm = volumes[mounts["/dev/shm"]["name"]]["emptyDir"]
+                        self.assertEqual(shm["medium"], "Memory", name)
+                self.assertEqual(used, set(volumes), name)
+
+    def test_claims_exist_or_are_the_users(self):
+        for value_set, documents in self.sets():
+            values = yaml.safe_load((chart.CHART / f"ci/{value_set}-values.yaml").read_text())
+            made = {claim["metadata"]["name"] for claim in of_kind(documents,
+                                                                   "PersistentVolumeClaim")}
+            named = values["persistence"].get("existingClaim")
+            for _, template in templates(documents):
+                for volume in template["spec"]["volumes"]:
+                    claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+                    self.assertTrue(claim is None or claim == named or claim in made, claim)
+
+    def test_the_grace_period_covers_the_drain(self):
+        for _, documents in self.sets():
+            for name, template in templates(documents):
+                grace = template["spec"]["terminationGracePeriodSeconds"]
+                drain = self.flag(documents, "--drain-timeout")
+                for container in template["spec"]["containers"]:
+                    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+                    if container["name"] == "workers":
+                        self.assertEqual(grace, pause + 5, name)
+                    else:
+                        self.assertEqual(grace, pause + float(drain) + 5, name)
+
+    def flag(self, documents, flag):
+        for _, template in templates(documents):
+            for word in template["spec"]["containers"][0]["args"]:
+                if word.startswith(flag + "="):
+                    return word.split("=", 1)[1]
+        raise AssertionError(f"no {flag}")
+
+    def test_probes_ask_the_doors(self):
+        for _, documents in self.sets():
+            for name, template in templates(documents):
+                for container in template["spec"]["containers"]:
+                    if container["name"] == "workers":
+                        self.assertNotIn("livenessProbe", container, "workers have no door")
+                        continue
+                    paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"]
+                             for kind in ("startup", "liveness", "readiness")}
+                    first = "/ready" if container["name"] == "serve" else "/health"
+                    self.assertEqual(paths, {"startup": first, "liveness": "/health",
+                                             "readiness": "/ready"}, name)
+                    startup = container["startupProbe"]
+                    self.assertGreaterEqual(
+                        startup["failureThreshold"] * startup["periodSeconds"], 1800, name)
+
+    def test_gpus_add_up_to_the_ranks(self):
+        for value_set, documents in self.sets():
+            gpus = ranks = 0
+            for name, template in templates(documents):
+                copies = 1
+                if name.startswith("LeaderWorkerSet") and name.endswith("worker"):
+                    size = of_kind(documents, "LeaderWorkerSet")[0]["spec"][
+                        "leaderWorkerTemplate"]["size"]
+                    copies = size - 1
+                for container in template["spec"]["containers"]:
+                    resources = container["resources"]
+                    gpu = resources["limits"].get("nvidia.com/gpu", 0)
+                    self.assertEqual(gpu, resources["requests"].get("nvidia.com/gpu", 0))
+                    gpus += gpu * copies
+                    if container["name"] == "workers":
+                        args = container["args"]
+                        ranks += int(args[args.index("--count") + 1]) * copies
+                    self.assertIn("memory", resources["limits"], name)
+            size = int(self.flag(documents, "--tensor-parallel-size"))
+            self.assertEqual(gpus, 0 if value_set == "cpu" else size)
+            if value_set in ("split", "multinode"):
+                self.assertEqual(ranks, size)
+
+    def test_services_reach_pods_and_ports(self):
+        for _, documents in self.sets():
+            pods = dict(templates(documents))
+            sets = {document["metadata"]["name"] for document in of_kind(documents,
+                                                                         "LeaderWorkerSet")}
+            for service in of_kind(documents, "Service"):
+                # A LeaderWorkerSet needs the headless Service of its name for itself.
+                self.assertNotIn(service["metadata"]["name"], sets)
+                chosen = [pod for pod in pods.values() if selects(
+                    service["spec"]["selector"], pod["metadata"]["labels"])]
+                self.assertEqual(len(chosen), 1, service["metadata"]["name"])
+                ports = {port["name"] for container in chosen[0]["spec"]["containers"]
+                         for port in container["ports"]}
+                for port in service["spec"]["ports"]:
+                    self.assertIn(port["targetPort"], ports)
+
+    def test_workers_find_a_coordinator_that_is_not_ready_yet(self):
+        documents = chart.committed("split")
+        args = dict(templates(documents))["Deployment/demo-lockstep-workers"]["spec"][
+            "containers"][0]["args"]
+        self.assertIn("--coordinator=demo-lockstep-plane:50052", args)
+        plane = [service for service in of_kind(documents, "Service")
+                 if service["metadata"]["name"] == "demo-lockstep-plane"][0]["spec"]
+        self.assertIs(plane["publishNotReadyAddresses"], True)
+        self.assertEqual(plane["clusterIP"], "None")
+        group = of_kind(chart.committed("multinode"), "LeaderWorkerSet")[0]["spec"]
+        self.assertEqual(group["startupPolicy"], "LeaderCreated")
+
+    def test_every_pod_is_closed_but_for_what_is_listed(self):
+        for value_set, documents in self.sets():
+            policies = of_kind(documents, "NetworkPolicy")
+            if value_set == "cpu":
+                self.assertEqual(policies, [])
+                continue
+            for name, pod in templates(documents):
+                over = [policy for policy in policies if selects(
+                    policy["spec"]["podSelector"]["matchLabels"], pod["metadata"]["labels"])]
+                self.assertEqual(len(over), 1, name)
+                self.assertEqual(sorted(over[0]["spec"]["policyTypes"]), ["Egress", "Ingress"])
+                for rule in over[0]["spec"].get("ingress") or []:
+                    self.assertTrue(rule.get("from"), f"{name}: open to everybody")
+            if value_set == "single":
+                self.assertEqual(policies[0]["spec"]["egress"], [], "one pod calls nobody")
+
+    def test_disruption_budgets_select_the_pods(self):
+        for _, documents in self.sets():
+            for budget in of_kind(documents, "PodDisruptionBudget"):
+                for name, pod in templates(documents):
+                    self.assertTrue(selects(budget["spec"]["selector"]["matchLabels"],
+                                            pod["metadata"]["labels"]), name)
+
+    def test_autoscalers_scale_what_there_is_by_what_is_emitted(self):
+        source = (harness.ROOT / "coordinator/api/metrics.cc").read_text()
+        seen = 0
+        for _, documents in self.sets():
+            there = {(document["apiVersion"], document["kind"], document["metadata"]["name"])
+                     for document in documents}
+            for scaler in of_kind(documents, "HorizontalPodAutoscaler") + of_kind(
+                    documents, "ScaledObject"):
+                seen += 1
+                target = scaler["spec"]["scaleTargetRef"]
+                self.assertIn((target["apiVersion"], target["kind"], target["name"]), there)
+                for trigger in scaler["spec"].get("triggers", []):
+                    for metric, matchers in promql.parse(
+                            trigger["metadata"]["query"]).selectors:
+                        self.assertIn(f'"{metric}"', source)
+                        self.assertLessEqual({label for label, _, _ in matchers}, SERVICE_LABELS)
+                for metric in scaler["spec"].get("metrics", []):
+                    name = metric["pods"]["metric"]["name"].replace("vllm_", "vllm:", 1)
+                    self.assertIn(f'"{name}"', source)
+                # The scaler decides how many: a rendered count would undo it.
+                for document in documents:
+                    if document["metadata"]["name"] == target["name"] and (
+                            document["kind"] == target["kind"]):
+                        self.assertNotIn("replicas", document["spec"])
+        self.assertEqual(seen, 2)
+
+    def test_secrets_are_referred_to_and_never_written(self):
+        for value_set, documents in self.sets():
+            self.assertEqual(of_kind(documents, "Secret"), [])
+            if value_set == "host":
+                text = yaml.safe_dump_all(documents)
+                self.assertIn("secretKeyRef", text)
+
+    def test_flags_exist(self):
+        known = {"serve": harness.known_flags("lockstep", "serve"),
+                 "coordinator": harness.known_flags("lockstep-coordinator"),
+                 "workers": harness.known_flags("lockstep-worker")}
+        script = (harness.ROOT / "deploy/container/lockstep-worker-group").read_text()
+        for _, documents in self.sets():
+            for name, template in templates(documents):
+                for container in template["spec"]["containers"]:
+                    args = container["args"]
+                    if "--" in args:
+                        for word in args[:args.index("--")]:
+                            if word.startswith("--"):
+                                self.assertIn(f"{word} ", script)
+                        args = args[args.index("--") + 1:]
+                    for word in args:
+                        self.assertIn(word.split("=")[0], known[container["name"]], name)
+
+
+class ValuesTest(unittest.TestCase):
+    schema = json.loads((chart.CHART / "values.schema.json").read_text())
+    defaults = yaml.safe_load((chart.CHART / "values.yaml").read_text())
+
+    def check(self, values):
+        jsonschema.Draft7Validator(self.schema).validate(values)
+
+    def test_the_defaults_and_every_set_fit_the_schema(self):
+        self.check(self.defaults)
+        for value_set in chart.VALUE_SETS:
+            self.check(yaml.safe_load((chart.CHART / f"ci/{value_set}-values.yaml").read_text()))
+
+    def test_the_schema_names_every_default_and_nothing_else(self):
+        def compare(values, schema, path):
+            if not isinstance(values, dict) or "properties" not in schema or (
+                    path.endswith(".resources")):
+                return
+            self.assertEqual(set(schema["properties"]) - {"global"}, set(values), path)
+            for key, value in values.items():
+                compare(value, schema["properties"][key], f"{path}.{key}")
+        compare(self.defaults, self.schema, "values")
+
+    def test_mistakes_are_refused(self):
+        for mistake in ({"topologie": "pod"}, {"topology": "host"}, {"tensorParallelSize": 0},
+                        {"model": {"subPath": "../other"}}, {"model": {"subPath": "/abs"}},
+                        {"model": {"subPath": "a/../b"}}, {"engine": {"maxNumSeq": 4}},
+                        {"gpu": {"memoryUtilization": 1.5}}, {"drain": {"preStopSeconds": 0}},
+                        {"engine": {"extraArgs": ["reflection"]}},
+                        {"image": {"digest": "sha256:12"}}):
+            with self.assertRaises(jsonschema.ValidationError, msg=mistake):
+                self.check(mistake)
+
+    def test_every_default_is_read_by_a_template(self):
+        text = "".join(path.read_text() for path in (chart.CHART / "templates").iterdir())
+        for key in self.defaults:
+            self.assertTrue(re.search(rf"(Values|\$v|\$placed)\.{key}\b", text), key)
+
+
+class HelmTest(EveryValueSet):
+    def setUp(self):
+        self.helm = harness.find_tool("helm", "the chart as helm itself sees it")
+
+    def test_renders_what_is_committed(self):
+        if self.helm:
+            for value_set, documents in self.sets():
+                self.assertEqual(chart.outline(chart.render(self.helm, value_set)), documents)
+
+    def test_lints(self):
+        if self.helm:
+            for value_set, _ in self.sets():
+                done = chart.helm(self.helm, "lint", "--strict", chart.CHART, "--values",
+                                  chart.CHART / f"ci/{value_set}-values.yaml")
+                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_carries_the_dashboards_and_rules_unchanged(self):
+        if self.helm:
+            documents = chart.render(self.helm, "host")
+            carried = {name: text for document in of_kind(documents, "ConfigMap")
+                       for name, text in document["data"].items()}
+            for path in (harness.ROOT / "deploy/grafana").glob("*.json"):
+                self.assertEqual(json.loads(carried.pop(path.name)), json.loads(path.read_text()))
+            self.assertEqual(carried, {})
+            rules = yaml.safe_load(
+                (harness.ROOT / "deploy/prometheus/lockstep.rules.yaml").read_text())
+            rule = of_kind(documents, "PrometheusRule")[0]
+            self.assertEqual(rule["spec"]["groups"], rules["groups"])
+            validate(rule)
+
+    def test_refuses_what_cannot_work_and_says_why(self):
+        if not self.helm:
+            return
+        for value_set, setting, said in (
+                ("single", "nodes=2", "only multinode spreads"),
+                ("multinode", "tensorParallelSize=15", "does not divide"),
+                ("split", "privatePlane.allowPlaintext=false", "plain text"),
+                ("split", "replicaCount=2", "one coordinator and one group"),
+                ("single", "fetch.enabled=true", "image and command"),
+                ("cpu", "replicaCount=2", "ReadWriteMany"),
+                ("single", "engine.maxNumSeq=2", "maxNumSeq"),
+                ("single", "topology=host", "topology")):
+            with self.assertRaises(RuntimeError, msg=setting) as raised:
+                chart.render(self.helm, value_set, "--set", setting)
+            self.assertIn(said, str(raised.exception))
+
+
+if __name__ == "__main__":
+    unittest.main()
