@@ -39,6 +39,11 @@ struct EpochRunner::Epoch {
 
 namespace {
 
+uint64_t NowNs() {
+  return static_cast<uint64_t>(
+      std::chrono::nanoseconds(EpochRunner::Clock::now().time_since_epoch()).count());
+}
+
 double SecondsSince(EpochRunner::Clock::time_point start) {
   return std::chrono::duration<double>(EpochRunner::Clock::now() - start).count();
 }
@@ -87,7 +92,12 @@ void EpochRunner::OnPlan(StreamId stream, const worker::v1::StepPlan& plan, uint
     epoch = current_;
     if (epoch->failed) return;
     if (decoded.ok() && plans_.size() < wire::kMaxPlansInFlight) {
-      plans_.push_back({epoch, *std::move(decoded), received_ns});
+      plans_.push_back({epoch, *std::move(decoded), received_ns, nullptr, 0});
+      if (profile_ != nullptr && profile_->plans_left > 0) {
+        plans_.back().profile = profile_;
+        --profile_->plans_left;
+        ++profile_->pending;
+      }
       Notify();
       return;
     }
@@ -116,6 +126,28 @@ void EpochRunner::OnClose(StreamId stream, uint64_t epoch) {
   SendReleased(stream, epoch);  // there is nothing to let go of
 }
 
+void EpochRunner::OnProfileStart(StreamId stream, const worker::v1::ProfileStart& start) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (start.steps() == 0) {
+      if (profile_ == nullptr || profile_->steps.id() != start.id()) return;  // answered already
+      profile_->plans_left = 0;
+      return Notify();
+    }
+    if (current_ != nullptr && profile_ == nullptr) {
+      worker::v1::ProfileStart bounded = start;
+      bounded.set_steps(std::min(start.steps(), wire::kMaxProfileSteps));
+      profile_ = std::make_shared<Profile>(stream, bounded);
+      return;
+    }
+  }
+  WorkerMessage message;
+  message.mutable_profile()->set_id(start.id());
+  message.mutable_profile()->set_last(true);
+  message.mutable_profile()->set_note("another profile is not over, or there is no epoch");
+  send_(stream, message);
+}
+
 void EpochRunner::Fence() { EndCurrent(false); }
 
 void EpochRunner::EndCurrent(bool answer) {
@@ -127,6 +159,7 @@ void EpochRunner::EndCurrent(bool answer) {
     if (current_ == nullptr) return;
     epoch = std::exchange(current_, nullptr);
     plans_.clear();
+    profile_.reset();
     epoch->closed = true;
     communicator = epoch->communicator;
     const bool held = epoch == running_ && !loading_;
@@ -176,7 +209,7 @@ void EpochRunner::Loop() {
   while (true) {
     changed_.wait(lock, [this] {
       return stop_ || !plans_.empty() || !in_flight_.empty() ||
-             (running_ != nullptr && running_->closed) || current_ != running_;
+             (running_ != nullptr && running_->closed) || current_ != running_ || ProfileIsOver();
     });
     attention_ = false;
     if (running_ != nullptr && (running_->closed || stop_)) {
@@ -196,11 +229,16 @@ void EpochRunner::Loop() {
       lock.unlock();
       Collect();
       lock.lock();
-    } else if (!plans_.empty() && in_flight_.size() < wire::kMaxPlansInFlight) {
-      const Plan plan = std::move(plans_.front());
+    } else if (ProfileIsOver()) {
+      const std::shared_ptr<Profile> profile = std::exchange(profile_, nullptr);
+      lock.unlock();
+      FinishProfile(*profile);
+      lock.lock();
+    } else if (MaySubmit()) {
+      Plan plan = std::move(plans_.front());
       plans_.pop_front();
       lock.unlock();
-      Submit(plan);
+      Submit(std::move(plan));
       lock.lock();
     } else {
       lock.unlock();
@@ -210,6 +248,20 @@ void EpochRunner::Loop() {
   }
   ended_ = true;
   Notify();
+}
+
+bool EpochRunner::MaySubmit() const {
+  if (plans_.empty() || in_flight_.size() >= wire::kMaxPlansInFlight) return false;
+  return in_flight_.empty() || in_flight_.back().profile == plans_.front().profile;
+}
+
+bool EpochRunner::ProfileIsOver() const {
+  return profile_ != nullptr && profile_->plans_left == 0 && profile_->pending == 0;
+}
+
+void EpochRunner::FinishProfile(Profile& profile) {
+  tracing_.reset();
+  profile.steps.Finish([&](const WorkerMessage& message) { send_(profile.stream, message); });
 }
 
 void EpochRunner::AwaitDevice() {
@@ -229,6 +281,7 @@ void EpochRunner::Release(Epoch& epoch) {
     running_ = nullptr;
     return;
   }
+  if (tracing_ != nullptr) std::exchange(tracing_, nullptr)->steps.Abandon();
   std::shared_ptr<RankCommunicator> communicator;
   bool answer = false;
   {
@@ -330,13 +383,24 @@ absl::Status EpochRunner::CompareModels(Epoch& epoch, uint64_t digest) {
   return absl::OkStatus();
 }
 
-void EpochRunner::Submit(const Plan& plan) {
+void EpochRunner::Submit(Plan plan) {
   Epoch& epoch = *plan.epoch;
   if (epoch.closed || epoch.failed) return;
+  if (plan.profile != nullptr && !std::exchange(plan.profile->begun, true)) {
+    tracing_ = plan.profile;
+    absl::Status opened = absl::OkStatus();
+    if (trace_ == nullptr && options_.open_trace) {
+      absl::StatusOr<std::unique_ptr<DeviceTrace>> trace = options_.open_trace();
+      opened = trace.status();
+      if (trace.ok()) trace_ = *std::move(trace);
+    }
+    plan.profile->steps.Begin(trace_.get(), std::string(opened.message()));
+  }
   if (absl::Status status = host_->Submit(plan.plan, plan.received_ns); !status.ok()) {
     return Fail(epoch, plan.plan.step, status, true);
   }
-  in_flight_.push_back(plan);
+  if (plan.profile != nullptr) plan.submitted_ns = NowNs();
+  in_flight_.push_back(std::move(plan));
 }
 
 void EpochRunner::Collect() {
@@ -350,8 +414,12 @@ void EpochRunner::Collect() {
   }
   WorkerMessage message;
   *message.mutable_result() = wire::Encode(*result);
+  if (plan.profile != nullptr) {
+    plan.profile->steps.Ran(message.result(), plan.submitted_ns, NowNs());
+  }
   send_(epoch.stream, message);
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (plan.profile != nullptr) --plan.profile->pending;
   last_step_ = plan.plan.step;
 }
 

@@ -31,7 +31,9 @@
 
 #include "proto/worker.pb.h"
 #include "worker/comm/rank_communicator.h"
+#include "worker/device_trace.h"
 #include "worker/model_host.h"
+#include "worker/step_profile.h"
 #include "worker/stream_exchange.h"
 
 namespace lockstep {
@@ -41,6 +43,8 @@ struct EpochRunnerOptions {
   bool terminal = false;           // progress as a bar on stderr
   int64_t release_timeout_ms = 0;
   std::function<std::unique_ptr<RankCommunicator>(const CommunicatorOptions&)> make_communicator;
+  // Asked when the first profile begins; empty where there is no device to trace.
+  std::function<absl::StatusOr<std::unique_ptr<DeviceTrace>>()> open_trace;
 };
 
 class EpochRunner {
@@ -61,6 +65,7 @@ class EpochRunner {
   void OnPlan(StreamId stream, const worker::v1::StepPlan& plan, uint64_t received_ns);
   void OnCommKey(const worker::v1::CommKey& key);
   void OnClose(StreamId stream, uint64_t epoch);
+  void OnProfileStart(StreamId stream, const worker::v1::ProfileStart& start);
 
   // Any thread. Ends the epoch without an answer: nobody is there to read it.
   void Fence();
@@ -75,17 +80,33 @@ class EpochRunner {
 
  private:
   struct Epoch;
+  // At most one; its fields are guarded by the mutex but for `steps`, the thread's.
+  struct Profile {
+    Profile(StreamId s, const worker::v1::ProfileStart& start)
+        : stream(s), plans_left(start.steps()), steps(start.id()) {}
+    const StreamId stream;
+    uint32_t plans_left;   // that will be part of it
+    uint32_t pending = 0;  // that are, and have not been collected
+    bool begun = false;    // of the thread alone
+    StepProfile steps;
+  };
   struct Plan {
     std::shared_ptr<Epoch> epoch;
     StepPlan plan;
     uint64_t received_ns = 0;
+    std::shared_ptr<Profile> profile;  // that it is part of; null: none
+    uint64_t submitted_ns = 0;
   };
 
   void Loop();
   void Start(Epoch& epoch);
   absl::Status Form(Epoch& epoch, worker::v1::Ready* ready);
   absl::Status CompareModels(Epoch& epoch, uint64_t digest);
-  void Submit(const Plan& plan);
+  void Submit(Plan plan);
+  // A profile's plans are in flight with no others. The mutex is held.
+  bool MaySubmit() const;
+  bool ProfileIsOver() const;
+  void FinishProfile(Profile& profile);
   void Collect();
   // Computes meanwhile: until a step is done or something else asks for the thread.
   void AwaitDevice();
@@ -109,6 +130,9 @@ class EpochRunner {
   std::deque<Plan> in_flight_;      // submitted, not collected; of the thread alone
   // Changed, since the thread last looked: it polls a device without the mutex.
   std::atomic<bool> attention_{false};
+  std::shared_ptr<Profile> profile_;    // asked for, not answered
+  std::unique_ptr<DeviceTrace> trace_;  // of the thread alone, as what follows
+  std::shared_ptr<Profile> tracing_;    // begun, not finished
   bool loading_ = false;
   bool stop_ = false;
   bool ended_ = false;

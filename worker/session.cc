@@ -128,6 +128,8 @@ void Session::Impl::Handle(const CoordinatorMessage& message, PlaneStream& s,
       LogInfo(absl::StrCat("epoch ", message.close_epoch().epoch(),
                            " closed: ", message.close_epoch().reason()));
       return runner.OnClose(id, message.close_epoch().epoch());
+    case CoordinatorMessage::kProfileStart:
+      return runner.OnProfileStart(id, message.profile_start());
     case CoordinatorMessage::kRefusal:
       LogError(absl::StrCat("refused by the coordinator: ", message.refusal().reason()));
       break;
@@ -165,6 +167,12 @@ void Session::Impl::Beat() {
       WorkerMessage message;
       message.mutable_heartbeat()->set_epoch(runner.epoch());
       message.mutable_heartbeat()->set_last_step(runner.last_step());
+      if (options.take_device_stats) {
+        if (auto stats = options.take_device_stats(); stats.has_value()) {
+          *message.mutable_heartbeat()->mutable_device() = *std::move(stats);
+        }
+      }
+      message.mutable_heartbeat()->set_clock_ns(static_cast<uint64_t>(NowNs()));
       // Whoever is writing already is a sign of life.
       to->TryWrite(message);
       lock.lock();

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -31,6 +32,8 @@ struct SessionOptions {
   worker::v1::Hello hello;  // preferred_rank is replaced once weights are loaded
   // Bytes in total and free, asked at every dial; may be empty.
   std::function<std::pair<uint64_t, uint64_t>()> read_memory;
+  // What the device's driver says, once a sample; may be empty.
+  std::function<std::optional<worker::v1::DeviceStats>()> take_device_stats;
   std::string comm_address;  // empty: the stream's local address
   EpochRunnerOptions runner;
   // Shortened by tests.

@@ -57,7 +57,10 @@ void GroupMachine::OnMessage(StreamId stream, const WorkerMessage& message, int6
     case WorkerMessage::kCommKey:
       return RelayKey(stream, peer, message.comm_key(), now_ms);
     case WorkerMessage::kHeartbeat:
-    case WorkerMessage::kProfile:  // answers what nobody here asks yet
+      if (message.heartbeat().has_device()) peer.device_stats = message.heartbeat().device();
+      return;
+    case WorkerMessage::kProfile:
+      if (IsMember(peer)) port_->OnProfilePart(peer.rank, message.profile());
       return;
     case WorkerMessage::MESSAGE_NOT_SET:
       return OnGarbage(stream, now_ms);
@@ -104,6 +107,27 @@ void GroupMachine::SendPlan(const StepPlan& plan, int64_t now_ms) {
     step_due_ms_ = now_ms + deadline_.AllowanceMs(ledger_.oldest()->tokens);
   }
   SendToMembers(message);
+}
+
+bool GroupMachine::SendProfileStart(const worker::v1::ProfileStart& start) {
+  if (phase_ != Phase::kServing) return false;
+  CoordinatorMessage message;
+  *message.mutable_profile_start() = start;
+  SendToMembers(message);
+  return true;
+}
+
+std::vector<GroupMachine::Member> GroupMachine::Members() const {
+  std::vector<Member> all;
+  if (phase_ != Phase::kServing) return all;
+  for (const StreamId stream : members_) {
+    const Peer& peer = peers_.at(stream);
+    all.push_back({.stream = stream,
+                   .name = Name(peer),
+                   .device = peer.hello.device(),
+                   .stats = peer.device_stats ? &*peer.device_stats : nullptr});
+  }
+  return all;
 }
 
 void GroupMachine::OnResult(StreamId stream, const Peer& peer, const worker::v1::StepResult& result,

@@ -52,6 +52,15 @@ class GroupMachine {
   // Dropped when the plan's epoch is over or ending.
   void SendPlan(const StepPlan& plan, int64_t now_ms);
   void FailEpoch(uint64_t epoch, const absl::Status& reason, int64_t now_ms);
+  // To every rank, before the next plan. False: no epoch serves.
+  bool SendProfileStart(const worker::v1::ProfileStart& start);
+  struct Member {
+    StreamId stream = 0;
+    std::string name;  // "rank 1 (host:pid)"
+    std::string device;
+    const worker::v1::DeviceStats* stats = nullptr;  // the last; null: none. Until the next call
+  };
+  std::vector<Member> Members() const;  // by rank, while an epoch serves
   // Tells every worker to exit. Nothing is posted from here on.
   void Shutdown();
 
@@ -69,6 +78,7 @@ class GroupMachine {
     int64_t heard_ms = 0;
     std::optional<worker::v1::Ready> ready;
     uint64_t load_bytes_done = 0;
+    std::optional<worker::v1::DeviceStats> device_stats;
   };
   using Peers = std::map<StreamId, Peer>;  // in order of arrival
 

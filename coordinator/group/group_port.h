@@ -25,6 +25,10 @@ class GroupPort {
   // Ends it at once: the worker does not read, or is not to be trusted.
   virtual void Abort(StreamId stream) = 0;
   virtual void Post(GroupEvent event) = 0;
+  // Of a member of the epoch, as it came.
+  virtual void OnProfilePart(uint32_t rank, const worker::v1::ProfilePart& part) {
+    (void)rank, (void)part;
+  }
 };
 
 }  // namespace lockstep

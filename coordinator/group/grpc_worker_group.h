@@ -9,11 +9,12 @@
 
 #include "absl/status/statusor.h"
 #include "coordinator/group/group_options.h"
+#include "coordinator/group_watch.h"
 #include "coordinator/worker_group.h"
 
 namespace lockstep {
 
-class GrpcWorkerGroup final : public WorkerGroup {
+class GrpcWorkerGroup final : public WorkerGroup, public GroupWatch {
  public:
   // Listens on `address` (HOST:PORT or unix:PATH) at once; events wait for Start.
   static absl::StatusOr<std::unique_ptr<GrpcWorkerGroup>> Listen(const std::string& address,
@@ -27,6 +28,10 @@ class GrpcWorkerGroup final : public WorkerGroup {
   void Send(const StepPlan& plan) override;
   void FailEpoch(uint64_t epoch, const absl::Status& reason) override;
   void Shutdown() override;
+
+  std::vector<DeviceFigures> Devices() override;
+  absl::StatusOr<std::string> Profile(uint32_t steps, int64_t timeout_ms,
+                                      const std::function<bool()>& cancelled) override;
 
  private:
   struct Impl;
