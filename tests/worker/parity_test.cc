@@ -3,6 +3,7 @@
 // Tokens must be equal, logits close, and everything bit for bit the same
 // however the work was cut.
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -121,6 +122,56 @@ TEST_P(ParityTest, NothingChangesHoweverTheWorkIsCut) {
       }
     }
   }
+}
+
+// OPT with norms of neither weight nor bias: the same as one whose checkpoint
+// says ones and zeros.
+TEST(NormTest, WithoutTensorsIsTheIdentity) {
+  namespace fs = std::filesystem;
+  const std::string from = GoldenDir() + "opt";
+  const fs::path to = fs::temp_directory_path() / ("lockstep_norms_" + std::to_string(getpid()));
+  std::vector<TestRequest> requests = {{{2, 5, 9, 14}, 12, GreedySampling()},
+                                       {{2, 77, 3}, 12, GreedySampling()}};
+  for (TestRequest& request : requests) request.sampling.logprobs = 20;
+  std::vector<std::vector<TestOutput>> outputs;
+  for (const bool affine : {true, false}) {
+    fs::create_directories(to);
+    std::ifstream config_file(from + "/config.json");
+    nlohmann::json config = nlohmann::json::parse(config_file), header;
+    config["layer_norm_elementwise_affine"] = affine;
+    std::ofstream(to / "config.json") << config;
+    auto checkpoint = Checkpoint::Open(from);
+    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+    std::string data;
+    for (const auto& [name, info] : (*checkpoint)->tensors()) {
+      const bool norm = name.find("layer_norm") != std::string::npos;
+      if (norm && !affine) continue;
+      const absl::Span<const std::byte> bytes = (*checkpoint)->Bytes(info);
+      std::string value(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+      if (norm) {
+        const float identity = name.find(".weight") != std::string::npos ? 1.0f : 0.0f;
+        std::vector<float> all(bytes.size() / sizeof(float), identity);
+        value.assign(reinterpret_cast<const char*>(all.data()), bytes.size());
+      }
+      header[name] = {{"dtype", std::string(info.dtype_name)},
+                      {"shape", info.shape},
+                      {"data_offsets", {data.size(), data.size() + value.size()}}};
+      data += value;
+    }
+    const std::string text = header.dump();
+    const uint64_t length = text.size();
+    std::ofstream out(to / "model.safetensors", std::ios::binary);
+    out.write(reinterpret_cast<const char*>(&length), sizeof(length));
+    out << text << data;
+    out.close();
+    auto group = GroupRunner::Load(to.string(), {});
+    ASSERT_TRUE(group.ok()) << group.status();
+    auto ran = (*group)->Run(requests, {});
+    ASSERT_TRUE(ran.ok()) << ran.status();
+    outputs.push_back(*ran);
+    fs::remove_all(to);
+  }
+  EXPECT_TRUE(outputs[0] == outputs[1]);
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, ParityTest, testing::ValuesIn(GoldenModels()),
