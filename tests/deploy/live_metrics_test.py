@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 import unittest
 
@@ -247,7 +248,7 @@ class RuleFilesTest(unittest.TestCase):
                     self.assertIn(rule["labels"]["severity"], ("critical", "warning"))
 
     def test_the_dashboards_are_what_their_script_makes(self):
-        done = subprocess.run(["python3", harness.ROOT / "deploy/grafana/dashboards.py", "--check"],
+        done = subprocess.run([sys.executable, harness.ROOT / "deploy/grafana/dashboards.py", "--check"],
                               capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)
 
