@@ -79,7 +79,7 @@ absl::Status ReadCalls(const Json& calls, const std::string& where, ChatMessage*
                       absl::StrCat(calls.size(), " are too many; allowed: ", limits::kTools));
   }
   if (calls.empty()) return absl::OkStatus();
-  out->tool_calls_json = "[";
+  out->tool_calls_json = std::string("[");
   for (size_t i = 0; i < calls.size(); ++i) {
     absl::StatusOr<std::string> call = ReadCall(calls[i], absl::StrCat(where, "[", i, "]"));
     if (!call.ok()) return call.status();
