@@ -17,6 +17,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "common/flag_sources.h"
 #include "common/log.h"
 #include "common/process_events.h"
@@ -123,6 +124,9 @@ absl::Status Coordinator::Start() {
   api_options.grpc_port = static_cast<int>(options_.grpc_port);
   api_options.insecure = options_.insecure;
   api_options.reflection = options_.reflection;
+  api_options.tls = {options_.ssl_certfile, options_.ssl_keyfile, options_.ssl_ca_certs};
+  api_options.api_key_file = options_.api_key_file;
+  api_options.allowed_origins = absl::StrSplit(options_.allowed_origins, ',', absl::SkipEmpty());
   api_ = std::make_unique<ApiServer>(api_options, *std::move(served));
   EngineOptions engine_options;
   engine_options.scheduler = plan->scheduler;

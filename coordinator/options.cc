@@ -82,6 +82,15 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* o) {
   option("--worker-address", &o->worker_address,
          "Where workers dial in: HOST:PORT (port 0: any) or unix:PATH", g);
   flag("--insecure", &o->insecure, "Serve in plain text beyond loopback", g);
+  option("--ssl-certfile", &o->ssl_certfile,
+         "PEM certificate of the doors, which then speak TLS; read again when it changes", g);
+  option("--ssl-keyfile", &o->ssl_keyfile, "PEM key of --ssl-certfile", g);
+  option("--ssl-ca-certs", &o->ssl_ca_certs,
+         "PEM certificates; clients then need one that these signed", g);
+  option("--api-key-file", &o->api_key_file,
+         "Lines of SHA256-OF-KEY NAME; clients then send 'Authorization: Bearer KEY'", g);
+  option("--allowed-origins", &o->allowed_origins,
+         "Web pages that may ask from a browser, separated by commas; * for all", g);
   flag("--reflection", &o->reflection, "gRPC server reflection", g);
   option("--port-file", &o->port_file, "JSON file with the ports, written once ready", g);
   g = "Operations";
@@ -138,13 +147,15 @@ absl::Status ValidateOptions(const CoordinatorOptions& o) {
     return Bad(absl::StrCat("--http-port ", o.http_port, " is --grpc-port, too"));
   }
   if (o.insecure) return absl::OkStatus();
-  for (const auto& [name, address] :
-       {std::pair("--host", o.host), std::pair("--worker-address", o.worker_address)}) {
-    if (!IsLocalAddress(address)) {
-      return Bad(absl::StrCat(name, " ", address,
-                              ": others could read the traffic; use loopback, or --insecure on a "
-                              "network you trust"));
-    }
+  if (!IsLocalAddress(o.host) && o.ssl_certfile.empty()) {
+    return Bad(absl::StrCat("--host ", o.host,
+                            ": others could read the traffic; use loopback, --ssl-certfile, or "
+                            "--insecure on a network you trust"));
+  }
+  if (!IsLocalAddress(o.worker_address)) {
+    return Bad(absl::StrCat("--worker-address ", o.worker_address,
+                            ": others could read the traffic; use loopback, or --insecure on a "
+                            "network you trust"));
   }
   return absl::OkStatus();
 }

@@ -52,6 +52,9 @@ struct CoordinatorOptions {
   uint32_t grpc_port = 50051;
   std::string worker_address = "127.0.0.1:50052";
   bool insecure = false;
+  std::string ssl_certfile, ssl_keyfile, ssl_ca_certs;
+  std::string api_key_file;
+  std::string allowed_origins;  // separated by commas
   bool reflection = false;
   std::string port_file;
   // Operations

@@ -6,6 +6,9 @@
 #include <grpcpp/impl/server_builder_option.h>
 #include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/impl/service_type.h>
+#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/security/tls_certificate_provider.h>
+#include <grpcpp/security/tls_credentials_options.h>
 
 #include <chrono>
 #include <mutex>
@@ -62,6 +65,22 @@ void SetLimits(grpc::ServerBuilder* builder) {
                               static_cast<int>(limits::kHttpHeaderBytes));
 }
 
+// The files are looked at every second, and read again when they have changed.
+std::shared_ptr<grpc::ServerCredentials> Credentials(const TlsFiles& tls) {
+  if (!tls.enabled()) return grpc::InsecureServerCredentials();
+  constexpr unsigned int kRefreshSeconds = 1;
+  namespace experimental = grpc::experimental;
+  const auto provider = std::make_shared<experimental::FileWatcherCertificateProvider>(
+      tls.key, tls.certificate, tls.client_ca, kRefreshSeconds);
+  experimental::TlsServerCredentialsOptions options(provider);
+  options.watch_identity_key_cert_pairs();
+  if (!tls.client_ca.empty()) {
+    options.watch_root_certs();
+    options.set_cert_request_type(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+  }
+  return experimental::TlsServerCredentials(options);
+}
+
 }  // namespace
 
 struct GrpcDoor::Impl {
@@ -72,14 +91,15 @@ struct GrpcDoor::Impl {
   std::unique_ptr<grpc::Server> server;  // guarded by mutex
 };
 
-GrpcDoor::GrpcDoor(RequestPath* path) : impl_(std::make_unique<Impl>()) {
+GrpcDoor::GrpcDoor(RequestPath* path, ApiKeys* keys) : impl_(std::make_unique<Impl>()) {
   impl_->path = path;
-  impl_->service = MakeInferenceService(path);
+  impl_->service = MakeInferenceService(path, keys);
 }
 
 GrpcDoor::~GrpcDoor() { Stop(0); }
 
-absl::Status GrpcDoor::Start(const std::string& host, int port, bool reflection) {
+absl::Status GrpcDoor::Start(const std::string& host, int port, const TlsFiles& tls,
+                             bool reflection) {
   // gRPC only says that it failed; a bind of our own says why.
   absl::Status free = CheckCanBind(host, port, "--grpc-port");
   if (!free.ok()) return free;
@@ -89,7 +109,7 @@ absl::Status GrpcDoor::Start(const std::string& host, int port, bool reflection)
   builder.SetOption(std::make_unique<ReflectionOption>(reflection));
   builder.RegisterService(impl_->service.get());
   int bound = 0;
-  builder.AddListeningPort(HostPort(host, port), grpc::InsecureServerCredentials(), &bound);
+  builder.AddListeningPort(HostPort(host, port), Credentials(tls), &bound);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr || bound == 0) {
     return absl::UnavailableError(absl::StrCat("--grpc-port: cannot listen on ",

@@ -1,5 +1,6 @@
 // The gRPC server: lockstep.v1.Inference, grpc.health.v1.Health, and reflection
-// by flag. No gRPC header leaks from here.
+// by flag. With keys every call of Inference needs `authorization: Bearer KEY` in
+// its metadata. No gRPC header leaks from here.
 #ifndef LOCKSTEP_COORDINATOR_API_GRPC_DOOR_H_
 #define LOCKSTEP_COORDINATOR_API_GRPC_DOOR_H_
 
@@ -8,17 +9,20 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "coordinator/api/api_keys.h"
 #include "coordinator/api/request_path.h"
+#include "coordinator/api/tls_files.h"
 
 namespace lockstep {
 
 class GrpcDoor {
  public:
-  explicit GrpcDoor(RequestPath* path);  // outlives the door
-  ~GrpcDoor();                           // Stop(0)
+  // Both outlive the door; without `keys` everybody may ask.
+  GrpcDoor(RequestPath* path, ApiKeys* keys);
+  ~GrpcDoor();  // Stop(0)
 
   // port 0 picks one. Unavailable, one line, when the address cannot be had.
-  absl::Status Start(const std::string& host, int port, bool reflection);
+  absl::Status Start(const std::string& host, int port, const TlsFiles& tls, bool reflection);
   int port() const;
   // What health checks answer, for "" and for lockstep.v1.Inference. Thread-safe.
   void SetServing(bool serving);

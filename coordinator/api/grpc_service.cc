@@ -9,12 +9,14 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/api_error.h"
 #include "coordinator/api/grpc_convert.h"
 #include "coordinator/api/grpc_status.h"
+#include "coordinator/api/trace.h"
 #include "proto/inference.grpc.pb.h"
 
 namespace lockstep {
@@ -37,16 +39,19 @@ template <typename Reactor>
 class GenerateCall : public Reactor, public std::enable_shared_from_this<GenerateCall<Reactor>> {
  public:
   // The message is read here: a call that is cancelled early takes it away.
-  GenerateCall(RequestPath* path, grpc::CallbackServerContext* context,
+  // What `allowed` refuses is not read.
+  GenerateCall(RequestPath* path, absl::Status allowed, grpc::CallbackServerContext* context,
                const v1::GenerateRequest& request)
-      : path_(path), context_(context), held_(path->HoldMessage(request.ByteSizeLong())) {
-    if (held_.ok()) client_ = FromProto(request);
+      : path_(path), context_(context), allowed_(std::move(allowed)) {
+    if (allowed_.ok()) held_ = path->HoldMessage(request.ByteSizeLong());
+    if (allowed_.ok() && held_.ok()) client_ = FromProto(request);
     client_.deadline_ms = DeadlineMs(*context, path->engine());
   }
 
   void Begin() {
     self_ = this->shared_from_this();
-    absl::Status status = path_->Admit();
+    absl::Status status = allowed_;
+    if (status.ok()) status = path_->Admit();
     if (status.ok()) status = held_.status();
     if (status.ok()) {
       status = path_->RunLater([self = self_] { self->Intake(); });
@@ -116,7 +121,8 @@ class GenerateCall : public Reactor, public std::enable_shared_from_this<Generat
   }
 
   grpc::CallbackServerContext* const context_;  // alive until Finish
-  absl::StatusOr<std::shared_ptr<void>> held_;  // until client_ is read
+  const absl::Status allowed_;
+  absl::StatusOr<std::shared_ptr<void>> held_ = std::shared_ptr<void>();  // until client_ is read
   ClientRequest client_;
   std::shared_ptr<GenerateCall> self_;
 };
@@ -179,9 +185,9 @@ class StreamCall final : public GenerateCall<grpc::ServerWriteReactor<v1::Genera
 
 class UnaryCall final : public GenerateCall<grpc::ServerUnaryReactor> {
  public:
-  UnaryCall(RequestPath* path, grpc::CallbackServerContext* context,
+  UnaryCall(RequestPath* path, absl::Status allowed, grpc::CallbackServerContext* context,
             const v1::GenerateRequest& request, v1::GenerateResponse* response)
-      : GenerateCall(path, context, request), response_(response) {}
+      : GenerateCall(path, std::move(allowed), context, request), response_(response) {}
 
  private:
   void Pump() override {
@@ -204,11 +210,11 @@ class UnaryCall final : public GenerateCall<grpc::ServerUnaryReactor> {
 
 class InferenceService final : public v1::Inference::CallbackService {
  public:
-  explicit InferenceService(RequestPath* path) : path_(path) {}
+  InferenceService(RequestPath* path, ApiKeys* keys) : path_(path), keys_(keys) {}
 
   grpc::ServerWriteReactor<v1::GenerateEvent>* GenerateStream(
       grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override {
-    const auto call = std::make_shared<StreamCall>(path_, context, *request);
+    const auto call = std::make_shared<StreamCall>(path_, Allowed(context), context, *request);
     call->Begin();
     return call.get();
   }
@@ -216,7 +222,8 @@ class InferenceService final : public v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* Generate(grpc::CallbackServerContext* context,
                                      const v1::GenerateRequest* request,
                                      v1::GenerateResponse* response) override {
-    const auto call = std::make_shared<UnaryCall>(path_, context, *request, response);
+    const auto call =
+        std::make_shared<UnaryCall>(path_, Allowed(context), context, *request, response);
     call->Begin();
     return call.get();
   }
@@ -249,20 +256,40 @@ class InferenceService final : public v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* GetModelInfo(grpc::CallbackServerContext* context,
                                          const v1::GetModelInfoRequest*,
                                          v1::GetModelInfoResponse* response) override {
-    *response = DescribeModel(*path_);
+    const absl::Status allowed = Allowed(context);
+    if (allowed.ok()) *response = DescribeModel(*path_);
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    reactor->Finish(grpc::Status::OK);
+    reactor->Finish(ToGrpcStatus(allowed, context));
     return reactor;
   }
 
  private:
+  // Every call begins with it. Also where its trace, if it has one, is logged.
+  absl::Status Allowed(grpc::CallbackServerContext* context) {
+    const auto& metadata = context->client_metadata();
+    const auto value = [&metadata](const char* name) {
+      const auto found = metadata.find(name);
+      if (found == metadata.end()) return std::string_view();
+      return std::string_view(found->second.data(), found->second.size());
+    };
+    if (keys_ != nullptr) {
+      absl::Status allowed = path_->Refuse(keys_->Check(value("authorization")));
+      if (!allowed.ok()) return allowed;
+    }
+    const std::string_view id = value("x-request-id");
+    LogTrace(CheckIdentifier("x-request-id", id).ok() ? id : "", value("traceparent"));
+    return absl::OkStatus();
+  }
+
   // Runs `work` on a message of `bytes` on an intake thread and finishes with what
   // it returns.
   grpc::ServerUnaryReactor* Later(grpc::CallbackServerContext* context, size_t bytes,
                                   std::function<absl::Status()> work) {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    absl::StatusOr<std::shared_ptr<void>> held = path_->HoldMessage(bytes);
-    absl::Status posted = held.status();
+    absl::Status posted = Allowed(context);
+    absl::StatusOr<std::shared_ptr<void>> held = std::shared_ptr<void>();
+    if (posted.ok()) held = path_->HoldMessage(bytes);
+    if (posted.ok()) posted = held.status();
     if (posted.ok()) {
       posted = path_->RunLater([context, reactor, work = std::move(work), held = *held]() mutable {
         const absl::Status status = work();
@@ -275,12 +302,13 @@ class InferenceService final : public v1::Inference::CallbackService {
   }
 
   RequestPath* const path_;
+  ApiKeys* const keys_;
 };
 
 }  // namespace
 
-std::unique_ptr<grpc::Service> MakeInferenceService(RequestPath* path) {
-  return std::make_unique<InferenceService>(path);
+std::unique_ptr<grpc::Service> MakeInferenceService(RequestPath* path, ApiKeys* keys) {
+  return std::make_unique<InferenceService>(path, keys);
 }
 
 }  // namespace lockstep

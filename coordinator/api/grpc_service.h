@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "coordinator/api/api_keys.h"
 #include "coordinator/api/request_path.h"
 
 namespace grpc {
@@ -12,8 +13,8 @@ class Service;
 
 namespace lockstep {
 
-// `path` outlives every call.
-std::unique_ptr<grpc::Service> MakeInferenceService(RequestPath* path);
+// Both outlive every call. With `keys` each call needs one.
+std::unique_ptr<grpc::Service> MakeInferenceService(RequestPath* path, ApiKeys* keys);
 
 }  // namespace lockstep
 

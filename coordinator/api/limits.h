@@ -17,6 +17,7 @@ inline constexpr int kHttpHeaderSeconds = 10;                   // from a reques
 inline constexpr int kHttpBodySeconds = 60;                     // from the end of its header
 inline constexpr int kHttpIdleSeconds = 75;                     // between requests
 inline constexpr int kHttpWriteSeconds = 60;  // a client that reads nothing for so long is gone
+inline constexpr int kSsePingSeconds = 15;  // a stream without a token for so long shows a comment
 inline constexpr int kJsonDepth = 64;
 inline constexpr size_t kJsonValues = 1 << 19;
 
@@ -38,8 +39,9 @@ inline constexpr float kPenalty = 2.0f;            // presence, frequency [-2, 2
 inline constexpr float kRepetitionPenalty = 2.0f;  // (0, 2]
 inline constexpr size_t kChatMessages = 1024;
 inline constexpr size_t kTools = 128;
-inline constexpr size_t kToolValues = 16 * 1024;  // JSON values in all tools; a template's variables
-inline constexpr size_t kToolNameBytes = 64;      // [A-Za-z0-9_-]
+inline constexpr size_t kToolValues =
+    16 * 1024;                                // JSON values in all tools; a template's variables
+inline constexpr size_t kToolNameBytes = 64;  // [A-Za-z0-9_-]
 // Of a Tokenize call, where twice max-model-len is not more.
 inline constexpr size_t kTokenizeTokens = 32 * 1024;
 

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/address.h"
+#include "coordinator/api/api_keys.h"
 #include "coordinator/api/grpc_door.h"
 #include "coordinator/api/http/http_server.h"
 #include "coordinator/api/http/routes.h"
@@ -30,6 +31,7 @@ struct ApiServer::Impl {
   const std::shared_ptr<Metrics> metrics;
   std::mutex mutex;
   std::vector<std::pair<std::string, double>> startup;  // guarded by mutex, as what follows
+  std::unique_ptr<ApiKeys> keys;
   std::unique_ptr<RequestPath> path;
   std::unique_ptr<GrpcDoor> grpc;
   std::unique_ptr<Routes> routes;
@@ -62,33 +64,43 @@ void ApiServer::SetStartup(std::vector<std::pair<std::string, double>> phases) {
 
 absl::Status ApiServer::Start(EngineClient* engine) {
   const ApiOptions& options = impl_->options;
-  if (!IsLoopback(options.host) && !options.insecure) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--host ", options.host,
-                     ": not a loopback address, and there is no TLS; use 127.0.0.1 or --insecure"));
+  if (absl::Status status = CheckTlsFiles(options.tls); !status.ok()) return status;
+  if (!IsLoopback(options.host) && !options.tls.enabled() && !options.insecure) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--host ", options.host, ": not a loopback address; use --ssl-certfile, or --insecure"));
+  }
+  std::unique_ptr<ApiKeys> keys;
+  if (!options.api_key_file.empty()) {
+    absl::StatusOr<std::unique_ptr<ApiKeys>> loaded = ApiKeys::Load(options.api_key_file);
+    if (!loaded.ok()) return loaded.status();
+    keys = *std::move(loaded);
   }
   auto path = std::make_unique<RequestPath>(engine, &impl_->model, impl_->metrics.get(),
                                             options.text_threads);
   std::unique_ptr<GrpcDoor> grpc;
   if (options.grpc_port >= 0) {
-    grpc = std::make_unique<GrpcDoor>(path.get());
-    absl::Status status = grpc->Start(options.host, options.grpc_port, options.reflection);
+    grpc = std::make_unique<GrpcDoor>(path.get(), keys.get());
+    absl::Status status =
+        grpc->Start(options.host, options.grpc_port, options.tls, options.reflection);
     if (!status.ok()) return status;
   }
   std::unique_ptr<Routes> routes;
   std::unique_ptr<HttpServer> http;
   if (options.http_port >= 0) {
-    routes = std::make_unique<Routes>(path.get());
+    routes = std::make_unique<Routes>(path.get(), keys.get(), options.allowed_origins);
     http = std::make_unique<HttpServer>(
         HttpServerOptions{.host = options.host,
                           .port = options.http_port,
-                          .max_connections = options.max_http_connections},
+                          .max_connections = options.max_http_connections,
+                          .ping_interval_ms = options.ping_interval_ms,
+                          .tls = options.tls},
         routes.get());
     if (absl::Status status = http->Start(); !status.ok()) return status;
   }
   {
     const std::lock_guard lock(impl_->mutex);
     if (!impl_->startup.empty()) path->SetStartup(std::move(impl_->startup));
+    impl_->keys = std::move(keys);
     impl_->path = std::move(path);
     impl_->grpc = std::move(grpc);
     impl_->routes = std::move(routes);
@@ -120,12 +132,14 @@ void ApiServer::BeginDrain() {
 void ApiServer::Stop(int64_t grace_ms) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point deadline = Clock::now() + std::chrono::milliseconds(grace_ms);
+  std::unique_ptr<ApiKeys> keys;
   std::unique_ptr<RequestPath> path;
   std::unique_ptr<GrpcDoor> grpc;
   std::unique_ptr<Routes> routes;
   std::unique_ptr<HttpServer> http;
   {
     const std::lock_guard lock(impl_->mutex);
+    keys = std::move(impl_->keys);
     path = std::move(impl_->path);
     grpc = std::move(impl_->grpc);
     routes = std::move(impl_->routes);

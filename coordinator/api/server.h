@@ -23,19 +23,25 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "coordinator/api/limits.h"
 #include "coordinator/api/served_model.h"
+#include "coordinator/api/tls_files.h"
 #include "coordinator/engine.h"
 #include "coordinator/engine_client.h"
 
 namespace lockstep {
 
 struct ApiOptions {
-  std::string host = "127.0.0.1";  // other than loopback needs `insecure`: there is no TLS yet
+  std::string host = "127.0.0.1";  // other than loopback needs TLS or `insecure`
   int http_port = 8000;            // 0 picks a free one; -1 leaves the door shut
   int grpc_port = 50051;           // likewise
   bool insecure = false;
   bool reflection = false;
+  TlsFiles tls;                              // of both doors
+  std::string api_key_file;                  // "": everybody may ask
+  std::vector<std::string> allowed_origins;  // of pages in browsers; "*" is all of them
   uint32_t max_http_connections = 1024;
+  int64_t ping_interval_ms = limits::kSsePingSeconds * 1000;
   int text_threads = 2;
 };
 

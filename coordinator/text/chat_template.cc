@@ -65,6 +65,7 @@ struct ChatTemplate::Impl {
 
   LockstepTemplate* handle = nullptr;
   std::map<std::string, std::string> special_tokens;
+  std::string source;
   bool reads_parts = true;  // while ReadsParts asks
 };
 
@@ -91,9 +92,12 @@ absl::StatusOr<std::optional<ChatTemplate>> ChatTemplate::Load(const std::string
       lockstep_template_new(source->data(), source->size(), &impl->handle, error.out());
   if (status != LOCKSTEP_TEXT_OK) return ffi::ToStatus(LOCKSTEP_TEXT_INVALID, path, error);
   impl->special_tokens = std::move(config->special_tokens);
+  impl->source = *std::move(source);
   impl->reads_parts = ChatTemplate(impl).ReadsParts();
   return std::optional(ChatTemplate(std::move(impl)));
 }
+
+const std::string& ChatTemplate::source() const { return impl_->source; }
 
 absl::StatusOr<std::string> ChatTemplate::Render(absl::Span<const ChatMessage> messages,
                                                  bool add_generation_prompt) const {

@@ -67,6 +67,8 @@ class ChatTemplate {
   // and for a variable of a name that the template has from elsewhere.
   absl::StatusOr<std::string> Render(absl::Span<const ChatMessage> messages,
                                      const ChatContext& context) const;
+  // As the model's file has it.
+  const std::string& source() const;
 
  private:
   struct Impl;

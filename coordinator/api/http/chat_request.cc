@@ -61,6 +61,13 @@ void ReadVariables(FieldReader* fields, const std::string& body, ChatContext* co
                                    absl::StrCat("expected an object, got ", EchoJson(*variables))));
   }
   fields->Fail(CheckSize(*variables, "chat_template_kwargs"));
+  for (const auto& [name, value] : variables->items()) {
+    const bool taken = name == "messages" || name == "tools" || name == "documents" ||
+                       name == "add_generation_prompt" || name.ends_with("_token");
+    if (!taken) continue;
+    return fields->Fail(FieldError("chat_template_kwargs",
+                                   absl::StrCat("the name '", Echo(name), "' is not free")));
+  }
   context->variables_json = OrderedMember(body, "chat_template_kwargs");
 }
 

@@ -34,6 +34,7 @@ class CompletionExchange : public Exchange,
   std::optional<Part> Next() override;
   void SetWaker(std::function<void()> waker) override;
   void Abandon() override;
+  std::string IdleBytes() const override { return ": ping\n\n"; }
   bool EndsWithClient() const override { return true; }
 
  private:

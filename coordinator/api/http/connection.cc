@@ -17,6 +17,10 @@
 #include "absl/strings/str_format.h"
 #include "coordinator/api/limits.h"
 
+// GCC 12 takes the coroutine frames' own operator delete for a wrong one where it
+// has inlined only one side of the pair.
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
+
 namespace lockstep {
 namespace {
 
@@ -102,22 +106,28 @@ struct Connection::Received {
   HttpRequest request;
   int status = 400;  // of a malformed one
   std::string message;
+  std::optional<HttpReply> refusal;  // instead of the two
   bool keep_alive = false;
   bool http10 = false;
   bool head_only = false;
 
-  static void Fill(Received* out, Parser* parser) {
-    out->kind = Received::Kind::kRequest;
-    out->keep_alive = parser->keep_alive();
-    auto message = parser->release();
-    out->http10 = message.version() < 11;
-    out->head_only = message.method() == http::verb::head;
-    HttpRequest& request = out->request;
-    request.method = ToString(message.method_string());
-    request.path = PathOf(ToString(message.target()));
-    request.content_type = ToString(message[http::field::content_type]);
-    request.request_id = ToString(message["x-request-id"]);
-    request.body = std::move(message.body());
+  // Of what is known when the header has come.
+  void FillHead(const http::request<http::string_body>& head) {
+    http10 = head.version() < 11;
+    head_only = head.method() == http::verb::head;
+    request.method = ToString(head.method_string());
+    request.path = PathOf(ToString(head.target()));
+    request.content_type = ToString(head[http::field::content_type]);
+    request.request_id = ToString(head["x-request-id"]);
+    request.authorization = ToString(head[http::field::authorization]);
+    request.traceparent = ToString(head["traceparent"]);
+    request.origin = ToString(head[http::field::origin]);
+  }
+
+  void FillBody(Parser* parser) {
+    kind = Received::Kind::kRequest;
+    keep_alive = parser->keep_alive();
+    request.body = std::move(parser->get().body());
   }
 
   static Received Malformed(const error_code& ec, const Parser& parser) {
@@ -181,11 +191,14 @@ class Connection::BusyGuard {
   const std::shared_ptr<ServerState> state_;
 };
 
-Connection::Connection(tcp::socket socket, std::shared_ptr<ServerState> state)
+Connection::Connection(tcp::socket socket, std::shared_ptr<ServerState> state,
+                       std::shared_ptr<asio::ssl::context> tls)
     : socket_(std::move(socket)),
+      context_(std::move(tls)),
       wake_(socket_.get_executor()),
       write_limit_(socket_.get_executor()),
       state_(std::move(state)) {
+  if (context_ != nullptr) tls_.emplace(socket_, *context_);
   const std::lock_guard lock(state_->mutex);
   state_->connections.insert(this);
 }
@@ -211,11 +224,14 @@ asio::awaitable<void> Connection::Run() {
   error_code ignored;
   socket_.set_option(tcp::no_delay(true), ignored);
   socket_.set_option(asio::socket_base::keep_alive(true), ignored);
+  if (!co_await Handshake()) Close();
   while (!closed_ && !state_->stopping) {
     Received received = co_await ReadRequest();
     if (received.kind == Received::Kind::kGone) break;
     if (received.kind == Received::Kind::kMalformed) {
-      HttpReply reply = state_->handler->RefuseMalformed(received.status, received.message);
+      const HttpReply reply =
+          received.refusal ? *std::move(received.refusal)
+                           : state_->handler->RefuseMalformed(received.status, received.message);
       co_await Write(Received::FixedReply(reply, received, /*keep_alive=*/false));
       co_await Linger();
       break;
@@ -227,6 +243,16 @@ asio::awaitable<void> Connection::Run() {
     }
   }
   Close();
+}
+
+asio::awaitable<bool> Connection::Handshake() {
+  if (!tls_) co_return true;
+  LimitTime(state_->options.header_timeout_ms);
+  error_code ec;
+  co_await tls_->async_handshake(asio::ssl::stream_base::server,
+                                 asio::redirect_error(asio::use_awaitable, ec));
+  write_limit_.expires_at(Clock::time_point::max());
+  co_return !ec;
 }
 
 asio::awaitable<Connection::Received> Connection::ReadRequest() {
@@ -258,6 +284,13 @@ asio::awaitable<Connection::Received> Connection::ReadRequest() {
     }
     if (parser.is_header_done() && !std::exchange(header_done, true)) {
       deadline = Clock::now() + Ms(state_->options.body_timeout_ms);
+      out.FillHead(parser.get());
+      // Before the body is waited for: who may not ask fills no memory.
+      out.refusal = state_->handler->Screen(out.request);
+      if (out.refusal) {
+        out.kind = Received::Kind::kMalformed;
+        co_return out;
+      }
       if (!FramingIsClear(parser.get())) {
         out.kind = Received::Kind::kMalformed;
         out.message = "Transfer-Encoding: only chunked is supported, once, in HTTP/1.1";
@@ -282,7 +315,7 @@ asio::awaitable<Connection::Received> Connection::ReadRequest() {
     StartRead(header_done ? kBodyReadBytes : kReadBytes);
     co_await Wait(deadline);
   }
-  Received::Fill(&out, &parser);
+  out.FillBody(&parser);
   out.request.body_lease = std::move(lease);
   co_return out;
 }
@@ -297,7 +330,8 @@ asio::awaitable<bool> Connection::Answer(Received received) {
       if (const auto self = weak.lock()) self->Wake();
     });
   });
-  bool chunked = false;
+  bool chunked = false, streaming = false;
+  Clock::time_point ping = Clock::time_point::max();
   for (;;) {
     std::optional<Exchange::Part> part = exchange->Next();
     if (!part) {
@@ -311,8 +345,14 @@ asio::awaitable<bool> Connection::Answer(Received received) {
         co_return false;
       }
       StartRead(kReadBytes);
-      co_await Wait(Clock::time_point::max());
-      continue;
+      co_await Wait(ping);
+      if (Clock::now() < ping) continue;
+      std::string bytes;
+      AppendChunk(exchange->IdleBytes(), chunked, &bytes);
+      ping = Clock::now() + Ms(state_->options.ping_interval_ms);
+      if (co_await Write(std::move(bytes))) continue;
+      exchange->Abandon();
+      co_return false;
     }
     const bool keep = keep_alive && !part->close && !closed_;
     std::string bytes;
@@ -320,6 +360,7 @@ asio::awaitable<bool> Connection::Answer(Received received) {
       bytes = Received::FixedReply(*part->head, received, keep);
     } else if (part->head) {
       chunked = !received.http10;
+      streaming = true;
       bytes = StreamHead(*part->head, keep && chunked, chunked);
       AppendChunk(part->head->body, chunked, &bytes);
     } else {
@@ -332,6 +373,7 @@ asio::awaitable<bool> Connection::Answer(Received received) {
       co_return false;
     }
     if (part->last) co_return keep && !(is_stream && received.http10);
+    if (streaming) ping = Clock::now() + Ms(state_->options.ping_interval_ms);
   }
 }
 
@@ -339,15 +381,16 @@ asio::awaitable<bool> Connection::Write(std::string bytes) {
   if (closed_) co_return false;
   size_t written = 0;
   while (written < bytes.size()) {
-    write_limit_.expires_after(Ms(state_->options.write_timeout_ms));
-    write_limit_.async_wait([weak = weak_from_this()](const error_code& ec) {
-      const auto self = weak.lock();
-      if (!ec && self && Clock::now() >= self->write_limit_.expiry()) self->Close();
-    });
+    LimitTime(state_->options.write_timeout_ms);
     error_code ec;
-    written += co_await socket_.async_write_some(
-        asio::buffer(bytes.data() + written, bytes.size() - written),
-        asio::redirect_error(asio::use_awaitable, ec));
+    const auto rest = asio::buffer(bytes.data() + written, bytes.size() - written);
+    if (tls_) {
+      written +=
+          co_await tls_->async_write_some(rest, asio::redirect_error(asio::use_awaitable, ec));
+    } else {
+      written +=
+          co_await socket_.async_write_some(rest, asio::redirect_error(asio::use_awaitable, ec));
+    }
     write_limit_.expires_at(Clock::time_point::max());
     if (ec || closed_) co_return false;
   }
@@ -356,6 +399,19 @@ asio::awaitable<bool> Connection::Write(std::string bytes) {
 
 asio::awaitable<void> Connection::Linger() {
   error_code ignored;
+  if (tls_) {
+    // TLS has an end of its own. What comes after it is read away undeciphered.
+    LimitTime(std::chrono::milliseconds(kLingerTime).count());
+    co_await tls_->async_shutdown(asio::redirect_error(asio::use_awaitable, ignored));
+    socket_.shutdown(tcp::socket::shutdown_send, ignored);
+    std::vector<char> bytes(kBodyReadBytes);
+    error_code ec;
+    for (size_t discarded = 0; !ec && !closed_ && discarded < kMaxLingerBytes;) {
+      discarded += co_await socket_.async_read_some(asio::buffer(bytes),
+                                                    asio::redirect_error(asio::use_awaitable, ec));
+    }
+    co_return;
+  }
   socket_.shutdown(tcp::socket::shutdown_send, ignored);
   const Clock::time_point deadline = Clock::now() + kLingerTime;
   size_t discarded = 0;
@@ -372,13 +428,25 @@ void Connection::StartRead(size_t size) {
   reading_ = true;
   if (chunk_.size() != size) chunk_ = std::vector<char>(size);  // smaller ones give room back
   if (in_.empty() && in_.capacity() > kReadBytes) in_ = std::string();
-  socket_.async_read_some(asio::buffer(chunk_),
-                          [self = shared_from_this()](const error_code& ec, size_t count) {
-                            self->reading_ = false;
-                            self->in_.append(self->chunk_.data(), count);
-                            if (ec) self->eof_ = true;
-                            self->Wake();
-                          });
+  auto done = [self = shared_from_this()](const error_code& ec, size_t count) {
+    self->reading_ = false;
+    self->in_.append(self->chunk_.data(), count);
+    if (ec) self->eof_ = true;
+    self->Wake();
+  };
+  if (tls_) {
+    tls_->async_read_some(asio::buffer(chunk_), std::move(done));
+  } else {
+    socket_.async_read_some(asio::buffer(chunk_), std::move(done));
+  }
+}
+
+void Connection::LimitTime(int64_t ms) {
+  write_limit_.expires_after(Ms(ms));
+  write_limit_.async_wait([weak = weak_from_this()](const error_code& ec) {
+    const auto self = weak.lock();
+    if (!ec && self && Clock::now() >= self->write_limit_.expiry()) self->Close();
+  });
 }
 
 void Connection::Wake() {

@@ -9,12 +9,14 @@
 #include <atomic>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/ssl/stream.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -45,7 +47,9 @@ struct ServerState {
 // pending beside it and only ever appends to in_.
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
-  Connection(boost::asio::ip::tcp::socket socket, std::shared_ptr<ServerState> state);
+  // Speaks TLS when there is a context.
+  Connection(boost::asio::ip::tcp::socket socket, std::shared_ptr<ServerState> state,
+             std::shared_ptr<boost::asio::ssl::context> tls);
   ~Connection();
 
   void Start();
@@ -61,6 +65,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   class BusyGuard;
 
   Awaitable<void> Run();
+  Awaitable<bool> Handshake();
   Awaitable<Received> ReadRequest();
   // Whether the connection may go on.
   Awaitable<bool> Answer(Received received);
@@ -72,10 +77,14 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Awaitable<void> Wait(Clock::time_point deadline);
 
   void StartRead(size_t size);
+  // The connection ends if write_limit_ does not move on in time.
+  void LimitTime(int64_t ms);
   void Wake();
   void Close();
 
   boost::asio::ip::tcp::socket socket_;
+  const std::shared_ptr<boost::asio::ssl::context> context_;
+  std::optional<boost::asio::ssl::stream<boost::asio::ip::tcp::socket&>> tls_;
   boost::asio::steady_timer wake_;
   boost::asio::steady_timer write_limit_;
   const std::shared_ptr<ServerState> state_;

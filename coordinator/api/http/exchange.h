@@ -21,6 +21,7 @@ struct HttpRequest {
   std::string path;    // without the query
   std::string content_type;
   std::string request_id;  // x-request-id as it came; "" when there was none
+  std::string authorization, traceparent, origin;  // likewise
   std::string body;
   // Counts the body's bytes against the server's budget until dropped.
   std::shared_ptr<void> body_lease;
@@ -52,6 +53,8 @@ class Exchange {
   virtual void SetWaker(std::function<void()> waker) = 0;
   // The client is gone; nothing is called afterwards.
   virtual void Abandon() = 0;
+  // What may come between two parts of a stream to show that it lives.
+  virtual std::string IdleBytes() const { return {}; }
   // Whether the end of the client's stream means that it left.
   virtual bool EndsWithClient() const { return false; }
 };
@@ -61,6 +64,8 @@ class HttpHandler {
  public:
   virtual ~HttpHandler() = default;
   virtual std::shared_ptr<Exchange> Handle(HttpRequest request) = 0;
+  // A refusal that needs no body, asked when the header has come.
+  virtual std::optional<HttpReply> Screen(const HttpRequest&) { return {}; }
   // The reply to what never became a request: a malformed or oversized one.
   virtual HttpReply RefuseMalformed(int status, const std::string& message) = 0;
 };

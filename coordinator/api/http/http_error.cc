@@ -13,6 +13,8 @@ using OrderedJson = nlohmann::ordered_json;
 
 const char* TypeOf(int code) {
   switch (code) {
+    case 401:
+      return "authentication_error";
     case 404:
       return "not_found_error";
     case 429:
@@ -29,6 +31,8 @@ const char* TypeOf(int code) {
 // OpenAI's machine-readable codes, where there is one that fits.
 const char* CodeOf(int code, std::string_view param) {
   switch (code) {
+    case 401:
+      return "invalid_api_key";
     case 404:
       return param == "model" ? "model_not_found" : "not_found";
     case 405:
@@ -62,6 +66,8 @@ int HttpCode(const absl::Status& status) {
     case absl::StatusCode::kOutOfRange:
     case absl::StatusCode::kFailedPrecondition:
       return 400;
+    case absl::StatusCode::kUnauthenticated:
+      return 401;
     case absl::StatusCode::kNotFound:
       return 404;
     case absl::StatusCode::kResourceExhausted:
@@ -96,6 +102,7 @@ HttpReply ErrorReply(const absl::Status& status) {
   if (const std::optional<int> seconds = RetrySeconds(status)) {
     reply.headers.emplace_back("Retry-After", absl::StrCat(*seconds));
   }
+  if (reply.status == 401) reply.headers.emplace_back("WWW-Authenticate", "Bearer");
   return reply;
 }
 

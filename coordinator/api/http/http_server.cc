@@ -10,6 +10,7 @@
 #include <boost/asio/strand.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <chrono>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -19,6 +20,7 @@
 #include "common/log.h"
 #include "coordinator/api/address.h"
 #include "coordinator/api/http/connection.h"
+#include "coordinator/api/http/tls_context.h"
 
 namespace lockstep {
 namespace {
@@ -34,7 +36,9 @@ struct HttpServer::Impl {
       : state(std::make_shared<ServerState>(std::move(options), handler)),
         strand(asio::make_strand(io)),
         acceptor(strand),
-        pause(strand) {}
+        pause(strand) {
+    if (state->options.tls.enabled()) tls.emplace(state->options.tls);
+  }
 
   asio::awaitable<void> Accept();
   void TurnAway(tcp::socket socket);
@@ -44,6 +48,7 @@ struct HttpServer::Impl {
   const asio::strand<asio::io_context::executor_type> strand;  // of what follows
   tcp::acceptor acceptor;
   asio::steady_timer pause;
+  std::optional<TlsContext> tls;
   std::vector<std::thread> threads;
   int port = 0;
 };
@@ -69,12 +74,14 @@ asio::awaitable<void> HttpServer::Impl::Accept() {
     if (full) {
       TurnAway(std::move(socket));
     } else {
-      std::make_shared<Connection>(std::move(socket), state)->Start();
+      std::make_shared<Connection>(std::move(socket), state, tls ? tls->Current() : nullptr)
+          ->Start();
     }
   }
 }
 
 void HttpServer::Impl::TurnAway(tcp::socket socket) {
+  if (tls) return;  // closed: a handshake is more than it may cost
   const HttpReply reply = state->handler->RefuseMalformed(503, "too many connections");
   const std::string bytes =
       absl::StrCat("HTTP/1.1 503 Service Unavailable\r\nContent-Type: ", reply.content_type,
@@ -93,6 +100,9 @@ HttpServer::~HttpServer() { Stop(0); }
 
 absl::Status HttpServer::Start() {
   const HttpServerOptions& options = impl_->state->options;
+  if (impl_->tls) {
+    if (absl::Status status = impl_->tls->Load(); !status.ok()) return status;
+  }
   absl::Status free = CheckCanBind(options.host, options.port, "--http-port");
   if (!free.ok()) return free;
   error_code ec;

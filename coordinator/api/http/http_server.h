@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "coordinator/api/http/exchange.h"
 #include "coordinator/api/limits.h"
+#include "coordinator/api/tls_files.h"
 
 namespace lockstep {
 
@@ -27,6 +28,8 @@ struct HttpServerOptions {
   int64_t body_timeout_ms = limits::kHttpBodySeconds * 1000;
   int64_t idle_timeout_ms = limits::kHttpIdleSeconds * 1000;
   int64_t write_timeout_ms = limits::kHttpWriteSeconds * 1000;
+  int64_t ping_interval_ms = limits::kSsePingSeconds * 1000;
+  TlsFiles tls = {};
 };
 
 class HttpServer {
@@ -34,7 +37,8 @@ class HttpServer {
   HttpServer(HttpServerOptions options, HttpHandler* handler);  // handler outlives the server
   ~HttpServer();                                                // Stop(0)
 
-  // One line that names --http-port when the address cannot be had.
+  // One line that names --http-port when the address cannot be had, or the
+  // certificate's flag.
   absl::Status Start();
   int port() const;
   // Waits at most grace_ms for exchanges under way, then closes everything.

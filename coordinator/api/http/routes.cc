@@ -14,6 +14,7 @@
 #include "coordinator/api/http/completion_exchange.h"
 #include "coordinator/api/http/http_error.h"
 #include "coordinator/api/http/token_bodies.h"
+#include "coordinator/api/trace.h"
 
 namespace lockstep {
 namespace {
@@ -74,7 +75,7 @@ class LaterExchange : public Exchange {
 }  // namespace
 
 struct Routes::Route {
-  using Handler = std::shared_ptr<Exchange> (Routes::*)(HttpRequest&&, const std::string&);
+  using Handler = std::shared_ptr<Exchange> (Routes::*)(HttpRequest&&, const Caller&);
   std::string_view path;
   std::string_view method;
   Handler handler;
@@ -91,15 +92,61 @@ const Routes::Route Routes::kRoutes[] = {
     {"/ready", "GET", &Routes::ReadyState},
     {"/metrics", "GET", &Routes::MetricsText},
     {"/version", "GET", &Routes::Version},
+    {"/tokenizer_info", "GET", &Routes::TokenizerInfo},
 };
 
-Routes::Routes(RequestPath* path) : path_(path), started_(std::time(nullptr)) {}
+Routes::Routes(RequestPath* path, ApiKeys* keys, std::vector<std::string> allowed_origins)
+    : path_(path),
+      keys_(keys),
+      allowed_origins_(std::move(allowed_origins)),
+      started_(std::time(nullptr)) {}
+
+Routes::Caller Routes::CallerOf(const HttpRequest& request) const {
+  Caller caller;
+  const bool named =
+      !request.request_id.empty() && CheckIdentifier("x-request-id", request.request_id).ok();
+  caller.request_id = named ? request.request_id : MakeRequestId();
+  for (const std::string& allowed : allowed_origins_) {
+    if (!request.origin.empty() && (allowed == "*" || allowed == request.origin)) {
+      caller.allow_origin = allowed;
+    }
+  }
+  return caller;
+}
+
+// What a browser asks before it lets a page send more than a plain form.
+bool Routes::IsPreflight(const HttpRequest& head) const {
+  return head.method == "OPTIONS" && !CallerOf(head).allow_origin.empty();
+}
+
+HttpReply Routes::Preflight() {
+  HttpReply reply{.content_type = "text/plain", .headers = {}, .body = {}};
+  reply.headers = {
+      {"Access-Control-Allow-Methods", "GET, POST"},
+      {"Access-Control-Allow-Headers", "authorization, content-type, traceparent, x-request-id"},
+      {"Access-Control-Max-Age", "600"}};
+  return reply;
+}
+
+std::optional<HttpReply> Routes::Screen(const HttpRequest& head) {
+  if (keys_ == nullptr) return {};
+  const bool open = head.method == "GET" || head.method == "HEAD";
+  for (const std::string_view path : {"/health", "/ready", "/metrics"}) {
+    if (open && head.path == path) return {};
+  }
+  // A browser sends no key with its question, and learns nothing from the answer.
+  if (IsPreflight(head)) return {};
+  const absl::Status allowed = path_->Refuse(keys_->Check(head.authorization));
+  if (allowed.ok()) return {};
+  return FinishHead(ErrorReply(allowed), CallerOf(head));
+}
 
 std::shared_ptr<Exchange> Routes::Handle(HttpRequest request) {
+  const Caller caller = CallerOf(request);
   const absl::Status named = CheckIdentifier("x-request-id", request.request_id);
-  const std::string id =
-      named.ok() && !request.request_id.empty() ? request.request_id : MakeRequestId();
-  if (!named.ok()) return Reply(ErrorReply(path_->Refuse(named)), id);
+  if (!named.ok()) return Reply(ErrorReply(path_->Refuse(named)), caller);
+  if (IsPreflight(request)) return Reply(Preflight(), caller);
+  LogTrace(caller.request_id, request.traceparent);
 
   const Route* route = nullptr;
   for (const Route& each : kRoutes) {
@@ -107,7 +154,7 @@ std::shared_ptr<Exchange> Routes::Handle(HttpRequest request) {
     if (prefix || request.path == each.path) route = &each;
   }
   if (route == nullptr) {
-    return Reply(ErrorReply(404, absl::StrCat("no such route: ", Echo(request.path))), id);
+    return Reply(ErrorReply(404, absl::StrCat("no such route: ", Echo(request.path))), caller);
   }
   const bool head = route->method == "GET" && request.method == "HEAD";
   if (request.method != route->method && !head) {
@@ -115,37 +162,43 @@ std::shared_ptr<Exchange> Routes::Handle(HttpRequest request) {
         ErrorReply(405, absl::StrCat(Echo(request.method), " is not allowed on ",
                                      Echo(request.path), "; use ", std::string(route->method)));
     reply.headers.emplace_back("Allow", route->method == "GET" ? "GET, HEAD" : "POST");
-    return Reply(std::move(reply), id);
+    return Reply(std::move(reply), caller);
   }
   if (route->method == "POST" && !IsJson(request.content_type)) {
     return Reply(ErrorReply(415, absl::StrCat("content type '", Echo(request.content_type),
                                               "' is not supported; send application/json")),
-                 id);
+                 caller);
   }
-  return (this->*route->handler)(std::move(request), id);
+  return (this->*route->handler)(std::move(request), caller);
 }
 
 HttpReply Routes::RefuseMalformed(int status, const std::string& message) {
-  return FinishHead(ErrorReply(status, message), MakeRequestId());
+  return FinishHead(ErrorReply(status, message), CallerOf({}));
 }
 
-HttpReply Routes::FinishHead(HttpReply reply, const std::string& request_id) const {
-  reply.headers.emplace_back("x-request-id", request_id);
+HttpReply Routes::FinishHead(HttpReply reply, const Caller& caller) const {
+  reply.headers.emplace_back("x-request-id", caller.request_id);
+  if (!caller.allow_origin.empty()) {
+    reply.headers.emplace_back("Access-Control-Allow-Origin", caller.allow_origin);
+    reply.headers.emplace_back("Access-Control-Expose-Headers", "retry-after, x-request-id");
+  }
+  // What is in the answer depends on who asks.
+  if (!allowed_origins_.empty()) reply.headers.emplace_back("Vary", "Origin");
   path_->metrics().HttpResponse(reply.status);
   return reply;
 }
 
-std::shared_ptr<Exchange> Routes::Reply(HttpReply reply, const std::string& request_id) {
-  return std::make_shared<ReadyExchange>(FinishHead(std::move(reply), request_id));
+std::shared_ptr<Exchange> Routes::Reply(HttpReply reply, const Caller& caller) {
+  return std::make_shared<ReadyExchange>(FinishHead(std::move(reply), caller));
 }
 
 std::shared_ptr<Exchange> Routes::Later(
-    HttpRequest&& request, const std::string& request_id,
+    HttpRequest&& request, const Caller& caller,
     std::function<absl::StatusOr<std::string>(const std::string& body)> work) {
   auto exchange = std::make_shared<LaterExchange>();
   auto shared = std::make_shared<HttpRequest>(std::move(request));
   const absl::Status posted =
-      path_->RunLater([this, exchange, shared, request_id, work = std::move(work)] {
+      path_->RunLater([this, exchange, shared, caller, work = std::move(work)] {
         absl::StatusOr<std::string> body = work(shared->body);
         *shared = {};
         HttpReply reply{.headers = {}, .body = {}};
@@ -154,37 +207,36 @@ std::shared_ptr<Exchange> Routes::Later(
         } else {
           reply = ErrorReply(path_->Refuse(body.status()));
         }
-        exchange->Fulfil(FinishHead(std::move(reply), request_id));
+        exchange->Fulfil(FinishHead(std::move(reply), caller));
       });
-  if (!posted.ok()) return Reply(ErrorReply(posted), request_id);
+  if (!posted.ok()) return Reply(ErrorReply(posted), caller);
   return exchange;
 }
 
 std::shared_ptr<Exchange> Routes::Generate(const GenerationApi& api, HttpRequest&& request,
-                                           const std::string& request_id) {
+                                           const Caller& caller) {
   auto exchange = std::make_shared<CompletionExchange>(
-      path_, api, std::move(request), request_id,
-      [this, request_id](HttpReply reply) { return FinishHead(std::move(reply), request_id); });
+      path_, api, std::move(request), caller.request_id,
+      [this, caller](HttpReply reply) { return FinishHead(std::move(reply), caller); });
   exchange->Begin();
   return exchange;
 }
 
-std::shared_ptr<Exchange> Routes::Completions(HttpRequest&& request,
-                                              const std::string& request_id) {
-  return Generate(CompletionsApi(), std::move(request), request_id);
+std::shared_ptr<Exchange> Routes::Completions(HttpRequest&& request, const Caller& caller) {
+  return Generate(CompletionsApi(), std::move(request), caller);
 }
 
-std::shared_ptr<Exchange> Routes::Chat(HttpRequest&& request, const std::string& request_id) {
-  return Generate(ChatApi(), std::move(request), request_id);
+std::shared_ptr<Exchange> Routes::Chat(HttpRequest&& request, const Caller& caller) {
+  return Generate(ChatApi(), std::move(request), caller);
 }
 
-std::shared_ptr<Exchange> Routes::Tokenize(HttpRequest&& request, const std::string& request_id) {
-  return Later(std::move(request), request_id,
+std::shared_ptr<Exchange> Routes::Tokenize(HttpRequest&& request, const Caller& caller) {
+  return Later(std::move(request), caller,
                [this](const std::string& body) { return TokenizeBody(body, path_->model()); });
 }
 
-std::shared_ptr<Exchange> Routes::Detokenize(HttpRequest&& request, const std::string& request_id) {
-  return Later(std::move(request), request_id,
+std::shared_ptr<Exchange> Routes::Detokenize(HttpRequest&& request, const Caller& caller) {
+  return Later(std::move(request), caller,
                [this](const std::string& body) { return DetokenizeBody(body, path_->model()); });
 }
 
@@ -200,51 +252,54 @@ std::string Routes::ModelJson() const {
   return json.dump();
 }
 
-std::shared_ptr<Exchange> Routes::Models(HttpRequest&&, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Models(HttpRequest&&, const Caller& caller) {
   const std::string body = absl::StrCat("{\"object\":\"list\",\"data\":[", ModelJson(), "]}");
-  return Reply({.headers = {}, .body = body}, request_id);
+  return Reply({.headers = {}, .body = body}, caller);
 }
 
-std::shared_ptr<Exchange> Routes::Model(HttpRequest&& request, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Model(HttpRequest&& request, const Caller& caller) {
   const std::string asked = request.path.substr(kModelPrefix.size());
   if (asked != path_->model().name) {
-    return Reply(ErrorReply(UnknownModelError(asked, path_->model().name)), request_id);
+    return Reply(ErrorReply(UnknownModelError(asked, path_->model().name)), caller);
   }
-  return Reply({.headers = {}, .body = ModelJson()}, request_id);
+  return Reply({.headers = {}, .body = ModelJson()}, caller);
 }
 
-std::shared_ptr<Exchange> Routes::Health(HttpRequest&&, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::Health(HttpRequest&&, const Caller& caller) {
   const EngineInfo info = path_->Info();
   if (info.state == EngineState::kFailed) {
-    return Reply(ErrorReply(RefusalOf(info)), request_id);
+    return Reply(ErrorReply(RefusalOf(info)), caller);
   }
   const std::string body =
       absl::StrCat("{\"status\":\"ok\",\"state\":\"", StateName(info.state), "\"}");
-  return Reply({.headers = {}, .body = body}, request_id);
+  return Reply({.headers = {}, .body = body}, caller);
 }
 
-std::shared_ptr<Exchange> Routes::ReadyState(HttpRequest&&, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::ReadyState(HttpRequest&&, const Caller& caller) {
   const EngineInfo info = path_->Info();
   if (info.state == EngineState::kReady) {
-    return Reply({.headers = {}, .body = "{\"status\":\"ready\"}"}, request_id);
+    return Reply({.headers = {}, .body = "{\"status\":\"ready\"}"}, caller);
   }
   absl::Status why = RefusalOf(info);
   if (why.ok()) {
     why = absl::UnavailableError(absl::StrCat("recovering: ", info.failure.message()));
   }
-  return Reply(ErrorReply(why), request_id);
+  return Reply(ErrorReply(why), caller);
 }
 
-std::shared_ptr<Exchange> Routes::MetricsText(HttpRequest&&, const std::string& request_id) {
+std::shared_ptr<Exchange> Routes::MetricsText(HttpRequest&&, const Caller& caller) {
   HttpReply reply{.content_type = "text/plain; version=0.0.4; charset=utf-8",
                   .headers = {},
                   .body = path_->metrics().Expose(path_->Info(), path_->engine().Stats())};
-  return Reply(std::move(reply), request_id);
+  return Reply(std::move(reply), caller);
 }
 
-std::shared_ptr<Exchange> Routes::Version(HttpRequest&&, const std::string& request_id) {
-  return Reply({.headers = {}, .body = absl::StrCat("{\"version\":\"", kVersion, "\"}")},
-               request_id);
+std::shared_ptr<Exchange> Routes::Version(HttpRequest&&, const Caller& caller) {
+  return Reply({.headers = {}, .body = absl::StrCat("{\"version\":\"", kVersion, "\"}")}, caller);
+}
+
+std::shared_ptr<Exchange> Routes::TokenizerInfo(HttpRequest&&, const Caller& caller) {
+  return Reply({.headers = {}, .body = TokenizerInfoBody(path_->model())}, caller);
 }
 
 }  // namespace lockstep

@@ -69,4 +69,22 @@ absl::StatusOr<std::string> DetokenizeBody(const std::string& body, const Served
   return answer.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
+std::string TokenizerInfoBody(const ServedModel& model) {
+  nlohmann::ordered_json answer;
+  // Whatever class made the files, they are read as tokenizer.json says.
+  answer["tokenizer_class"] = "PreTrainedTokenizerFast";
+  answer["vocab_size"] = model.tokenizer->vocab_size();
+  answer["model_max_length"] = model.max_model_len;
+  const auto token = [](const std::string& text) {
+    return text.empty() ? nlohmann::ordered_json(nullptr) : nlohmann::ordered_json(text);
+  };
+  answer["bos_token"] = token(model.tokenizer->bos_token());
+  answer["eos_token"] = token(model.tokenizer->eos_token());
+  answer["eos_token_ids"] = model.eos_token_ids;
+  answer["chat_template"] = model.chat_template
+                                ? nlohmann::ordered_json(model.chat_template->source())
+                                : nlohmann::ordered_json(nullptr);
+  return answer.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+}
+
 }  // namespace lockstep

@@ -16,6 +16,10 @@ absl::StatusOr<std::string> TokenizeBody(const std::string& body, const ServedMo
 // {tokens, model} -> {prompt}, special tokens kept
 absl::StatusOr<std::string> DetokenizeBody(const std::string& body, const ServedModel& model);
 
+// What a client needs to count and frame tokens by itself: the special tokens,
+// the chat template, the sizes.
+std::string TokenizerInfoBody(const ServedModel& model);
+
 }  // namespace lockstep
 
 #endif  // LOCKSTEP_COORDINATOR_API_HTTP_TOKEN_BODIES_H_

@@ -19,11 +19,10 @@ namespace lockstep {
 class ApiFixture : public ::testing::Test {
  protected:
   void Open(bool reflection = false) {
-    ApiOptions options;
-    options.http_port = 0;
-    options.grpc_port = 0;
-    options.reflection = reflection;
-    server_ = std::make_unique<ApiServer>(options, model_);
+    options_.http_port = 0;
+    options_.grpc_port = 0;
+    options_.reflection = reflection;
+    server_ = std::make_unique<ApiServer>(options_, model_);
     const absl::Status started = server_->Start(&engine_);
     ASSERT_TRUE(started.ok()) << started;
   }
@@ -41,6 +40,7 @@ class ApiFixture : public ::testing::Test {
     return Post(http(), "/v1/completions", body.dump());
   }
 
+  ApiOptions options_;  // of the next Open, as is model_
   ServedModel model_ = DemoModel();
   ScriptedEngine engine_;
   std::unique_ptr<ApiServer> server_;

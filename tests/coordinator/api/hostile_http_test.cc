@@ -274,9 +274,9 @@ TEST_F(HostileHttp, TheLimitsTableHoldsHereToo) {
 }
 
 TEST_F(HostileHttp, RoutesAndMethods) {
-  for (const char* path :
-       {"/", "/v1", "/v1/", "/v1/completion", "/v1/completions/", "/V1/models",
-        "/v1/chat/completions/", "/../etc/passwd", "/v1/models%00", "/favicon.ico", "//v1/models"}) {
+  for (const char* path : {"/", "/v1", "/v1/", "/v1/completion", "/v1/completions/", "/V1/models",
+                           "/v1/chat/completions/", "/../etc/passwd", "/v1/models%00",
+                           "/favicon.ico", "//v1/models"}) {
     Refused(Get(http(), path), 404, "", path);
   }
   Refused(Get(http(), "/v1/models/other"), 404, "model", "another model");
