@@ -265,6 +265,22 @@ def step():
                    " - on (instance) group_right ()"
                    " sum by (instance, rank) (lockstep:collective_wait_seconds:mean5m{SELECT})")
 
+    d.row("The devices (NVML; absent where a driver does not tell)")
+    d.lines("SM active", "Share of the multiprocessors that were busy.", "percentunit",
+            ("lockstep_gpu_sm_active{SELECT}", "{{instance}} rank {{rank}}"))
+    d.lines("Memory bandwidth in use", "Decoding should be near the top.", "percentunit",
+            ("lockstep_gpu_dram_active{SELECT}", "{{instance}} rank {{rank}}"))
+    d.lines("NVLink", "Over all links of a rank.", "Bps",
+            ("lockstep_gpu_nvlink_tx_bytes_per_second{SELECT}", "{{instance}} rank {{rank}} sent"),
+            ("lockstep_gpu_nvlink_rx_bytes_per_second{SELECT}",
+             "{{instance}} rank {{rank}} received"))
+    d.lines("Clocks", "A rank whose clock is lower makes the others wait.", "hertz",
+            ("lockstep_gpu_sm_clock_hertz{SELECT}", "{{instance}} rank {{rank}}"))
+    d.lines("Reasons of low clocks", "NVML's bits; 0: none.", "short",
+            ("lockstep_gpu_throttle_reasons{SELECT}", "{{instance}} rank {{rank}}"))
+    d.lines("Power", "Draw of each device.", "watt",
+            ("lockstep_gpu_power_watts{SELECT}", "{{instance}} rank {{rank}}"))
+
     d.row("The last load")
     d.table("Load phases of each rank", "Seconds.", "lockstep_load_phase_seconds{SELECT}", width=24)
     return d

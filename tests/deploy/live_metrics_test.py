@@ -26,6 +26,10 @@ GPU_METRICS = {
     # A worker reports idle time from its device's clock; the cpu backend has none.
     "lockstep_device_idle_seconds_sum": {"rank"},
     "lockstep_device_idle_seconds_count": {"rank"},
+    # What NVML tells of a GPU.
+    **{f"lockstep_gpu_{figure}": {"rank"} for figure in (
+        "sm_active", "dram_active", "nvlink_tx_bytes_per_second", "nvlink_rx_bytes_per_second",
+        "sm_clock_hertz", "throttle_reasons", "power_watts")},
 }
 
 
@@ -138,8 +142,15 @@ class LiveMetricsTest(unittest.TestCase):
         found = [line for where, expression in expressions()
                  for line in complaints(where, expression, emitted, rules)]
         self.assertEqual(found, [], "\n".join(["", *found]))
-        still_absent = [name for name in GPU_METRICS if name in emitted]
-        self.assertEqual(still_absent, [], "emitted without a GPU: take it off GPU_METRICS")
+        present = [name for name in GPU_METRICS if name in emitted]
+        self.assertEqual(present, [], "emitted without a GPU: take it off GPU_METRICS")
+
+    def test_metrics_of_gpus_are_in_the_source(self):
+        source = "".join(path.read_text() for path in (
+            harness.ROOT / "coordinator/api").glob("*metrics.cc"))
+        for name in GPU_METRICS:
+            stem = re.sub("_(sum|count)$", "", name).removeprefix("lockstep_gpu_")
+            self.assertIn(f'"{stem}"', source, name)
 
     def test_a_real_prometheus_evaluates_everything(self):
         program = harness.find_tool("prometheus", "rules and panels over a real scrape "
