@@ -134,6 +134,7 @@ Params ParamsOf(const Peers& peers, const ExchangeLayout& layout, bool two_shot)
   p.rank = peers.rank;
   p.size = peers.size;
   p.limits = LimitsOf(peers);
+  p.clock = peers.clock;
   p.counter = reinterpret_cast<uint64_t*>(
       p.base[p.rank] + (two_shot ? RegionParts::kTwoShotCounter : RegionParts::kOneShotCounter));
   const size_t source = two_shot ? parts.scatter_source : parts.one_shot_source;

@@ -48,6 +48,7 @@ struct Params {
   float eps;
   bool plus_one;
   const int32_t* slots;
+  CollectiveClock* clock;
 };
 
 template <typename T>
@@ -268,6 +269,7 @@ template <typename T, int kMax, bool kTwoShot, bool kRows>
 __global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerSm(kMax, kRows))
     AllReduceKernel(const __grid_constant__ Params p) {
   __shared__ RowSum::Storage storage;
+  __shared__ uint64_t clock_ns;  // of one thread: registers are short
   TriggerDependents();
   const bool norm = kRows && p.norm_weight != nullptr;
   RowSum row_sum(&storage, norm ? p.cluster : 1);
@@ -291,6 +293,8 @@ __global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerS
     const bool active = in_row && index < p.total_vectors;
     const bool partial = !kRows && p.tail_elements != 0 && index == p.total_vectors - 1;
     uint4 sum = {};
+    const bool timed = row == 0 && v == 0 && p.clock != nullptr;
+    if (timed) clock_ns = DeviceClockNs();
     if (active) {
       const uint4 mine = Sendable(partial ? LoadPartial<T>(p.in, index, p.tail_elements)
                                           : LoadVector(p.in, index));
@@ -299,6 +303,11 @@ __global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerS
       } else {
         sum = OneShot<T, kMax>(p, exchange, index, mine, bias);
       }
+    }
+    if (timed) {
+      const uint64_t arrived_ns = DeviceClockNs();
+      AddTo(&p.clock->wait_ns, clock_ns, arrived_ns);
+      clock_ns = arrived_ns;
     }
     if (partial && active) {
       StorePartial<T>(p.out, index, p.tail_elements, sum);
@@ -312,6 +321,9 @@ __global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerS
       sum = Normed<T>(sum, weight, rsqrtf(squares / p.hidden + p.eps), p.plus_one);
     }
     if (active && !padding && p.out != nullptr) static_cast<uint4*>(p.out)[index] = sum;
+  }
+  if (p.clock != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    AddTo(&p.clock->transfer_ns, clock_ns, DeviceClockNs());
   }
   CountExchange(p.counter);
 }

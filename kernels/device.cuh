@@ -27,6 +27,13 @@ __device__ __forceinline__ void WaitForPrevious() {
 #endif
 }
 
+// One clock for every SM of a device; it ticks more slowly than once a nanosecond.
+__device__ __forceinline__ uint64_t DeviceClockNs() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
 template <typename T>
 __device__ __forceinline__ float ToFloat(T v) {
   return static_cast<float>(v);

@@ -22,6 +22,7 @@ struct GatherParams {
   const uint32_t* in;
   uint32_t* out;
   uint32_t words;  // of one rank
+  CollectiveClock* clock;
 };
 
 __device__ __forceinline__ ulonglong2* Packets(const GatherParams& p, int at, uint64_t exchange,
@@ -46,6 +47,8 @@ __global__ void __launch_bounds__(kThreads)
       const int peer = p.rank + d < p.size ? p.rank + d : p.rank + d - p.size;
       StoreSystem(Packets(p, peer, exchange, p.rank) + i, packet);
     }
+    const bool timed = i == 0 && p.clock != nullptr;
+    const uint64_t sent_ns = timed ? DeviceClockNs() : 0;
     for (int r = 0; r < p.size; ++r) {
       ulonglong2 got = packet;
       if (r != p.rank) {
@@ -58,6 +61,7 @@ __global__ void __launch_bounds__(kThreads)
       out[0] = static_cast<uint32_t>(got.x);
       if (both) out[1] = static_cast<uint32_t>(got.y);
     }
+    if (timed) AddTo(&p.clock->wait_ns, sent_ns, DeviceClockNs());
   }
   CountExchange(p.counter);
 }
@@ -112,6 +116,7 @@ cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const Excha
   p.in = static_cast<const uint32_t*>(in);
   p.out = static_cast<uint32_t*>(out);
   p.words = static_cast<uint32_t>(bytes / 4);
+  p.clock = peers.clock;
   const unsigned blocks = (p.words + 2 * kThreads - 1) / (2 * kThreads);
   return LaunchKernel(launch, SmallAllGatherKernel, dim3(blocks), dim3(kThreads), 0, 1, p);
 }

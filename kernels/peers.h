@@ -34,6 +34,13 @@ struct alignas(16) PeerFault {
   uint32_t block = 0;     // of the grid that waited
 };
 
+// What a rank's exchanges cost it, added up by the kernels of this rank, of which
+// one at a time counts: an exchange is seen by one thread of its first block.
+struct CollectiveClock {
+  uint64_t wait_ns = 0;      // from having sent to the arrival of the last rank
+  uint64_t transfer_ns = 0;  // the rest of the kernel
+};
+
 struct Peers {
   std::byte* base[kMaxPeers] = {};  // by rank; 256-byte aligned; base[rank]: one's own
   int rank = 0;
@@ -47,6 +54,7 @@ struct Peers {
   // How long a kernel waits for a rank before it traps. Above every honest delay:
   // the coordinator's step deadline is what users meet.
   uint64_t patience_ns = 20'000'000'000;
+  CollectiveClock* clock = nullptr;  // in this device's memory; nullptr: not measured
 };
 
 }  // namespace lockstep::kernels

@@ -194,6 +194,8 @@ struct SampleArgs {
   void* gathered[kNumSamplePhases] = {};
 
   void* workspace = nullptr;  // SampleWorkspaceBytes, 256 byte aligned
+  // Unless null: when kMaximum began, by the device's globaltimer.
+  uint64_t* begin_ns = nullptr;
 };
 
 // columns: the most any rank has. Kept between the phases of a batch only.

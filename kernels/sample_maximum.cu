@@ -52,12 +52,18 @@ __device__ __forceinline__ bool SlotPoisoned(const SampleArgs& a, int slot) {
 
 constexpr int kGreedyThreads = 256;
 
+__device__ __forceinline__ void MarkBegin(const SampleArgs& a) {
+  if (a.begin_ns == nullptr || blockIdx.x + blockIdx.y + threadIdx.x != 0) return;
+  __stcg(a.begin_ns, DeviceClockNs());
+}
+
 __global__ void __launch_bounds__(kGreedyThreads)
     MaximumKernel(const __grid_constant__ Job job, int chunk) {
   __shared__ uint64_t scratch[kGreedyThreads / 32];
   TriggerDependents();
   WaitForPrevious();
   const SampleArgs& a = job.a;
+  MarkBegin(a);
   const int row = static_cast<int>(blockIdx.y);
   const int slot = __ldcg(a.slot + row);
   if (slot < 0) return;
@@ -110,6 +116,7 @@ __global__ void __launch_bounds__(kThreads) AdjustedMaximumKernel(const __grid_c
   TriggerDependents();
   WaitForPrevious();
   const SampleArgs& a = job.a;
+  MarkBegin(a);
   const int row_index = static_cast<int>(blockIdx.y);
   const Row row(a, row_index);
   if (row.slot < 0) return;

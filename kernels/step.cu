@@ -8,12 +8,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ uint64_t GlobalTimer() {
-  uint64_t now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  return now;
-}
-
 // Mapped memory must not be read through a cache that an earlier step filled.
 template <typename T>
 __device__ T ReadHost(const T* p) {
@@ -26,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(StepIo io, StepArrays 
   WaitForPrevious();
   const int thread = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(gridDim.x) * kThreads;
-  if (thread == 0) *io.begin_ns = GlobalTimer();
+  if (thread == 0) *io.begin_ns = DeviceClockNs();
   const uint64_t sequence = *io.sequence;
   const std::byte* entry = io.inbox + (sequence % kStepRing) * io.inbox_layout.bytes;
   const int4 counts = ReadHost(reinterpret_cast<const int4*>(entry));
@@ -79,7 +73,13 @@ __global__ void __launch_bounds__(kThreads) PublishKernel(StepIo io, int logit_r
   if (threadIdx.x == 0) {
     auto* stamp = reinterpret_cast<StepStamp*>(entry);
     stamp->begin_ns = *io.begin_ns;
-    stamp->end_ns = GlobalTimer();
+    stamp->sampling_begin_ns = __ldcg(io.sampling_begin_ns);
+    stamp->collectives.wait_ns = __ldcg(&io.collectives->wait_ns);
+    stamp->collectives.transfer_ns = __ldcg(&io.collectives->transfer_ns);
+    __stcg(io.sampling_begin_ns, uint64_t{0});
+    __stcg(&io.collectives->wait_ns, uint64_t{0});
+    __stcg(&io.collectives->transfer_ns, uint64_t{0});
+    stamp->end_ns = DeviceClockNs();
     __threadfence_system();
     *reinterpret_cast<volatile uint64_t*>(&stamp->sequence) = sequence + 1;
     *io.sequence = sequence + 1;

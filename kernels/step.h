@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "kernels/attention_prefill.h"
+#include "kernels/peers.h"
 #include "kernels/sample.h"
 #include "kernels/types.h"
 
@@ -59,14 +60,16 @@ InboxLayout MakeInboxLayout(const StepCapacity& capacity);
 
 // The outbox entry: this, then SampledRow [logit_rows], then RowLogprobs [logit_rows].
 struct alignas(64) StepStamp {
-  uint64_t sequence = 0;  // counted from 1; written last
+  uint64_t sequence = 0;              // counted from 1; written last
   uint64_t begin_ns = 0, end_ns = 0;  // the device's globaltimer
+  uint64_t sampling_begin_ns = 0;     // likewise, of the last batch of logits; 0: none
+  CollectiveClock collectives;        // of the step
 };
 
 struct StepArrays {
-  int32_t* slot = nullptr;      // [rows]
-  int32_t* position = nullptr;  // [rows]
-  int32_t* logit_row = nullptr;       // [logit_rows], each
+  int32_t* slot = nullptr;       // [rows]
+  int32_t* position = nullptr;   // [rows]
+  int32_t* logit_row = nullptr;  // [logit_rows], each
   int32_t* logit_slot = nullptr;
   int32_t* logit_position = nullptr;
   uint8_t* logit_scores = nullptr;
@@ -79,7 +82,10 @@ struct StepIo {
   const std::byte* inbox = nullptr;  // kStepRing entries; the device's view of mapped memory
   std::byte* outbox = nullptr;
   uint64_t* sequence = nullptr;  // on the device; steps published so far
-  uint64_t* begin_ns = nullptr;  // on the device
+  uint64_t* begin_ns = nullptr;  // on the device, as what follows
+  // For SampleArgs and Peers; cleared by PublishStep.
+  uint64_t* sampling_begin_ns = nullptr;
+  CollectiveClock* collectives = nullptr;
   InboxLayout inbox_layout;
   StepCapacity capacity;
 };

@@ -6,14 +6,17 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
 #include "model/model_config.h"
 #include "model/safetensors.h"
 #include "model/shard_plan.h"
+#include "proto/worker.pb.h"
 #include "worker/backend/backend.h"
 #include "worker/comm/rank_communicator.h"
+#include "worker/device_trace.h"
 #include "worker/thread_pool.h"
 
 namespace lockstep {
@@ -49,6 +52,11 @@ class Gpu {
   virtual absl::StatusOr<std::unique_ptr<Backend>> Load(const ModelConfig& config,
                                                         const ShardPlan& plan, const GpuLoad& load,
                                                         ThreadPool* pool) = 0;
+  // What its driver says of it, since last asked; empty: nothing new, or no NVML.
+  // From any thread.
+  virtual std::optional<worker::v1::DeviceStats> TakeStats() = 0;
+  // What the device runs, as it runs it; NotFound: no CUPTI on this host.
+  virtual absl::StatusOr<std::unique_ptr<DeviceTrace>> OpenTrace() = 0;
 };
 
 }  // namespace lockstep

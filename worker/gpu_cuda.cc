@@ -3,15 +3,49 @@
 #include <cstdio>
 #include <cstdlib>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "common/log.h"
 #include "worker/backend/cuda/cuda_backend.h"
 #include "worker/backend/cuda/cuda_memory.h"
+#include "worker/backend/cuda/kernel_trace.h"
 #include "worker/comm/cuda/device_communicator.h"
 #include "worker/gpu.h"
+#include "worker/nvml.h"
 
 namespace lockstep {
 namespace {
+
+// CUPTI's records as the runner wants them, between two moments at which the
+// device is idle.
+class CudaTrace final : public DeviceTrace {
+ public:
+  CudaTrace(int device, std::unique_ptr<cuda::KernelTrace> trace)
+      : device_(device), trace_(std::move(trace)) {}
+
+  absl::Status Start() override { return trace_->Start(); }
+
+  absl::StatusOr<std::vector<DeviceEvent>> Stop() override {
+    // A step's result is seen just before its last kernel has ended.
+    absl::Status status = cuda::ToStatus(cudaSetDevice(device_), "the traced GPU");
+    if (status.ok()) status = cuda::ToStatus(cudaDeviceSynchronize(), "the end of the trace");
+    absl::StatusOr<std::vector<cuda::KernelRecord>> records = trace_->Stop();
+    if (!status.ok()) return status;
+    if (!records.ok()) return records.status();
+    std::vector<DeviceEvent> events;
+    events.reserve(records->size());
+    for (cuda::KernelRecord& from : *records) {
+      events.push_back({std::move(from.name), from.begin_ns, from.end_ns, from.stream,
+                        from.copy ? 0 : from.grid, from.block});
+    }
+    return events;
+  }
+
+ private:
+  const int device_;
+  const std::unique_ptr<cuda::KernelTrace> trace_;
+};
 
 class CudaGpu final : public Gpu {
  public:
@@ -38,6 +72,12 @@ class CudaGpu final : public Gpu {
       return absl::NotFoundError(absl::StrCat(
           "GPU ", device_, " is ", properties_.name, " (sm_", properties_.major, properties_.minor,
           "); this build has kernels for sm_90a (Hopper)"));
+    }
+    absl::StatusOr<std::unique_ptr<NvmlSampler>> nvml = NvmlSampler::Start(Info().uuid);
+    if (nvml.ok()) {
+      nvml_ = *std::move(nvml);
+    } else {
+      LogInfo(absl::StrCat("no figures of the GPU: ", std::string(nvml.status().message())));
     }
     return cuda::InitKernels();
   }
@@ -84,9 +124,20 @@ class CudaGpu final : public Gpu {
         {.limits = load.limits, .dtype = load.dtype, .graphs = load.graphs});
   }
 
+  std::optional<worker::v1::DeviceStats> TakeStats() override {
+    return nvml_ == nullptr ? std::nullopt : nvml_->Take();
+  }
+
+  absl::StatusOr<std::unique_ptr<DeviceTrace>> OpenTrace() override {
+    absl::StatusOr<std::unique_ptr<cuda::KernelTrace>> trace = cuda::KernelTrace::Open();
+    if (!trace.ok()) return trace.status();
+    return std::make_unique<CudaTrace>(device_, *std::move(trace));
+  }
+
  private:
   const int device_;
   cudaDeviceProp properties_ = {};
+  std::unique_ptr<NvmlSampler> nvml_;  // null: the driver has none
 };
 
 }  // namespace

@@ -159,6 +159,8 @@ SessionOptions MakeSessionOptions(const WorkerOptions& o, Gpu* gpu) {
     const GpuInfo now = gpu->Info();
     return std::pair(now.memory_total_bytes, now.memory_free_bytes);
   };
+  options.take_device_stats = [gpu] { return gpu->TakeStats(); };
+  options.runner.open_trace = [gpu] { return gpu->OpenTrace(); };
   options.runner.make_communicator = [gpu](const CommunicatorOptions& communicator) {
     return gpu->MakeCommunicator(communicator);
   };

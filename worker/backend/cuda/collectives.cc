@@ -6,7 +6,7 @@
 
 namespace lockstep::cuda {
 
-absl::Status Collectives::Attach(Communicator* comm, int hidden) {
+absl::Status Collectives::Attach(Communicator* comm, int hidden, kernels::CollectiveClock* clock) {
   size_ = comm->size();
   comm_ = comm->device();
   gemv_exchange_ = {};
@@ -15,7 +15,9 @@ absl::Status Collectives::Attach(Communicator* comm, int hidden) {
     return absl::InvalidArgumentError("the cuda backend needs a communicator of device memory");
   }
   if (has_peers()) {
-    gemv_exchange_.peers = *comm_->peers();
+    peers_ = *comm_->peers();
+    peers_.clock = clock;
+    gemv_exchange_.peers = peers_;
     gemv_exchange_.offset = comm_->gemv_offset();
     gemv_exchange_.width = hidden;
   }
@@ -30,11 +32,10 @@ absl::Status Collectives::AllReduce(const kernels::Launch& launch,
   Count(count * kernels::TypeBytes(args.type));
   *fused = false;
   if (has_peers()) {
-    const kernels::AllReducePath path =
-        kernels::ChooseAllReduce(args, comm_->layout(), size_);
+    const kernels::AllReducePath path = kernels::ChooseAllReduce(args, comm_->layout(), size_);
     if (path != kernels::AllReducePath::kNone) {
       *fused = true;
-      return ToStatus(kernels::AllReduce(launch, *comm_->peers(), comm_->layout(), path, args),
+      return ToStatus(kernels::AllReduce(launch, peers_, comm_->layout(), path, args),
                       "all-reduce");
     }
   }
@@ -42,12 +43,11 @@ absl::Status Collectives::AllReduce(const kernels::Launch& launch,
                                      launch.stream);
 }
 
-absl::Status Collectives::AllGather(const kernels::Launch& launch, const void* send,
-                                    void* gathered, size_t bytes) {
+absl::Status Collectives::AllGather(const kernels::Launch& launch, const void* send, void* gathered,
+                                    size_t bytes) {
   Count(bytes);
   if (has_peers() && bytes <= comm_->layout().gather_bytes) {
-    return ToStatus(kernels::SmallAllGather(launch, *comm_->peers(), comm_->layout(), send,
-                                            gathered, bytes),
+    return ToStatus(kernels::SmallAllGather(launch, peers_, comm_->layout(), send, gathered, bytes),
                     "all-gather");
   }
   return comm_->nccl()->AllGather(send, gathered, bytes, launch.stream);

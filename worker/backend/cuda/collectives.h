@@ -23,7 +23,8 @@ class Collectives {
  public:
   // `comm`: of any size; above 1 it must be a DeviceCommunicator, which outlives
   // the epoch.
-  absl::Status Attach(Communicator* comm, int hidden);
+  // The ranks' waits for each other are added to `clock`, of this device's memory.
+  absl::Status Attach(Communicator* comm, int hidden, kernels::CollectiveClock* clock);
   int size() const { return size_; }
   bool has_peers() const;
 
@@ -49,6 +50,7 @@ class Collectives {
  private:
   int size_ = 1;
   DeviceCommunicator* comm_ = nullptr;
+  kernels::Peers peers_;  // if has_peers()
   kernels::GemvExchange gemv_exchange_;
   CollectiveStats stats_;
 };

@@ -285,7 +285,7 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
   in_flight_.clear();
   last_end_ns_ = 0;
   graphs_.Clear();  // they hold the last epoch's peers
-  status_ = collectives_.Attach(comm, hidden_);
+  status_ = collectives_.Attach(comm, hidden_, io_.io().collectives);
   if (status_.ok()) status_ = PrepareExchange();
   graphs_.SetLimits(static_cast<int>(max_logit_rows_), static_cast<int>(limits_.max_model_len));
   if (status_.ok()) status_ = io_.Reset(stream_);
@@ -759,6 +759,7 @@ void CudaBackend::Sample(absl::Span<const LogitRow> rows) {
   const kernels::StepArrays& arrays = io_.arrays();
   args.needs = needs_;
   args.rows = count;
+  args.begin_ns = io_.io().sampling_begin_ns;
   args.slot = arrays.logit_slot + sampled_rows_;
   args.position = arrays.logit_position + sampled_rows_;
   args.scores = capturing_ ? nullptr : arrays.logit_scores + sampled_rows_;
@@ -833,6 +834,9 @@ absl::StatusOr<StepOutput> CudaBackend::Collect() {
   output.collectives = step.collectives;
   const kernels::StepStamp& stamp = io_.stamp(step.number);
   output.device_ns = stamp.end_ns - stamp.begin_ns;
+  if (stamp.sampling_begin_ns != 0) output.sampling_ns = stamp.end_ns - stamp.sampling_begin_ns;
+  output.collectives.wait_ns = stamp.collectives.wait_ns;
+  output.collectives.transfer_ns = stamp.collectives.transfer_ns;
   const uint64_t gap = stamp.begin_ns - last_end_ns_;
   if (last_end_ns_ != 0 && gap < kIdleWithoutWorkNs) output.device_idle_ns = gap;
   last_end_ns_ = stamp.end_ns;

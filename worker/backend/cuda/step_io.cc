@@ -39,13 +39,15 @@ absl::Status StepIo::Allocate(const BackendLimits& limits, int64_t max_logit_row
   }
   if (status.ok()) status = scores_.AllocateZeroed(logit_rows, "step arrays");
   if (status.ok()) status = spans_.AllocateZeroed(seqs, "step arrays");
-  if (status.ok()) status = counters_.AllocateZeroed(2, "step counters");
+  if (status.ok()) status = counters_.AllocateZeroed(5, "step counters");
   if (!status.ok()) return status;
 
   io_.inbox = inbox_.device();
   io_.outbox = outbox_.device();
   io_.sequence = counters_.get();
   io_.begin_ns = counters_.get() + 1;
+  io_.sampling_begin_ns = counters_.get() + 2;
+  io_.collectives = reinterpret_cast<kernels::CollectiveClock*>(counters_.get() + 3);
   int32_t* at = words_.get();
   const auto take = [&at](size_t count) {
     int32_t* begin = at;
