@@ -167,6 +167,10 @@ class ManifestTest(EveryValueSet):
                     paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"]
                              for kind in ("startup", "liveness", "readiness")}
                     first = "/ready" if container["name"] == "serve" else "/health"
+                    schemes = {container[f"{kind}Probe"]["httpGet"]["scheme"]
+                               for kind in ("startup", "liveness", "readiness")}
+                    tls = any(word.startswith("--ssl-certfile=") for word in container["args"])
+                    self.assertEqual(schemes, {"HTTPS" if tls else "HTTP"}, name)
                     self.assertEqual(paths, {"startup": first, "liveness": "/health",
                                              "readiness": "/ready"}, name)
                     startup = container["startupProbe"]
@@ -279,6 +283,26 @@ class ManifestTest(EveryValueSet):
             if value_set == "host":
                 text = yaml.safe_dump_all(documents)
                 self.assertIn("secretKeyRef", text)
+
+    def test_files_that_flags_name_are_mounted(self):
+        found = 0
+        for _, documents in self.sets():
+            for name, template in templates(documents):
+                for container in template["spec"]["containers"]:
+                    paths = [mount["mountPath"] for mount in container["volumeMounts"]]
+                    for word in container["args"]:
+                        if word.startswith(("--ssl-", "--api-key-file")):
+                            found += 1
+                            path = word.split("=")[1]
+                            self.assertIn(path.rsplit("/", 1)[0], paths, name)
+        self.assertEqual(found, 3)
+
+    def test_plain_text_is_asked_for_only_where_it_is_spoken(self):
+        for value_set, documents in self.sets():
+            args = [template["spec"]["containers"][0]["args"] for _, template in templates(
+                documents)]
+            insecure = ["--insecure" in each for each in args]
+            self.assertEqual(insecure, [value_set != "host"] * len(args), value_set)
 
     def test_flags_exist(self):
         known = {"serve": harness.known_flags("lockstep", "serve"),

@@ -143,8 +143,17 @@ annotations:
 - --host=0.0.0.0
 - --http-port=8000
 - --grpc-port=50051
-# The doors are plain behind the Service: TLS ends in front of it.
+{{- if $v.tls.existingSecret }}
+- --ssl-certfile=/etc/lockstep/tls/tls.crt
+- --ssl-keyfile=/etc/lockstep/tls/tls.key
+{{- end }}
+{{- if $v.apiKeys.existingSecret }}
+- --api-key-file=/etc/lockstep/api-keys/{{ $v.apiKeys.key }}
+{{- end }}
+{{- if or (not $v.tls.existingSecret) (ne $v.topology "pod") }}
+# What has no certificate of its own speaks plain text.
 - --insecure
+{{- end }}
 {{- if $v.engine.reflection }}
 - --reflection
 {{- end }}
@@ -171,16 +180,17 @@ annotations:
 {{/* startup asks the path given: /ready where the pod itself loads the weights. */}}
 {{- define "lockstep.probes" -}}
 {{- $p := .root.Values.probes -}}
+{{- $scheme := ternary "HTTPS" "HTTP" (ne .root.Values.tls.existingSecret "") -}}
 startupProbe:
-  httpGet: {path: {{ .startup }}, port: http}
+  httpGet: {path: {{ .startup }}, port: http, scheme: {{ $scheme }}}
   periodSeconds: {{ $p.startup.periodSeconds }}
   timeoutSeconds: 5
   failureThreshold: {{ divf $p.startup.loadTimeoutSeconds $p.startup.periodSeconds | ceil | int }}
 livenessProbe:
-  httpGet: {path: /health, port: http}
+  httpGet: {path: /health, port: http, scheme: {{ $scheme }}}
   {{- toYaml $p.liveness | nindent 2 }}
 readinessProbe:
-  httpGet: {path: /ready, port: http}
+  httpGet: {path: /ready, port: http, scheme: {{ $scheme }}}
   {{- toYaml $p.readiness | nindent 2 }}
 {{- end }}
 
@@ -206,6 +216,16 @@ readinessProbe:
 - {name: tmp, mountPath: /tmp}
 {{- with .Values.extraVolumeMounts }}
 {{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Secrets are for who answers: workers see none. */}}
+{{- define "lockstep.secretMounts" -}}
+{{- if .Values.tls.existingSecret }}
+- {name: tls, mountPath: /etc/lockstep/tls, readOnly: true}
+{{- end }}
+{{- if .Values.apiKeys.existingSecret }}
+- {name: api-keys, mountPath: /etc/lockstep/api-keys, readOnly: true}
 {{- end }}
 {{- end }}
 
@@ -238,6 +258,9 @@ resources:
   {{- include "lockstep.computeResources" . | nindent 2 }}
 volumeMounts:
   {{- include "lockstep.mounts" . | nindent 2 }}
+  {{- with include "lockstep.secretMounts" . }}
+  {{- . | nindent 2 }}
+  {{- end }}
   - {name: shm, mountPath: /dev/shm}
 {{- end }}
 
@@ -261,6 +284,9 @@ resources:
   {{- toYaml .Values.coordinator.resources | nindent 2 }}
 volumeMounts:
   {{- include "lockstep.mounts" . | nindent 2 }}
+  {{- with include "lockstep.secretMounts" . }}
+  {{- . | nindent 2 }}
+  {{- end }}
 {{- end }}
 
 {{/* address: where the coordinator is; node: which pod of the group, from 1. */}}
@@ -289,7 +315,8 @@ volumeMounts:
   - {name: shm, mountPath: /dev/shm}
 {{- end }}
 
-{{/* A pod's spec around its container. computes: it has the GPUs. */}}
+{{/* A pod's spec around its container. computes: it has the GPUs; answers: it has the
+   doors, and comes first, so it fetches. */}}
 {{- define "lockstep.podSpec" -}}
 {{- $v := .root.Values -}}
 {{- $placed := ternary $v $v.coordinator .computes -}}
@@ -304,7 +331,7 @@ securityContext:
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- if and $v.fetch.enabled .fetches }}
+{{- if and $v.fetch.enabled .answers }}
 initContainers:
   - name: fetch
     image: {{ $v.fetch.image }}
@@ -344,6 +371,14 @@ volumes:
   {{- if .computes }}
   - name: shm
     emptyDir: {medium: Memory, sizeLimit: {{ $v.shm.sizeLimit }}}
+  {{- end }}
+  {{- if and .answers $v.tls.existingSecret }}
+  - name: tls
+    secret: {secretName: {{ $v.tls.existingSecret }}, defaultMode: 0440}
+  {{- end }}
+  {{- if and .answers $v.apiKeys.existingSecret }}
+  - name: api-keys
+    secret: {secretName: {{ $v.apiKeys.existingSecret }}, defaultMode: 0440}
   {{- end }}
   {{- with $v.extraVolumes }}
   {{- toYaml . | nindent 2 }}
