@@ -22,6 +22,7 @@ void AddPlanCommand(CLI::App* app, Command* chosen);
 void AddBenchCommand(CLI::App* app, Command* chosen);
 void AddCompareCommand(CLI::App* app, Command* chosen);
 void AddTopCommand(CLI::App* app, Command* chosen);
+void AddProfileCommand(CLI::App* app, Command* chosen);
 void AddDoctorCommand(CLI::App* app, Command* chosen);
 
 }  // namespace lockstep

@@ -65,6 +65,7 @@ int main(int argc, char** argv) {
   lockstep::AddBenchCommand(&app, &chosen);
   lockstep::AddCompareCommand(&app, &chosen);
   lockstep::AddTopCommand(&app, &chosen);
+  lockstep::AddProfileCommand(&app, &chosen);
   lockstep::AddDoctorCommand(&app, &chosen);
   try {
     app.parse(argc, argv);

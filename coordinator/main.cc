@@ -137,6 +137,7 @@ absl::Status Coordinator::Start() {
     events_.Wake();
   };
   engine_options.on_first_step = [this] { supervisor_.Tell(SupervisorNote::kServed); };
+  api_->Watch(group->get());
   engine_ =
       std::make_unique<Engine>(std::move(engine_options), *std::move(group), api_->observer());
   if (absl::Status open = api_->Start(engine_.get()); !open.ok()) return open;

@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/version.h"
+#include "coordinator/api/device_metrics.h"
 
 namespace lockstep {
 namespace {
@@ -105,6 +106,8 @@ struct Metrics::Impl {
   const Labels common;
   prometheus::Registry registry;
   std::mutex scrape;  // one scrape at a time: totals are raised, then read
+  DeviceMetrics devices{&registry};
+  GroupWatch* watch = nullptr;  // null: devices are not exposed
 
   Gauge& running = AddGauge("vllm:num_requests_running", "Requests that hold a slot.", common);
   Gauge& waiting = AddGauge("vllm:num_requests_waiting", "Requests that wait for one.", common);
@@ -354,10 +357,16 @@ void Metrics::Impl::ExposeRanks(const EngineInfo& info) {
   }
 }
 
+void Metrics::WatchDevices(GroupWatch* watch) {
+  const std::lock_guard lock(impl_->scrape);
+  impl_->watch = watch;
+}
+
 std::string Metrics::Expose(const EngineInfo& info, const SchedulerStats& stats) {
   const std::lock_guard lock(impl_->scrape);
   impl_->ExposeEngine(info, stats);
   impl_->ExposeRanks(info);
+  if (impl_->watch != nullptr) impl_->devices.Set(impl_->watch->Devices());
   return prometheus::TextSerializer().Serialize(impl_->registry.Collect());
 }
 

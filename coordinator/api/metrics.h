@@ -18,6 +18,7 @@
 #include "absl/status/status.h"
 #include "coordinator/engine.h"
 #include "coordinator/engine_client.h"
+#include "coordinator/group_watch.h"
 
 namespace lockstep {
 
@@ -52,6 +53,9 @@ class Metrics : public EngineObserver {
   void HttpResponse(int code);
   void SetStartup(const std::vector<std::pair<std::string, double>>& phases);
 
+  // From here on the exposition has the devices' figures; before the first
+  // scrape. `watch` outlives the last one.
+  void WatchDevices(GroupWatch* watch);
   // The exposition, with the engine's numbers of now.
   std::string Expose(const EngineInfo& info, const SchedulerStats& stats);
 

@@ -29,6 +29,7 @@ struct ApiServer::Impl {
   const ApiOptions options;
   const ServedModel model;
   const std::shared_ptr<Metrics> metrics;
+  GroupWatch* watch = nullptr;  // set before Start
   std::mutex mutex;
   std::vector<std::pair<std::string, double>> startup;  // guarded by mutex, as what follows
   std::unique_ptr<ApiKeys> keys;
@@ -50,6 +51,11 @@ ApiServer::ApiServer(ApiOptions options, ServedModel model)
 ApiServer::~ApiServer() { Stop(0); }
 
 std::shared_ptr<EngineObserver> ApiServer::observer() { return impl_->metrics; }
+
+void ApiServer::Watch(GroupWatch* watch) {
+  impl_->watch = watch;
+  impl_->metrics->WatchDevices(watch);
+}
 
 void ApiServer::OnEngineChange(const EngineInfo&) { impl_->FollowState(); }
 
@@ -80,6 +86,7 @@ absl::Status ApiServer::Start(EngineClient* engine) {
   std::unique_ptr<GrpcDoor> grpc;
   if (options.grpc_port >= 0) {
     grpc = std::make_unique<GrpcDoor>(path.get(), keys.get());
+    if (impl_->watch != nullptr) grpc->OfferAdmin(impl_->watch);
     absl::Status status =
         grpc->Start(options.host, options.grpc_port, options.tls, options.reflection);
     if (!status.ok()) return status;

@@ -28,6 +28,7 @@
 #include "coordinator/api/tls_files.h"
 #include "coordinator/engine.h"
 #include "coordinator/engine_client.h"
+#include "coordinator/group_watch.h"
 
 namespace lockstep {
 
@@ -52,6 +53,9 @@ class ApiServer {
 
   // For the engine: feeds the metrics.
   std::shared_ptr<EngineObserver> observer();
+  // Before Start: metrics of the devices, and lockstep.v1.Admin. `watch` outlives
+  // Stop.
+  void Watch(GroupWatch* watch);
   // For EngineOptions::on_change: the health service follows the state.
   void OnEngineChange(const EngineInfo& info);
   // Where the coordinator's start-up seconds went, for GetModelInfo and metrics.

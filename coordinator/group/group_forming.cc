@@ -119,6 +119,7 @@ void GroupMachine::SendConfigure(int64_t now_ms) {
   symptom_.reset();
   num_keys_ = 0;
   num_members_ready_ = 0;
+  num_profiling_ = 0;
   load_moved_ms_ = now_ms;
   std::map<std::string, uint32_t> ranks_on_host;
   for (const StreamId stream : members_) ++ranks_on_host[peers_.at(stream).hello.host()];

@@ -60,7 +60,9 @@ void GroupMachine::OnMessage(StreamId stream, const WorkerMessage& message, int6
       if (message.heartbeat().has_device()) peer.device_stats = message.heartbeat().device();
       return;
     case WorkerMessage::kProfile:
-      if (IsMember(peer)) port_->OnProfilePart(peer.rank, message.profile());
+      if (!IsMember(peer)) return;
+      if (message.profile().last() && num_profiling_ > 0) --num_profiling_;
+      port_->OnProfilePart(peer.rank, message.profile());
       return;
     case WorkerMessage::MESSAGE_NOT_SET:
       return OnGarbage(stream, now_ms);
@@ -104,7 +106,7 @@ void GroupMachine::SendPlan(const StepPlan& plan, int64_t now_ms) {
   *message.mutable_plan() = wire::Encode(plan);
   ledger_.Sent(plan, now_ms);
   if (ledger_.size() == 1) {
-    step_due_ms_ = now_ms + deadline_.AllowanceMs(ledger_.oldest()->tokens);
+    step_due_ms_ = now_ms + StepAllowanceMs(ledger_.oldest()->tokens);
   }
   SendToMembers(message);
 }
@@ -113,8 +115,15 @@ bool GroupMachine::SendProfileStart(const worker::v1::ProfileStart& start) {
   if (phase_ != Phase::kServing) return false;
   CoordinatorMessage message;
   *message.mutable_profile_start() = start;
+  if (start.steps() > 0) num_profiling_ = options_.tp_size;
   SendToMembers(message);
   return true;
+}
+
+int64_t GroupMachine::StepAllowanceMs(uint64_t tokens) const {
+  // Opening CUPTI and sending what it found take seconds, between two steps.
+  constexpr int64_t kProfileMs = 30'000;
+  return deadline_.AllowanceMs(tokens) + (num_profiling_ > 0 ? kProfileMs : 0);
 }
 
 std::vector<GroupMachine::Member> GroupMachine::Members() const {
@@ -147,9 +156,9 @@ void GroupMachine::OnResult(StreamId stream, const Peer& peer, const worker::v1:
   if (!answer.ok()) return lied(answer.status());
   if (!answer->has_value()) return;
   StepLedger::Done& done = **answer;
-  deadline_.Observe(done.tokens, done.milliseconds);
+  if (num_profiling_ == 0) deadline_.Observe(done.tokens, done.milliseconds);
   const StepLedger::Step* next = ledger_.oldest();
-  step_due_ms_ = next == nullptr ? kNever : next->began_ms + deadline_.AllowanceMs(next->tokens);
+  step_due_ms_ = next == nullptr ? kNever : next->began_ms + StepAllowanceMs(next->tokens);
   port_->Post(std::move(done.step));
 }
 

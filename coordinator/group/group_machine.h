@@ -118,6 +118,8 @@ class GroupMachine {
   void FinishClosing(int64_t now_ms);
   void Beat(int64_t now_ms);
 
+  // From when a step began; longer while a profile starts or is being sent.
+  int64_t StepAllowanceMs(uint64_t tokens) const;
   bool EpochOpen() const { return phase_ == Phase::kLoading || phase_ == Phase::kServing; }
   bool IsMember(const Peer& peer) const { return peer.role == Role::kMember; }
   std::string Name(const Peer& peer) const;  // "rank 1 (host:pid)"
@@ -144,6 +146,7 @@ class GroupMachine {
   int failures_in_a_row_ = 0;
   int num_keys_ = 0;  // relayed in this epoch
   size_t num_members_ready_ = 0;
+  uint32_t num_profiling_ = 0;  // members that have not sent the last part of a profile
 
   StepLedger ledger_;
   StepDeadline deadline_;

@@ -53,6 +53,7 @@ struct FakeCoordinator::Impl final : public WorkerPlane::Service {
         self->hello = message.hello();
       } else if (message.has_heartbeat()) {
         ++self->heartbeats;
+        if (message.heartbeat().has_device()) self->inbox.push_back(message);
       } else if (!message.has_comm_key()) {
         self->inbox.push_back(message);
       }

@@ -27,7 +27,8 @@ class FakeCoordinator {
   std::optional<worker::v1::Hello> AwaitHello(size_t stream);
   void Send(size_t stream, const worker::v1::CoordinatorMessage& message);
   // The next message of a stream for which `wanted` holds; earlier ones are
-  // passed over (heartbeats and keys always). Empty when the bound passes.
+  // passed over (heartbeats without figures of a device and keys always). Empty when the bound
+  // passes.
   std::optional<worker::v1::WorkerMessage> Await(
       size_t stream, const std::function<bool(const worker::v1::WorkerMessage&)>& wanted,
       int64_t bound_ms = 20'000);

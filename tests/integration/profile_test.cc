@@ -1,0 +1,161 @@
+// `lockstep profile` against a running server of two ranks.
+#include <sys/wait.h>
+
+#include <atomic>
+#include <csignal>
+#include <cstdio>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/integration/test_server.h"
+
+namespace lockstep {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+
+struct Shell {
+  int code = -1;
+  std::string out;
+};
+
+Shell Profile(const std::string& arguments) {
+  Shell shell;
+  FILE* pipe = popen(
+      absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep profile ", arguments, " 2>&1").c_str(), "r");
+  char buffer[4096];
+  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) shell.out.append(buffer, n);
+  const int status = pclose(pipe);
+  shell.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  return shell;
+}
+
+struct StepSlice {
+  double begin = 0, end = 0;  // microseconds
+  uint64_t step = 0;
+};
+
+// By rank, as the file has them.
+std::map<int, std::vector<StepSlice>> StepsOf(const json& trace) {
+  std::map<int, std::vector<StepSlice>> steps;
+  for (const json& event : trace.at("traceEvents")) {
+    if (event.at("ph") != "X" || event.at("tid") != 0) continue;
+    const double begin = event.at("ts");
+    steps[event.at("pid")].push_back(
+        {begin, begin + event.at("dur").get<double>(), event.at("args").at("step")});
+  }
+  return steps;
+}
+
+class ProfileTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    server_ = TestServer::Start(DemoModel(), 2, {"--dtype", "float32"});
+    ASSERT_NE(server_, nullptr);
+    path_ = ::testing::TempDir() + "/trace.json";
+  }
+  Shell Run(const std::string& flags) {
+    return Profile(
+        absl::StrCat("--address ", server_->server().address(), " --output ", path_, " ", flags));
+  }
+  json Trace() {
+    std::ifstream file(path_);
+    return json::parse(file, nullptr, /*allow_exceptions=*/false);
+  }
+
+  std::unique_ptr<TestServer> server_;
+  std::string path_;
+};
+
+TEST_F(ProfileTest, TracesTheSameStepsOfEveryRankOnOneTimeAxis) {
+  StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", 200));
+  answer.AwaitTokens(5);
+  const Shell shell = Run("--steps 12");
+  ASSERT_EQ(shell.code, 0) << shell.out;
+  const json trace = Trace();
+  ASSERT_FALSE(trace.is_discarded());
+  const auto steps = StepsOf(trace);
+  ASSERT_EQ(steps.size(), 2u);
+  for (const auto& [rank, slices] : steps) {
+    ASSERT_EQ(slices.size(), 12u) << "rank " << rank;
+    for (size_t i = 0; i < slices.size(); ++i) {
+      EXPECT_LT(slices[i].begin, slices[i].end);
+      EXPECT_EQ(slices[i].step, steps.at(0)[0].step + i);
+      if (i > 0) EXPECT_GE(slices[i].begin, slices[i - 1].end - 0.002);  // of rounding
+      // A step's all-reduces meet: its slices on the two ranks overlap.
+      EXPECT_LT(slices[i].begin, steps.at(1 - rank)[i].end);
+    }
+  }
+  std::set<int> named;
+  bool waited = false;
+  for (const json& event : trace.at("traceEvents")) {
+    if (event.at("name") == "process_name") named.insert(event.at("pid").get<int>());
+    waited |= event.at("name") == "collective wait";
+  }
+  EXPECT_EQ(named, (std::set<int>{0, 1}));
+  EXPECT_TRUE(waited);
+  EXPECT_TRUE(answer.Await().ok());
+  EXPECT_EQ(answer.token_ids().size(), 200u);
+}
+
+TEST_F(ProfileTest, AnIdleServerHasNothingToTraceAndCanBeAskedAgain) {
+  const Shell idle = Run("--steps 3 --timeout 0.2");
+  EXPECT_EQ(idle.code, 1);
+  EXPECT_THAT(idle.out, HasSubstr("no step ran within 200 ms"));
+  StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", 100));
+  const Shell busy = Run("--steps 3");
+  EXPECT_EQ(busy.code, 0) << busy.out;
+  EXPECT_TRUE(answer.Await().ok());
+}
+
+TEST_F(ProfileTest, GivesTheStepsThatRanInTime) {
+  Shell shell;
+  std::atomic<bool> done = false;
+  std::thread profile([&] {
+    shell = Run("--steps 1000 --timeout 0.5");
+    done = true;
+  });
+  while (!done && server_->client().Generate(LongGreedy("Count:", 2)).ok()) {
+  }
+  profile.join();
+  ASSERT_EQ(shell.code, 0) << shell.out;
+  const auto steps = StepsOf(Trace());
+  ASSERT_EQ(steps.size(), 2u);
+  EXPECT_GE(steps.at(0).size(), 1u);
+  EXPECT_EQ(steps.at(0).size(), steps.at(1).size());
+}
+
+TEST_F(ProfileTest, EndsWithTheEpoch) {
+  Shell shell;
+  std::thread profile([&] { shell = Run("--steps 1000 --timeout 20"); });
+  StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", 150));
+  answer.AwaitTokens(10);
+  kill(server_->WorkerPid(1), SIGKILL);
+  profile.join();
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("rank 1"));
+  EXPECT_TRUE(answer.Await().ok());
+  StreamedAnswer next(&server_->client(), LongGreedy("Once upon a time", 100));
+  EXPECT_EQ(Run("--steps 5").code, 0);
+  EXPECT_TRUE(next.Await().ok());
+}
+
+TEST_F(ProfileTest, SaysWhatItCannotDo) {
+  EXPECT_EQ(Profile("--output /nowhere/at/all.json").code, 1);
+  EXPECT_THAT(Profile("--output /nowhere/at/all.json").out, HasSubstr("/nowhere/at/all.json"));
+  EXPECT_EQ(Run("--steps 0").code, 2);
+  EXPECT_EQ(Run("--steps 1001").code, 2);
+}
+
+}  // namespace
+}  // namespace lockstep
