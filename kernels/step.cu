@@ -14,8 +14,8 @@ __device__ T ReadHost(const T* p) {
   return __ldcv(p);
 }
 
-__global__ void __launch_bounds__(kThreads) PrepareKernel(StepIo io, StepArrays arrays,
-                                                          int pad_rows, int pad_logit_rows) {
+__global__ void __launch_bounds__(kThreads)
+    PrepareKernel(StepIo io, StepArrays arrays, int pad_rows, int pad_logit_rows) {
   TriggerDependents();
   WaitForPrevious();
   const int thread = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
@@ -51,14 +51,14 @@ __global__ void __launch_bounds__(kThreads) PrepareKernel(StepIo io, StepArrays 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) PublishKernel(StepIo io, int logit_rows,
-                                                          const SampledRow* results,
-                                                          const RowLogprobs* logprobs) {
+__global__ void __launch_bounds__(kThreads)
+    PublishKernel(StepIo io, int logit_rows, const SampledRow* results,
+                  const RowLogprobs* logprobs) {
   TriggerDependents();
   WaitForPrevious();
   const uint64_t sequence = *io.sequence;
-  const size_t entry_bytes = sizeof(StepStamp) + io.capacity.logit_rows *
-                                                     (sizeof(SampledRow) + sizeof(RowLogprobs));
+  const size_t entry_bytes =
+      sizeof(StepStamp) + io.capacity.logit_rows * (sizeof(SampledRow) + sizeof(RowLogprobs));
   std::byte* entry = io.outbox + (sequence % kStepRing) * entry_bytes;
   auto* rows = reinterpret_cast<SampledRow*>(entry + sizeof(StepStamp));
   for (int i = threadIdx.x; i < logit_rows; i += kThreads) rows[i] = results[i];
@@ -113,7 +113,8 @@ cudaError_t PrepareStep(const Launch& launch, const StepIo& io, const StepArrays
     return cudaErrorInvalidValue;
   }
   const int items = std::max(pad_rows, pad_logit_rows);
-  const unsigned blocks = static_cast<unsigned>(std::clamp((items + kThreads - 1) / kThreads, 1, 32));
+  const unsigned blocks =
+      static_cast<unsigned>(std::clamp((items + kThreads - 1) / kThreads, 1, 32));
   return LaunchKernel(launch, PrepareKernel, dim3(blocks), dim3(kThreads), 0, 1, io, arrays,
                       pad_rows, pad_logit_rows);
 }

@@ -35,9 +35,9 @@ constexpr int64_t kCudaExchangeBytes = 128 * kMiB;
 // sequence; longer lists of prompt log-probabilities are computed in turns.
 constexpr int64_t kCudaMaxLogitRows = 1024;
 constexpr int64_t kCublasWorkspaceBytes = 64 * kMiB;
-constexpr int64_t kCudaResultBytes = 192;           // a row's token and log-probabilities
+constexpr int64_t kCudaResultBytes = 192;             // a row's token and log-probabilities
 constexpr int64_t kCudaSampleExchangeBytes = 41'168;  // a row's, of all phases of sampling
-constexpr int64_t kCudaSlotBytes = 9'312;           // 1,024 biases, 256 ending ids, parameters
+constexpr int64_t kCudaSlotBytes = 9'312;             // 1,024 biases, 256 ending ids, parameters
 
 struct Bound {
   const char* name;
@@ -108,14 +108,14 @@ int64_t CudaActivationBytes(const ModelConfig& config, const ServingShape& shape
   const Widths w(config, plan);
   const int64_t element = DTypeBytes(shape.dtype);
   const int64_t fp8 = shape.quantization.empty() ? 0 : std::max({w.hidden, w.q, w.mlp}) + 4;
-  const int64_t row = element * (3 * w.hidden + w.embedding + w.qkv + w.q + w.up + w.mlp) + fp8 +
-                      kCudaResultBytes;
+  const int64_t row =
+      element * (3 * w.hidden + w.embedding + w.qkv + w.q + w.up + w.mlp) + fp8 + kCudaResultBytes;
   const int64_t logit_row = element * (w.hidden + w.embedding) + 8 * plan.local_vocab +
                             kCudaSampleExchangeBytes * (plan.tp_size > 1 ? 1 + plan.tp_size : 1);
   // Tokens, counts for penalties, biases and ending ids.
   const int64_t slot = 4 * shape.max_model_len + 2 * plan.local_vocab + kCudaSlotBytes;
-  const int64_t rotary = shape.max_model_len * config.head_dim * 4 *
-                         (config.rope_local == config.rope ? 1 : 2);
+  const int64_t rotary =
+      shape.max_model_len * config.head_dim * 4 * (config.rope_local == config.rope ? 1 : 2);
   return shape.max_batched_tokens * row +
          std::min(shape.max_num_seqs, kCudaMaxLogitRows) * logit_row + shape.max_num_seqs * slot +
          rotary + kCublasWorkspaceBytes;

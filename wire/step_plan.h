@@ -28,9 +28,10 @@ struct SlotSampling {
   int64_t seed = 0;                 // of this sequence, already distinct per index of n
   std::vector<std::pair<TokenId, float>> logit_bias;
   uint32_t min_tokens = 0;
-  std::vector<TokenId> ending_ids;  // masked until min_tokens are generated; empty when min_tokens is 0
-  int32_t logprobs = -1;            // alternatives a generated token; -1: none
-  int32_t prompt_logprobs = -1;     // likewise for prompt tokens
+  std::vector<TokenId>
+      ending_ids;         // masked until min_tokens are generated; empty when min_tokens is 0
+  int32_t logprobs = -1;  // alternatives a generated token; -1: none
+  int32_t prompt_logprobs = -1;  // likewise for prompt tokens
   bool operator==(const SlotSampling&) const = default;
 };
 
@@ -74,8 +75,8 @@ struct StepPlan {
 
 // From the raw distribution, before bias, penalties and temperature.
 struct TokenLogprobs {
-  float logprob = 0.0f;  // of the token itself
-  uint32_t rank = 0;     // 1: the most likely
+  float logprob = 0.0f;                        // of the token itself
+  uint32_t rank = 0;                           // 1: the most likely
   std::vector<std::pair<TokenId, float>> top;  // most likely first
   bool operator==(const TokenLogprobs&) const = default;
 };
@@ -117,7 +118,8 @@ struct StepResult {
   uint32_t num_collectives = 0;
   StepTiming timing;
   // Rank 0 only:
-  std::vector<SampledToken> sampled;  // in span order, one per span that reached its last known token
+  std::vector<SampledToken>
+      sampled;  // in span order, one per span that reached its last known token
   std::vector<SlotPromptLogprobs> prompt_logprobs;
   bool operator==(const StepResult&) const = default;
 };

@@ -133,7 +133,9 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
   if (!dtype.ok()) return dtype.status();
   const absl::StatusOr<ModelConfig> config = LoadModelConfig(configure.model_path());
   if (!config.ok()) return config.status();
-  if (absl::Status servable = CheckServable(*config, gpu_ == nullptr ? BackendKind::kCpu : BackendKind::kCuda); !servable.ok()) {
+  if (absl::Status servable =
+          CheckServable(*config, gpu_ == nullptr ? BackendKind::kCpu : BackendKind::kCuda);
+      !servable.ok()) {
     return servable;
   }
   const absl::StatusOr<ShardPlan> plan =
@@ -190,7 +192,8 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
     if (!weights.ok()) return weights.status();
     checkpoint_bytes = (*weights)->checkpoint_bytes();
     end_phase("load");
-    backend = MakeCpuBackend(*config, *plan, *std::move(weights), limits, *dtype, loaded.pool.get());
+    backend =
+        MakeCpuBackend(*config, *plan, *std::move(weights), limits, *dtype, loaded.pool.get());
   }
   if (!backend.ok()) return backend.status();
   report.checkpoint_bytes = static_cast<uint64_t>(checkpoint_bytes);

@@ -15,7 +15,8 @@ namespace lockstep {
 
 class Gpu;  // worker/gpu.h
 
-// gpu: where it computes, outlives the host; null: the cpu backend. threads: of the backend; 0: what Configure says, or all there are.
+// gpu: where it computes, outlives the host; null: the cpu backend. threads: of the backend; 0:
+// what Configure says, or all there are.
 std::unique_ptr<ModelHost> MakeCheckpointHost(uint32_t threads, Gpu* gpu);
 
 }  // namespace lockstep

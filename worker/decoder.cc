@@ -115,8 +115,8 @@ void Decoder::Impl::Forward(absl::Span<const LogitRow> rows) const {
 
     backend->Qkv({.layer = layer, .rope = rope});
     backend->Attention({.layer = layer,
-                       .scale = static_cast<float>(config.attention_scale),
-                       .window = sliding ? config.sliding_window : 0});
+                        .scale = static_cast<float>(config.attention_scale),
+                        .window = sliding ? config.sliding_window : 0});
     backend->AttentionOutput(layer);
     backend->ReduceResidualNorm(
         {.source = ReduceOp::Source::kAttention,

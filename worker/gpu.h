@@ -47,7 +47,8 @@ class Gpu {
   // From any thread.
   virtual GpuInfo Info() = 0;
   virtual std::string collective_library() = 0;
-  virtual std::unique_ptr<RankCommunicator> MakeCommunicator(const CommunicatorOptions& options) = 0;
+  virtual std::unique_ptr<RankCommunicator> MakeCommunicator(
+      const CommunicatorOptions& options) = 0;
   // From the thread that will compute.
   virtual absl::StatusOr<std::unique_ptr<Backend>> Load(const ModelConfig& config,
                                                         const ShardPlan& plan, const GpuLoad& load,

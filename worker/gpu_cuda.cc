@@ -60,8 +60,8 @@ class CudaGpu final : public Gpu {
     }
     if (device_ < 0 || device_ >= count) {
       return absl::NotFoundError(absl::StrCat("--device ", device_, ": this host shows ", count,
-                                              count == 1 ? " GPU" : " GPUs",
-                                              "; expected 0 to ", count - 1));
+                                              count == 1 ? " GPU" : " GPUs", "; expected 0 to ",
+                                              count - 1));
     }
     absl::Status status = cuda::ToStatus(cudaSetDevice(device_), absl::StrCat("GPU ", device_));
     if (status.ok()) {
@@ -69,9 +69,9 @@ class CudaGpu final : public Gpu {
     }
     if (!status.ok()) return status;
     if (properties_.major != 9) {
-      return absl::NotFoundError(absl::StrCat(
-          "GPU ", device_, " is ", properties_.name, " (sm_", properties_.major, properties_.minor,
-          "); this build has kernels for sm_90a (Hopper)"));
+      return absl::NotFoundError(absl::StrCat("GPU ", device_, " is ", properties_.name, " (sm_",
+                                              properties_.major, properties_.minor,
+                                              "); this build has kernels for sm_90a (Hopper)"));
     }
     absl::StatusOr<std::unique_ptr<NvmlSampler>> nvml = NvmlSampler::Start(Info().uuid);
     if (nvml.ok()) {

@@ -105,8 +105,7 @@ absl::Status Validate(const WorkerOptions& o) {
         absl::StrCat("--backend ", o.backend, ": expected cpu or cuda"));
   }
   if (o.device < 0 || o.device > 255) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--device ", o.device, ": expected 0 to 255"));
+    return absl::InvalidArgumentError(absl::StrCat("--device ", o.device, ": expected 0 to 255"));
   }
   if (o.threads > 4'096) {
     return absl::InvalidArgumentError(
@@ -175,8 +174,9 @@ int Run(const WorkerOptions& o, const ProcessEvents& events) {
     gpu = *std::move(opened);
   }
   SessionOptions options = MakeSessionOptions(o, gpu.get());
-  std::unique_ptr<ModelHost> host = InjectFaults(
-      *ParseFaults(o.inject), MakeCheckpointHost(o.threads, gpu.get()), &options.runner.make_communicator);
+  std::unique_ptr<ModelHost> host =
+      InjectFaults(*ParseFaults(o.inject), MakeCheckpointHost(o.threads, gpu.get()),
+                   &options.runner.make_communicator);
   Session session(std::move(options), MakeGrpcPlane(o.coordinator, o.insecure), std::move(host));
   std::thread signals([&] {
     if (events.Wait() == ProcessEvents::Event::kTerminate) session.Stop();

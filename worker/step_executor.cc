@@ -28,8 +28,8 @@ StepTiming TimingOf(const StepOutput& output, const InFlight& in_flight) {
   StepTiming t;
   t.plan_received_ns = in_flight.received_ns;
   t.started_ns = in_flight.started_ns;
-  t.total_ns = output.device_ns != 0 ? output.device_ns
-                                     : in_flight.submitted_ns - in_flight.started_ns;
+  t.total_ns =
+      output.device_ns != 0 ? output.device_ns : in_flight.submitted_ns - in_flight.started_ns;
   t.collective_wait_ns = comm.wait_ns;
   t.collective_transfer_ns = comm.transfer_ns;
   t.sampling_ns = output.sampling_ns;

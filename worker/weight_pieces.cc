@@ -122,8 +122,7 @@ absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
                                                    absl::StrJoin(info->shape, ", "),
                                                    "]; config.json asks for [", expected, "]"));
   }
-  const bool taken = IsWeightDType(info->dtype) ||
-                     (takes_fp8 && info->dtype == DType::kFloat8E4M3);
+  const bool taken = IsWeightDType(info->dtype) || (takes_fp8 && info->dtype == DType::kFloat8E4M3);
   if (!info->loadable || !taken) {
     return absl::InvalidArgumentError(
         absl::StrCat(file, ": tensor \"", found, "\" is ", std::string(info->dtype_name),
@@ -158,10 +157,10 @@ absl::StatusOr<std::vector<float>> ReadScales(const Checkpoint& checkpoint,
                     (info->shape.size() < 2 || (info->shape.size() == 2 && info->shape[1] == 1));
   if (!fits || !info->loadable || !IsWeightDType(info->dtype) ||
       static_cast<int64_t>(info->num_bytes) != count * DTypeBytes(info->dtype)) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        checkpoint.files()[info->file], ": tensor \"", name, "\" is ",
-        std::string(info->dtype_name), " of shape [", absl::StrJoin(info->shape, ", "),
-        "]; supported: one scale, or ", slice.rows, " of them, in F32, F16 or BF16"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(checkpoint.files()[info->file], ": tensor \"", name, "\" is ",
+                     std::string(info->dtype_name), " of shape [", absl::StrJoin(info->shape, ", "),
+                     "]; supported: one scale, or ", slice.rows, " of them, in F32, F16 or BF16"));
   }
   std::vector<float> stored(count);
   CopyRow(checkpoint.Bytes(*info).data(), info->dtype, count,

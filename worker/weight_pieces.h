@@ -26,7 +26,7 @@ struct WeightPiece {
   const TensorSlice* slice = nullptr;
   const TensorInfo* info = nullptr;  // null: dummy
   const LocalTensor* local = nullptr;
-  size_t tensor = 0;      // index of `local` in the plan
+  size_t tensor = 0;       // index of `local` in the plan
   size_t slice_index = 0;  // of `slice` in `local`
   DType to_dtype = DType::kFloat32;
   int64_t first_row = 0;  // of the slice's rows

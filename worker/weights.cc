@@ -139,7 +139,8 @@ absl::StatusOr<std::unique_ptr<Weights>> Weights::Load(const Checkpoint& checkpo
 
   start = Clock::now();
   const auto expect = [&](absl::Span<const WeightPiece> batch) {
-    for (const WeightPiece& p : batch) checkpoint.WillNeed(*p.info, p.stored_begin(), p.stored_end());
+    for (const WeightPiece& p : batch)
+      checkpoint.WillNeed(*p.info, p.stored_begin(), p.stored_end());
     return checkpoint.CheckUnchanged();
   };
   const auto copy = [&](const WeightPiece& piece) {

@@ -11,8 +11,8 @@
 #include "absl/status/status.h"
 #include "coordinator/api/api_keys.h"
 #include "coordinator/api/request_path.h"
-#include "coordinator/group_watch.h"
 #include "coordinator/api/tls_files.h"
+#include "coordinator/group_watch.h"
 
 namespace lockstep {
 

@@ -56,17 +56,17 @@ GroupOptions OnGpu(DType dtype, bool graphs, const std::string& quantization = "
   GroupOptions options;
   options.dtype = dtype;
   options.block_size = 16;
-  options.make_backend = [dtype, graphs, quantization](const ModelConfig& config, const ShardPlan& plan,
-                                         const Checkpoint* checkpoint, const BackendLimits& limits,
-                                         ThreadPool* pool) {
-    return TheGpu().Load(
-        config, plan,
-        {.checkpoint = checkpoint,
-         .dtype = dtype,
-         .quantization = quantization,
-         .limits = limits,
-         .graphs = graphs},
-        pool);
+  options.make_backend = [dtype, graphs, quantization](
+                             const ModelConfig& config, const ShardPlan& plan,
+                             const Checkpoint* checkpoint, const BackendLimits& limits,
+                             ThreadPool* pool) {
+    return TheGpu().Load(config, plan,
+                         {.checkpoint = checkpoint,
+                          .dtype = dtype,
+                          .quantization = quantization,
+                          .limits = limits,
+                          .graphs = graphs},
+                         pool);
   };
   return options;
 }
@@ -185,9 +185,8 @@ void WriteFp8Checkpoint(const std::string& from, const std::string& to, bool a_r
   std::string data;
   const auto add = [&](const std::string& name, const char* dtype, std::vector<int64_t> shape,
                        const void* bytes, size_t count) {
-    header[name] = {{"dtype", dtype},
-                    {"shape", shape},
-                    {"data_offsets", {data.size(), data.size() + count}}};
+    header[name] = {
+        {"dtype", dtype}, {"shape", shape}, {"data_offsets", {data.size(), data.size() + count}}};
     data.append(static_cast<const char*>(bytes), count);
   };
   for (const auto& [name, info] : (*checkpoint)->tensors()) {
@@ -247,7 +246,8 @@ TEST(GpuFp8, AnFp8CheckpointIsServedAsItIs) {
     for (size_t i = 0; i < requests.size(); ++i) {
       // The same scales are the same model; coarser ones are near it.
       if (a_row) EXPECT_TRUE((*got)[i] == (*want)[i]) << "request " << i;
-      EXPECT_NEAR((*got)[i].logprobs[0].logprob, (*want)[i].logprobs[0].logprob, 2 * kBFloat16Bound);
+      EXPECT_NEAR((*got)[i].logprobs[0].logprob, (*want)[i].logprobs[0].logprob,
+                  2 * kBFloat16Bound);
     }
     fs::remove_all(to);
   }

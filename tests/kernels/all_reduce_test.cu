@@ -301,8 +301,9 @@ TYPED_TEST(AllReduceTest, SumsAnyNumberOfElementsInPlace) {
         args.in = args.out = data[r].get();
         args.max_blocks = ranks.BlocksAtOnce(256);
         path = ChooseAllReduce(args, ranks.layout(), size);
-        ASSERT_EQ(path, count * sizeof(T) <= ranks.layout().one_shot_bytes ? AllReducePath::kOneShot
-                                                       : AllReducePath::kTwoShot);
+        ASSERT_EQ(path, count * sizeof(T) <= ranks.layout().one_shot_bytes
+                            ? AllReducePath::kOneShot
+                            : AllReducePath::kTwoShot);
         if (count % 2 == 0) path = AllReducePath::kTwoShot;
         ASSERT_CUDA(AllReduce(ranks.launch(r), ranks.peers(r), ranks.layout(), path, args));
       }

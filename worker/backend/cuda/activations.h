@@ -39,7 +39,8 @@ struct Activations {
     const auto take = [&](Buffer<std::byte>* buffer, size_t count, size_t bytes) {
       if (status.ok()) status = buffer->AllocateZeroed(count * bytes, "activations");
     };
-    for (Buffer<std::byte>* buffer : {&residual, &normed, &partial}) take(buffer, rows * hidden, element);
+    for (Buffer<std::byte>* buffer : {&residual, &normed, &partial})
+      take(buffer, rows * hidden, element);
     take(&qkv, rows * (q + 2 * kv), element);
     take(&heads, rows * q, element);
     take(&up, rows * mlp * (config.gated_mlp ? 2 : 1), element);

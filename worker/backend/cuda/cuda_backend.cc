@@ -155,8 +155,8 @@ class CudaBackend final : public Backend {
   int rows_ = 0;         // of every product, padding included
   int decode_rows_ = 0;  // the first rows, one of each span
   int prefill_spans_ = 0;
-  int max_count_ = 0;    // of a prefill span
-  int max_context_ = 0;  // of a decoded row
+  int max_count_ = 0;     // of a prefill span
+  int max_context_ = 0;   // of a decoded row
   int sampled_rows_ = 0;  // logit rows enqueued so far
   bool capturing_ = false;
   const void* quantized_from_ = nullptr;  // what buffers_.quantized is the e4m3 of
@@ -167,7 +167,7 @@ class CudaBackend final : public Backend {
   bool reduce_pending_ = false;
   kernels::NormSpec pending_norm_;
   uint32_t exchange_ = 0;
-  void* residual_ = nullptr;  // the current one of two, while folded
+  void* residual_ = nullptr;              // the current one of two, while folded
   const float2* fresh_rotary_ = nullptr;  // what attention is left to do of Qkv
   bool fresh_ = false;
   const StepGraphs::Graph* replay_ = nullptr;
@@ -251,10 +251,11 @@ absl::Status CudaBackend::Init() {
   if (status.ok()) status = io_.Allocate(limits_, max_logit_rows_);
   if (status.ok()) status = slots_.Allocate(limits_, config_, plan_);
   if (status.ok()) {
-    status = buffers_.Allocate(config_, plan_, type_, limits_, max_logit_rows_, Quantized(model_.layers[0].qkv));
+    status = buffers_.Allocate(config_, plan_, type_, limits_, max_logit_rows_,
+                               Quantized(model_.layers[0].qkv));
   }
-  if (status.ok()) status = sampling_.Allocate(config_, plan_, max_logit_rows_,
-                                               io_.io().capacity.logit_rows);
+  if (status.ok())
+    status = sampling_.Allocate(config_, plan_, max_logit_rows_, io_.io().capacity.logit_rows);
   const size_t kv = 2 * static_cast<size_t>(config_.num_layers) * limits_.num_kv_blocks *
                     limits_.block_size * kv_width_ * kernels::TypeBytes(type_);
   if (status.ok()) status = kv_.AllocateZeroed(kv, "the KV cache");
@@ -267,9 +268,11 @@ absl::Status CudaBackend::Init() {
         "attention");
   }
   if (config_.position == PositionKind::kRope) {
-    if (status.ok()) status = MakeRotary(config_.rope, config_.head_dim, limits_.max_model_len, &rope_);
+    if (status.ok())
+      status = MakeRotary(config_.rope, config_.head_dim, limits_.max_model_len, &rope_);
     if (status.ok() && !(config_.rope_local == config_.rope)) {
-      status = MakeRotary(config_.rope_local, config_.head_dim, limits_.max_model_len, &rope_local_);
+      status =
+          MakeRotary(config_.rope_local, config_.head_dim, limits_.max_model_len, &rope_local_);
     }
   }
   if (!status.ok()) return status;
@@ -298,7 +301,8 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
 absl::Status CudaBackend::PrepareExchange() {
   can_fold_ = false;
   if (collectives_.size() == 1) {
-    absl::Status status = own_exchange_.Allocate(kernels::GemvExchangeBytes(1, hidden_), "a step's sums");
+    absl::Status status =
+        own_exchange_.Allocate(kernels::GemvExchangeBytes(1, hidden_), "a step's sums");
     if (!status.ok()) return status;
     exchange_region_ = {};
     exchange_region_.peers.base[0] = own_exchange_.get();
@@ -318,14 +322,15 @@ bool CudaBackend::CanFold() const {
   // The slots of the exchange go round by four; a step uses two a layer.
   if (type_ == Type::kF32 || config_.num_layers % 2 != 0 || !config_.norm_before ||
       config_.sandwich_norms || config_.norm != NormKind::kRms || !config_.norm_affine ||
-      !config_.final_norm || hidden_ > DeviceCommunicator::kMaxGemvWidth ||
-      config_.mlp_bias || config_.attention_output_bias || model_.project_out.data != nullptr) {
+      !config_.final_norm || hidden_ > DeviceCommunicator::kMaxGemvWidth || config_.mlp_bias ||
+      config_.attention_output_bias || model_.project_out.data != nullptr) {
     return false;
   }
   GemvArgs args;
   args.type = type_;
   args.exchange = &exchange_region_;
-  const auto takes = [&](const Linear& linear, kernels::GemvPrologue prologue, GemvEpilogue epilogue) {
+  const auto takes = [&](const Linear& linear, kernels::GemvPrologue prologue,
+                         GemvEpilogue epilogue) {
     args.weights = linear.weight.data;
     args.weight_type = linear.weight.type;
     args.scales = linear.weight.scales;
@@ -352,7 +357,8 @@ bool CudaBackend::CanFold() const {
 
 void CudaBackend::TakeReduce(GemvArgs* args) {
   if (!reduce_pending_) return;
-  void* other = residual_ == buffers_.residual.get() ? buffers_.partial.get() : buffers_.residual.get();
+  void* other =
+      residual_ == buffers_.residual.get() ? buffers_.partial.get() : buffers_.residual.get();
   args->prologue = kernels::GemvPrologue::kReduce;
   args->x = nullptr;
   args->norm_weight = pending_norm_.weight;
@@ -456,17 +462,17 @@ bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, in
                        int64_t out_stride, GemvEpilogue epilogue) {
   const DeviceTensor& w = linear.weight;
   GemvArgs args = {.weights = w.data,
-                         .weight_type = w.type,
-                         .scales = w.scales,
-                         .n = static_cast<int>(w.rows),
-                         .k = static_cast<int>(w.cols),
-                         .type = type_,
-                         .m = m,
-                         .x = x,
-                         .x_stride = x_stride,
-                         .epilogue = epilogue,
-                         .out = out,
-                         .out_stride = out_stride};
+                   .weight_type = w.type,
+                   .scales = w.scales,
+                   .n = static_cast<int>(w.rows),
+                   .k = static_cast<int>(w.cols),
+                   .type = type_,
+                   .m = m,
+                   .x = x,
+                   .x_stride = x_stride,
+                   .epilogue = epilogue,
+                   .out = out,
+                   .out_stride = out_stride};
   TakeReduce(&args);
   if (m > kMaxSkinnyRows || (m > 1 && w.cols > kMaxSkinnyK)) return false;
   if (!kernels::GemvSupports(args)) return false;
@@ -530,8 +536,8 @@ void CudaBackend::Embed(const EmbedOp& op) {
   if (collectives_.size() > 1 && status_.ok()) {
     bool fused = false;
     status_ = collectives_.AllReduce(
-        launch(),
-        {.type = type_, .rows = rows_, .hidden = width, .in = embedded, .out = embedded}, &fused);
+        launch(), {.type = type_, .rows = rows_, .hidden = width, .in = embedded, .out = embedded},
+        &fused);
   }
   if (projected) {
     Matmul(embedded, width, {model_.project_in, nullptr}, rows_, buffers_.partial.get(), hidden_);
@@ -555,10 +561,10 @@ void CudaBackend::Qkv(const QkvOp& op) {
   if (!status_.ok()) return;
   const LayerWeights& w = model_.layers[op.layer];
   Matmul(buffers_.normed.get(), hidden_, w.qkv, rows_, buffers_.qkv.get(), qkv_width_);
-  const float2* rotary =
-      op.rope == RopeTable::kNone                                  ? nullptr
-                         : op.rope == RopeTable::kLocal && rope_local_.get() != nullptr ? rope_local_.get()
-                                                                                      : rope_.get();
+  const float2* rotary = op.rope == RopeTable::kNone ? nullptr
+                         : op.rope == RopeTable::kLocal && rope_local_.get() != nullptr
+                             ? rope_local_.get()
+                             : rope_.get();
   fresh_ = false;
   if (prefill_spans_ == 0 && w.qkv.bias == nullptr && w.q_norm == nullptr) {
     fresh_rotary_ = rotary;
@@ -862,8 +868,8 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const ModelConfig& conf
                                                          const CudaBackendOptions& options) {
   absl::StatusOr<ModelWeights> model = ResolveWeights(config, plan, *weights);
   if (!model.ok()) return model.status();
-  auto backend = std::make_unique<CudaBackend>(config, plan, std::move(weights), *std::move(model),
-                                               options);
+  auto backend =
+      std::make_unique<CudaBackend>(config, plan, std::move(weights), *std::move(model), options);
   if (absl::Status status = backend->Init(); !status.ok()) return status;
   return backend;
 }

@@ -134,12 +134,13 @@ absl::Status DeviceWeights::Builder::Allocate() {
   }
   status = weights_->arena_.Allocate(static_cast<size_t>(std::max<int64_t>(end, 1)), "weights");
   if (status.ok()) status = wide_.Allocate(static_cast<size_t>(widest), "quantising weights");
-  if (status.ok()) status = ToStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
-                                     "a stream for loading");
+  if (status.ok())
+    status = ToStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
+                      "a stream for loading");
   // Rows that pad the vocabulary have no piece.
-  if (status.ok()) status = ToStatus(cudaMemsetAsync(weights_->arena_.get(), 0,
-                                                     weights_->arena_.bytes(), stream_),
-                                     "clearing weights");
+  if (status.ok())
+    status = ToStatus(cudaMemsetAsync(weights_->arena_.get(), 0, weights_->arena_.bytes(), stream_),
+                      "clearing weights");
   if (!status.ok()) return status;
   for (size_t i = 0; i < plan_.tensors.size(); ++i) {
     const LocalTensor& local = plan_.tensors[i];
@@ -218,11 +219,12 @@ absl::Status DeviceWeights::Builder::EnqueueBatch(const Checkpoint& checkpoint, 
     const WeightPiece& piece = batch[i];
     const Placement place = PlaceOf(*piece.local, piece.slice_index);
     const size_t row = static_cast<size_t>(piece.cols() * DTypeBytes(piece.to_dtype));
-    std::byte* to = TargetOf(*piece.local, piece.to_dtype) + (place.first + piece.first_row * place.step) * row;
-    status = ToStatus(cudaMemcpy2DAsync(to, row * place.step, staging->memory.get() + offsets[i],
-                                        row, row, static_cast<size_t>(piece.rows),
-                                        cudaMemcpyHostToDevice, stream_),
-                      absl::StrCat("copying ", piece.local->name));
+    std::byte* to =
+        TargetOf(*piece.local, piece.to_dtype) + (place.first + piece.first_row * place.step) * row;
+    status = ToStatus(
+        cudaMemcpy2DAsync(to, row * place.step, staging->memory.get() + offsets[i], row, row,
+                          static_cast<size_t>(piece.rows), cudaMemcpyHostToDevice, stream_),
+        absl::StrCat("copying ", piece.local->name));
     if (!status.ok()) return status;
     const bool last = piece.slice_index + 1 == piece.local->slices.size() &&
                       piece.first_row + piece.rows == piece.slice->row_end - piece.slice->row_begin;
@@ -236,16 +238,15 @@ absl::Status DeviceWeights::Builder::EnqueueBatch(const Checkpoint& checkpoint, 
 }
 
 absl::Status DeviceWeights::Builder::Load(const Checkpoint& checkpoint, ThreadPool* pool) {
-  absl::StatusOr<std::vector<WeightPiece>> pieces =
-      CutIntoPieces(
-          plan_,
-          [&](const LocalTensor& local) {
-            return IsQuantized(local) && IsStoredQuantized(checkpoint, local) ? DType::kFloat8E4M3
-                                                                              : options_.dtype;
-          },
-          [&](const TensorSlice& s) {
-            return FindChecked(checkpoint, s, !options_.quantization.empty());
-          });
+  absl::StatusOr<std::vector<WeightPiece>> pieces = CutIntoPieces(
+      plan_,
+      [&](const LocalTensor& local) {
+        return IsQuantized(local) && IsStoredQuantized(checkpoint, local) ? DType::kFloat8E4M3
+                                                                          : options_.dtype;
+      },
+      [&](const TensorSlice& s) {
+        return FindChecked(checkpoint, s, !options_.quantization.empty());
+      });
   if (!pieces.ok()) return pieces.status();
   std::array<Staging, 2> staging;
   for (Staging& s : staging) {

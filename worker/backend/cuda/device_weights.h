@@ -1,7 +1,8 @@
 // A rank's weights in GPU memory: every LocalTensor of a shard plan, in the
 // serving dtype (norms and biases too), or, quantised, the layers' matrices in
-// e4m3 with a scale a row: made here, or as an FP8 checkpoint has them. Gate and up are interleaved: row 2i is gate i, row
-// 2i + 1 is up i, as the fused kernels read them. Immutable once loaded.
+// e4m3 with a scale a row: made here, or as an FP8 checkpoint has them. Gate and up are
+// interleaved: row 2i is gate i, row 2i + 1 is up i, as the fused kernels read them. Immutable once
+// loaded.
 #ifndef LOCKSTEP_WORKER_BACKEND_CUDA_DEVICE_WEIGHTS_H_
 #define LOCKSTEP_WORKER_BACKEND_CUDA_DEVICE_WEIGHTS_H_
 

@@ -18,12 +18,12 @@ namespace {
 constexpr size_t kBufferBytes = 4 << 20;
 
 struct Cupti {
-#define LOCKSTEP_CUPTI_ENTRIES                         \
-  LOCKSTEP_CUPTI(cuptiActivityEnable)                  \
-  LOCKSTEP_CUPTI(cuptiActivityDisable)                 \
-  LOCKSTEP_CUPTI(cuptiActivityFlushAll)                \
-  LOCKSTEP_CUPTI(cuptiActivityGetNextRecord)           \
-  LOCKSTEP_CUPTI(cuptiActivityRegisterCallbacks)       \
+#define LOCKSTEP_CUPTI_ENTRIES                   \
+  LOCKSTEP_CUPTI(cuptiActivityEnable)            \
+  LOCKSTEP_CUPTI(cuptiActivityDisable)           \
+  LOCKSTEP_CUPTI(cuptiActivityFlushAll)          \
+  LOCKSTEP_CUPTI(cuptiActivityGetNextRecord)     \
+  LOCKSTEP_CUPTI(cuptiActivityRegisterCallbacks) \
   LOCKSTEP_CUPTI(cuptiActivityRegisterTimestampCallback)
 #define LOCKSTEP_CUPTI(name) decltype(&::name) name = nullptr;
   LOCKSTEP_CUPTI_ENTRIES
@@ -40,7 +40,7 @@ struct Cupti {
       return absl::NotFoundError(
           absl::StrCat("tracing kernels needs libcupti.so.13 (CUPTI of CUDA 13): ", dlerror()));
     }
-#define LOCKSTEP_CUPTI(name)                                       \
+#define LOCKSTEP_CUPTI(name)                                      \
   name = reinterpret_cast<decltype(name)>(dlsym(library, #name)); \
   if (name == nullptr) return absl::NotFoundError("libcupti.so.13 has no " #name);
     LOCKSTEP_CUPTI_ENTRIES
@@ -130,7 +130,8 @@ absl::StatusOr<std::unique_ptr<KernelTrace>> KernelTrace::Open() {
   auto impl = std::make_unique<Impl>();
   if (absl::Status status = impl->cupti.Open(); !status.ok()) return status;
   TheCollected().cupti = new Cupti(impl->cupti);  // for callbacks after this object's end
-  absl::Status status = Check(impl->cupti.cuptiActivityRegisterTimestampCallback(MonotonicNs), "clock");
+  absl::Status status =
+      Check(impl->cupti.cuptiActivityRegisterTimestampCallback(MonotonicNs), "clock");
   if (status.ok()) {
     status = Check(impl->cupti.cuptiActivityRegisterCallbacks(GiveBuffer, TakeBuffer), "buffers");
   }

@@ -19,7 +19,7 @@
 namespace lockstep::cuda {
 
 struct KernelRecord {
-  std::string name;  // demangled as far as the first template argument list
+  std::string name;                   // demangled as far as the first template argument list
   uint64_t begin_ns = 0, end_ns = 0;  // of the host's monotonic clock
   uint32_t stream = 0;
   uint32_t grid = 0, block = 0;  // thread blocks, threads of one

@@ -18,19 +18,19 @@ using kernels::Type;
 // The few entries that are used, by name.
 struct Library {
 #define LOCKSTEP_CUBLASLT(name) decltype(&::name) name = nullptr;
-#define LOCKSTEP_CUBLASLT_ENTRIES                                                              \
-  LOCKSTEP_CUBLASLT(cublasLtCreate)                                                            \
-  LOCKSTEP_CUBLASLT(cublasLtDestroy)                                                           \
-  LOCKSTEP_CUBLASLT(cublasLtGetVersion)                                                        \
-  LOCKSTEP_CUBLASLT(cublasLtMatmul)                                                            \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulAlgoGetHeuristic)                                            \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulDescCreate)                                                  \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulDescDestroy)                                                 \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulDescSetAttribute)                                            \
-  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutCreate)                                                \
-  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutDestroy)                                               \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceCreate)                                            \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceDestroy)                                           \
+#define LOCKSTEP_CUBLASLT_ENTRIES                    \
+  LOCKSTEP_CUBLASLT(cublasLtCreate)                  \
+  LOCKSTEP_CUBLASLT(cublasLtDestroy)                 \
+  LOCKSTEP_CUBLASLT(cublasLtGetVersion)              \
+  LOCKSTEP_CUBLASLT(cublasLtMatmul)                  \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulAlgoGetHeuristic)  \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescCreate)        \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescDestroy)       \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescSetAttribute)  \
+  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutCreate)      \
+  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutDestroy)     \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceCreate)  \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceDestroy) \
   LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceSetAttribute)
   LOCKSTEP_CUBLASLT_ENTRIES
 #undef LOCKSTEP_CUBLASLT
@@ -38,12 +38,13 @@ struct Library {
   absl::Status Open() {
     void* library = dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {
-      return absl::NotFoundError(absl::StrCat("--backend cuda needs libcublasLt.so.13 (cuBLAS of "
-                                              "CUDA 13): ",
-                                              dlerror()));
+      return absl::NotFoundError(
+          absl::StrCat("--backend cuda needs libcublasLt.so.13 (cuBLAS of "
+                       "CUDA 13): ",
+                       dlerror()));
     }
-#define LOCKSTEP_CUBLASLT(name)                                                                \
-  name = reinterpret_cast<decltype(name)>(dlsym(library, #name));                              \
+#define LOCKSTEP_CUBLASLT(name)                                   \
+  name = reinterpret_cast<decltype(name)>(dlsym(library, #name)); \
   if (name == nullptr) return absl::NotFoundError("libcublasLt.so.13 has no " #name);
     LOCKSTEP_CUBLASLT_ENTRIES
 #undef LOCKSTEP_CUBLASLT
@@ -67,7 +68,8 @@ cudaDataType_t DataType(Type type) {
 
 absl::Status Check(cublasStatus_t status, const char* what) {
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat("cuBLASLt ", what, ": status ", static_cast<int>(status)));
+  return absl::InternalError(
+      absl::StrCat("cuBLASLt ", what, ": status ", static_cast<int>(status)));
 }
 
 // The shape that decides the algorithm.
@@ -115,8 +117,8 @@ absl::Status LtMatmul::Impl::Describe(const MatmulArgs& args, Plan* plan) {
   if (status == 0)
     status = lt.cublasLtMatrixLayoutCreate(&plan->x, DataType(args.type), k, m, args.x_stride);
   if (status == 0)
-    status = lt.cublasLtMatrixLayoutCreate(&plan->out, DataType(args.out_type), n, m,
-                                           args.out_stride);
+    status =
+        lt.cublasLtMatrixLayoutCreate(&plan->out, DataType(args.out_type), n, m, args.out_stride);
   return Check(status, "describing a product");
 }
 

@@ -16,10 +16,10 @@ class Resolver {
   DeviceTensor Matrix(const std::string& name, int64_t rows, int64_t cols) {
     const DeviceTensor* tensor = weights_.Find(name);
     if (tensor == nullptr || tensor->rows != rows || tensor->cols != cols) {
-      status_.Update(absl::InvalidArgumentError(
-          absl::StrCat("local tensor \"", name, "\" is ",
-                       tensor == nullptr ? "missing" : absl::StrCat(tensor->rows, " x ", tensor->cols),
-                       "; the forward pass needs ", rows, " x ", cols)));
+      status_.Update(absl::InvalidArgumentError(absl::StrCat(
+          "local tensor \"", name, "\" is ",
+          tensor == nullptr ? "missing" : absl::StrCat(tensor->rows, " x ", tensor->cols),
+          "; the forward pass needs ", rows, " x ", cols)));
       return {};
     }
     return *tensor;

@@ -12,8 +12,8 @@ using kernels::SamplePhase;
 
 }  // namespace
 
-absl::Status Sampling::Allocate(const ModelConfig& config, const ShardPlan& plan,
-                                int64_t turn_rows, int64_t step_rows) {
+absl::Status Sampling::Allocate(const ModelConfig& config, const ShardPlan& plan, int64_t turn_rows,
+                                int64_t step_rows) {
   (void)config;
   rank_ = static_cast<int>(plan.rank);
   tp_size_ = static_cast<int>(plan.tp_size);
@@ -29,10 +29,10 @@ absl::Status Sampling::Allocate(const ModelConfig& config, const ShardPlan& plan
   const kernels::SampleNeeds all = {
       .adjust = true, .draw = true, .cut = true, .nested = true, .score = true};
   if (status.ok()) {
-    status = workspace_.AllocateZeroed(
-        kernels::SampleWorkspaceBytes(all, static_cast<int>(turn_rows),
-                                      static_cast<int>(plan.local_vocab)),
-        "sampling");
+    status =
+        workspace_.AllocateZeroed(kernels::SampleWorkspaceBytes(all, static_cast<int>(turn_rows),
+                                                                static_cast<int>(plan.local_vocab)),
+                                  "sampling");
   }
   if (status.ok()) status = results_.AllocateZeroed(step_rows, "results");
   if (status.ok()) status = logprobs_.AllocateZeroed(step_rows, "results");

@@ -104,18 +104,18 @@ absl::Status Slots::Admit(cudaStream_t stream, const NewSequence& sequence, Step
                       "clearing a slot");
   }
   if (status.ok() && HasPenalties(sampling)) {
-    status = ToStatus(
-        kernels::BuildTokenCounts({.stream = stream, .pdl = false},
-                                  {.counts = counts_.get(),
-                                   .counts_stride = counts_stride_,
-                                   .tokens = tokens_.get(),
-                                   .tokens_stride = tokens_stride_,
-                                   .slot = static_cast<int>(slot),
-                                   .num_prompt_tokens = static_cast<int>(sequence.num_prompt_tokens),
-                                   .num_tokens = static_cast<int>(sequence.tokens.size()),
-                                   .first_vocab = first_vocab_,
-                                   .columns = columns_}),
-        "counting a prompt's tokens");
+    status = ToStatus(kernels::BuildTokenCounts(
+                          {.stream = stream, .pdl = false},
+                          {.counts = counts_.get(),
+                           .counts_stride = counts_stride_,
+                           .tokens = tokens_.get(),
+                           .tokens_stride = tokens_stride_,
+                           .slot = static_cast<int>(slot),
+                           .num_prompt_tokens = static_cast<int>(sequence.num_prompt_tokens),
+                           .num_tokens = static_cast<int>(sequence.tokens.size()),
+                           .first_vocab = first_vocab_,
+                           .columns = columns_}),
+                      "counting a prompt's tokens");
   }
   return status.ok() ? Grow(stream, sequence.slot, sequence.block_ids, io) : status;
 }

@@ -27,15 +27,16 @@ absl::Status StepIo::Allocate(const BackendLimits& limits, int64_t max_logit_row
   io_.inbox_layout = kernels::MakeInboxLayout(io_.capacity);
   outbox_bytes_ = sizeof(kernels::StepStamp) +
                   logit_rows * (sizeof(kernels::SampledRow) + sizeof(kernels::RowLogprobs));
-  arrays_.table_stride = static_cast<int>((limits.max_model_len + limits.block_size - 1) /
-                                          limits.block_size);
+  arrays_.table_stride =
+      static_cast<int>((limits.max_model_len + limits.block_size - 1) / limits.block_size);
   const size_t table = static_cast<size_t>(seqs) * arrays_.table_stride;
 
   absl::Status status = inbox_.AllocatePinned(io_.inbox_layout.bytes * kStepRing, "step plans");
   if (status.ok()) status = outbox_.AllocatePinned(outbox_bytes_ * kStepRing, "step results");
   if (status.ok()) status = staging_.AllocatePinned(kStagingBytes * kStepRing, "new sequences");
   if (status.ok()) {
-    status = words_.AllocateZeroed(2 * size_t(rows) + 3 * size_t(logit_rows) + table, "step arrays");
+    status =
+        words_.AllocateZeroed(2 * size_t(rows) + 3 * size_t(logit_rows) + table, "step arrays");
   }
   if (status.ok()) status = scores_.AllocateZeroed(logit_rows, "step arrays");
   if (status.ok()) status = spans_.AllocateZeroed(seqs, "step arrays");
@@ -86,9 +87,8 @@ absl::Status StepIo::Upload(cudaStream_t stream, void* to, const void* from, siz
     }
     const size_t count = std::min(bytes - done, kStagingBytes - staged_);
     std::memcpy(part + staged_, static_cast<const std::byte*>(from) + done, count);
-    const cudaError_t error =
-        cudaMemcpyAsync(static_cast<std::byte*>(to) + done, part + staged_, count,
-                        cudaMemcpyHostToDevice, stream);
+    const cudaError_t error = cudaMemcpyAsync(static_cast<std::byte*>(to) + done, part + staged_,
+                                              count, cudaMemcpyHostToDevice, stream);
     if (error != cudaSuccess) return ToStatus(error, "uploading new sequences");
     done += count;
     staged_ = std::min(kStagingBytes, staged_ + (count + 63) / 64 * 64);
@@ -96,12 +96,11 @@ absl::Status StepIo::Upload(cudaStream_t stream, void* to, const void* from, siz
   return absl::OkStatus();
 }
 
-
 absl::Status StepIo::Grow(cudaStream_t stream, Slot slot, uint32_t first,
                           absl::Span<const BlockId> blocks) {
   LOCKSTEP_CHECK(first + blocks.size() <= static_cast<size_t>(arrays_.table_stride));
-  if (blocks.size() <= 4 && updates_.size() + blocks.size() <=
-                                static_cast<size_t>(io_.capacity.updates)) {
+  if (blocks.size() <= 4 &&
+      updates_.size() + blocks.size() <= static_cast<size_t>(io_.capacity.updates)) {
     for (size_t i = 0; i < blocks.size(); ++i) {
       updates_.push_back({static_cast<int32_t>(slot.value), static_cast<int32_t>(first + i),
                           static_cast<int32_t>(blocks[i].value)});
@@ -111,9 +110,8 @@ absl::Status StepIo::Grow(cudaStream_t stream, Slot slot, uint32_t first,
   std::vector<int32_t> ids;
   ids.reserve(blocks.size());
   for (const BlockId block : blocks) ids.push_back(static_cast<int32_t>(block.value));
-  return Upload(stream,
-                arrays_.block_table + size_t{slot.value} * arrays_.table_stride + first, ids.data(),
-                ids.size() * sizeof(int32_t));
+  return Upload(stream, arrays_.block_table + size_t{slot.value} * arrays_.table_stride + first,
+                ids.data(), ids.size() * sizeof(int32_t));
 }
 
 void StepIo::Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
@@ -156,8 +154,7 @@ std::byte* StepIo::outbox_entry(uint64_t step) const {
 }
 
 bool StepIo::IsDone(uint64_t step) const {
-  const auto* sequence =
-      reinterpret_cast<const volatile uint64_t*>(&stamp(step).sequence);
+  const auto* sequence = reinterpret_cast<const volatile uint64_t*>(&stamp(step).sequence);
   if (*sequence != step) return false;
   std::atomic_thread_fence(std::memory_order_acquire);
   return true;

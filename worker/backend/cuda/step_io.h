@@ -30,7 +30,8 @@ class StepIo {
 
   // Copies that the next step needs, in the order of the stream.
   absl::Status Upload(cudaStream_t stream, void* to, const void* from, size_t bytes);
-  absl::Status Grow(cudaStream_t stream, Slot slot, uint32_t first, absl::Span<const BlockId> blocks);
+  absl::Status Grow(cudaStream_t stream, Slot slot, uint32_t first,
+                    absl::Span<const BlockId> blocks);
 
   // Writes the next step's inbox entry. Spans in `prefill` are the rows that the
   // prefill kernel takes, after `decode_rows` rows of one span each.

@@ -15,8 +15,7 @@ size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 DeviceCommunicator::DeviceCommunicator(const CommunicatorOptions& options, int device)
     : options_(options), device_(device), layout_(kernels::DefaultExchangeLayout(options.size)) {
-  gemv_offset_ =
-      Aligned(layout_.offset + kernels::ExchangeRegionBytes(layout_, options.size));
+  gemv_offset_ = Aligned(layout_.offset + kernels::ExchangeRegionBytes(layout_, options.size));
 }
 
 DeviceCommunicator::~DeviceCommunicator() = default;
@@ -47,8 +46,7 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
                                        .device = device_,
                                        .bytes = gemv_offset_ + gemv_bytes};
   const auto clear = [&](std::byte* own, cudaStream_t stream) {
-    const cudaError_t error =
-        kernels::ClearExchangeRegion(layout_, options_.size, own, stream);
+    const cudaError_t error = kernels::ClearExchangeRegion(layout_, options_.size, own, stream);
     // All ones: nothing has arrived (kernels/gemv.h).
     return error != cudaSuccess ? error
                                 : cudaMemsetAsync(own + gemv_offset_, 0xff, gemv_bytes, stream);
