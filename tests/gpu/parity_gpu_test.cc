@@ -15,6 +15,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "tests/worker/group_runner.h"
 #include "worker/gpu.h"
 
@@ -173,6 +174,24 @@ TEST_P(GpuParity, SixteenBitsStayWithinTheBound) {
   }
 }
 
+// Where two runs first differ: "request 2, token 0", or nothing.
+std::string FirstDifference(const std::vector<TestOutput>& a, const std::vector<TestOutput>& b) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] == b[i]) continue;
+    for (size_t t = 0; t < a[i].logprobs.size(); ++t) {
+      if (a[i].tokens[t] == b[i].tokens[t] &&
+          a[i].logprobs[t].logprob == b[i].logprobs[t].logprob) {
+        continue;
+      }
+      return absl::StrCat("request ", i, ", token ", t, ": ", a[i].tokens[t], " at ",
+                          a[i].logprobs[t].logprob, " and ", b[i].tokens[t], " at ",
+                          b[i].logprobs[t].logprob);
+    }
+    return absl::StrCat("request ", i);
+  }
+  return "";
+}
+
 // Writes `from` again with its layers' matrices as float8, one scale a row or one
 // for the tensor, the way quantisation at load makes them.
 void WriteFp8Checkpoint(const std::string& from, const std::string& to, bool a_row) {
@@ -243,13 +262,44 @@ TEST(GpuFp8, AnFp8CheckpointIsServedAsItIs) {
     ASSERT_TRUE(stored.ok()) << stored.status();
     auto got = (*stored)->Run(requests, {});
     ASSERT_TRUE(got.ok()) << got.status();
+    // The same scales are the same model; coarser ones are near it.
+    if (a_row) EXPECT_EQ(FirstDifference(*want, *got), "");
     for (size_t i = 0; i < requests.size(); ++i) {
-      // The same scales are the same model; coarser ones are near it.
-      if (a_row) EXPECT_TRUE((*got)[i] == (*want)[i]) << "request " << i;
       EXPECT_NEAR((*got)[i].logprobs[0].logprob, (*want)[i].logprobs[0].logprob,
                   2 * kBFloat16Bound);
     }
     fs::remove_all(to);
+  }
+}
+
+// Nothing may depend on what memory held before, or on which thread block came first.
+TEST(GpuRepeats, TheSameBatchGivesTheSameBits) {
+  std::vector<TestRequest> requests;
+  for (TokenId t = 5; t < 14; ++t) {
+    std::vector<TokenId> prompt = {t, 3, t, 9, 11};
+    for (TokenId i = 0; i < 3 * (t - 5); ++i) prompt.push_back(4 + (t + i) % 9);
+    requests.push_back({prompt, 12, GreedySampling()});
+    requests.back().sampling.logprobs = 3;
+  }
+  for (const char* quantization : {"", "fp8"}) {
+    for (const bool graphs : {false, true}) {
+      for (const uint32_t chunk : {1000u, 7u}) {
+        std::vector<TestOutput> first;
+        for (int loaded = 0; loaded < 2; ++loaded) {
+          auto group = GroupRunner::Load(GoldenDir() + "llama_mqa_bf16",
+                                         OnGpu(DType::kBFloat16, graphs, quantization));
+          ASSERT_TRUE(group.ok()) << group.status();
+          for (int again = 0; again < 4; ++again) {
+            auto outputs = (*group)->Run(requests, {.chunk = chunk});
+            ASSERT_TRUE(outputs.ok()) << outputs.status();
+            if (first.empty()) first = *outputs;
+            EXPECT_EQ(FirstDifference(first, *outputs), "")
+                << "quantization \"" << quantization << "\" graphs " << graphs << " chunk " << chunk
+                << " load " << loaded << " run " << again;
+          }
+        }
+      }
+    }
   }
 }
 

@@ -12,9 +12,7 @@ using kernels::SamplePhase;
 
 }  // namespace
 
-absl::Status Sampling::Allocate(const ModelConfig& config, const ShardPlan& plan, int64_t turn_rows,
-                                int64_t step_rows) {
-  (void)config;
+absl::Status Sampling::Allocate(const ShardPlan& plan, int64_t turn_rows, int64_t step_rows) {
   rank_ = static_cast<int>(plan.rank);
   tp_size_ = static_cast<int>(plan.tp_size);
   logits_stride_ = (plan.local_vocab + 3) / 4 * 4;

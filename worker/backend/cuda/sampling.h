@@ -7,7 +7,6 @@
 
 #include "absl/status/status.h"
 #include "kernels/sample.h"
-#include "model/model_config.h"
 #include "model/shard_plan.h"
 #include "worker/backend/cuda/collectives.h"
 #include "worker/backend/cuda/cuda_memory.h"
@@ -21,8 +20,7 @@ inline constexpr int64_t kMaxLogitRows = 1024;
 class Sampling {
  public:
   // turn_rows: of one Run; step_rows: of all of a step.
-  absl::Status Allocate(const ModelConfig& config, const ShardPlan& plan, int64_t turn_rows,
-                        int64_t step_rows);
+  absl::Status Allocate(const ShardPlan& plan, int64_t turn_rows, int64_t step_rows);
   absl::Status Reset(cudaStream_t stream);
 
   float* logits() { return logits_.get(); }  // [turn_rows][logits_stride]

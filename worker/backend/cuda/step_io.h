@@ -33,8 +33,8 @@ class StepIo {
   absl::Status Grow(cudaStream_t stream, Slot slot, uint32_t first,
                     absl::Span<const BlockId> blocks);
 
-  // Writes the next step's inbox entry. Spans in `prefill` are the rows that the
-  // prefill kernel takes, after `decode_rows` rows of one span each.
+  // Writes the next step's inbox entry. The first spans of one row each are the
+  // decode kernel's; from the first longer one on they are the prefill kernel's.
   void Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows);
 
   // The step is enqueued; its number.

@@ -1,0 +1,369 @@
+#include "kernels/activation.h"
+#include "kernels/attention_prefill.h"
+#include "kernels/embed.h"
+#include "kernels/qkv_finish.h"
+#include "kernels/quantize.h"
+#include "worker/backend/cuda/backend_impl.h"
+
+namespace lockstep::cuda {
+namespace {
+
+using kernels::GemvArgs;
+using kernels::GemvEpilogue;
+using kernels::Type;
+
+// Several rows of more than this leave the skinny kernel's ring too short, and
+// cuBLASLt streams faster (K 14,336 at 16 rows: 3.4 against 2.0 TB/s).
+constexpr int64_t kMaxSkinnyK = 8'192;
+
+kernels::Activation ToKernel(Activation activation) {
+  switch (activation) {
+    case Activation::kSilu:
+      return kernels::Activation::kSilu;
+    case Activation::kGeluTanh:
+      return kernels::Activation::kGeluTanh;
+    case Activation::kGelu:
+      return kernels::Activation::kGelu;
+    case Activation::kRelu:
+      return kernels::Activation::kRelu;
+  }
+  return kernels::Activation::kSilu;
+}
+
+}  // namespace
+
+// The gate's activation in the product's own epilogue; kStore: it has none.
+GemvEpilogue GateEpilogue(const ModelConfig& config) {
+  if (!config.gated_mlp || config.mlp_bias) return GemvEpilogue::kStore;
+  if (config.activation == Activation::kSilu) return GemvEpilogue::kSiluGate;
+  if (config.activation == Activation::kGeluTanh) return GemvEpilogue::kGeluGate;
+  return GemvEpilogue::kStore;
+}
+
+kernels::KvLayer CudaBackend::Kv(int64_t layer) const {
+  const size_t half = kv_.bytes() / 2 / config_.num_layers;
+  std::byte* k = kv_.get() + 2 * layer * half;
+  return {.k = k,
+          .v = k + half,
+          .type = type_,
+          .kv_heads = static_cast<int>(plan_.local_kv_heads),
+          .block_size = static_cast<int>(limits_.block_size),
+          .head_dim = static_cast<int>(config_.head_dim)};
+}
+
+bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
+                       int64_t out_stride, GemvEpilogue epilogue) {
+  const DeviceTensor& w = linear.weight;
+  GemvArgs args = {.weights = w.data,
+                   .weight_type = w.type,
+                   .scales = w.scales,
+                   .n = static_cast<int>(w.rows),
+                   .k = static_cast<int>(w.cols),
+                   .type = type_,
+                   .m = m,
+                   .x = x,
+                   .x_stride = x_stride,
+                   .epilogue = epilogue,
+                   .out = out,
+                   .out_stride = out_stride};
+  TakeReduce(&args);
+  if (m > kMaxSkinnyRows || (m > 1 && w.cols > kMaxSkinnyK)) return false;
+  if (!kernels::GemvSupports(args)) return false;
+  Check(kernels::Gemv(launch(), args), "a product of few rows");
+  return true;
+}
+
+void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
+                         int64_t out_stride, GemvEpilogue epilogue) {
+  if (Gemv(x, x_stride, linear, m, out, out_stride, epilogue)) return;
+  const DeviceTensor& w = linear.weight;
+  MatmulArgs args = {.m = m,
+                     .n = static_cast<int>(w.rows),
+                     .k = static_cast<int>(w.cols),
+                     .type = w.type,
+                     .out_type = epilogue == GemvEpilogue::kLogits ? Type::kF32 : type_,
+                     .x = x,
+                     .x_stride = x_stride,
+                     .weights = w.data,
+                     .out = out,
+                     .out_stride = out_stride,
+                     .x_scales = nullptr,
+                     .weight_scales = w.scales};
+  if (Quantized(linear)) {
+    if (x != quantized_from_) {
+      Check(kernels::QuantizeRows(launch(), {.type = type_,
+                                             .num_rows = m,
+                                             .width = args.k,
+                                             .slot = nullptr,
+                                             .in = x,
+                                             .in_stride = x_stride,
+                                             .out = buffers_.quantized.get(),
+                                             .out_stride = args.k,
+                                             .scales = buffers_.quantized_scales.get()}),
+            "quantising activations");
+    }
+    quantized_from_ = nullptr;  // one copy, for one product
+    args.x = buffers_.quantized.get();
+    args.x_stride = args.k;
+    args.x_scales = buffers_.quantized_scales.get();
+  }
+  if (status_.ok()) status_ = lt_->Run(stream_, args);
+}
+
+void CudaBackend::Embed(const EmbedOp& op) {
+  if (!status_.ok()) return;
+  const int width = static_cast<int>(config_.embedding_dim);
+  const bool projected = model_.project_in.data != nullptr;
+  void* embedded = projected ? buffers_.embedded.get() : buffers_.partial.get();
+  Check(kernels::EmbedRows(launch(), {.type = type_,
+                                      .table = model_.embedding.data,
+                                      .first_vocab = static_cast<int>(plan_.first_vocab),
+                                      .local_vocab = static_cast<int>(plan_.local_vocab),
+                                      .dim = width,
+                                      .tokens = slots_.tokens(),
+                                      .tokens_stride = slots_.tokens_stride(),
+                                      .rows = io_.rows(),
+                                      .num_rows = rows_,
+                                      .out = embedded}),
+        "looking up tokens");
+  if (collectives_.size() > 1 && status_.ok()) {
+    bool fused = false;
+    status_ = collectives_.AllReduce(
+        launch(), {.type = type_, .rows = rows_, .hidden = width, .in = embedded, .out = embedded},
+        &fused);
+  }
+  if (projected) {
+    Matmul(embedded, width, {model_.project_in, nullptr}, rows_, buffers_.partial.get(), hidden_);
+  }
+  Check(kernels::AfterEmbed(launch(), {.type = type_,
+                                       .num_rows = rows_,
+                                       .hidden = hidden_,
+                                       .rows = io_.rows(),
+                                       .x = buffers_.partial.get(),
+                                       .scale = static_cast<float>(config_.embedding_scale),
+                                       .position_table = model_.position.data,
+                                       .position_offset = static_cast<int>(config_.position_offset),
+                                       .norm = model_.Find(op.norm),
+                                       .residual = buffers_.residual.get(),
+                                       .normed = buffers_.normed.get(),
+                                       .quantized = TakesQuantized(buffers_.normed.get())}),
+        "the embedding's norm");
+}
+
+void CudaBackend::Qkv(const QkvOp& op) {
+  if (!status_.ok()) return;
+  const LayerWeights& w = model_.layers[op.layer];
+  Matmul(buffers_.normed.get(), hidden_, w.qkv, rows_, buffers_.qkv.get(), qkv_width_);
+  const float2* rotary = op.rope == RopeTable::kNone ? nullptr
+                         : op.rope == RopeTable::kLocal && rope_local_.get() != nullptr
+                             ? rope_local_.get()
+                             : rope_.get();
+  fresh_ = false;
+  if (prefill_spans_ == 0 && w.qkv.bias == nullptr && w.q_norm == nullptr) {
+    fresh_rotary_ = rotary;
+    kernels::DecodeAttentionArgs args = DecodeArgs(op.layer);
+    fresh_ = kernels::DecodeAttentionTakesFresh(args);
+    if (fresh_) return;
+  }
+  Check(kernels::QkvFinish(launch(), {.type = type_,
+                                      .num_rows = rows_,
+                                      .rows = io_.rows(),
+                                      .heads = static_cast<int>(plan_.local_heads),
+                                      .qkv = buffers_.qkv.get(),
+                                      .qkv_stride = qkv_width_,
+                                      .bias = w.qkv.bias,
+                                      .q_norm = w.q_norm,
+                                      .k_norm = w.k_norm,
+                                      .norm_eps = static_cast<float>(config_.norm_eps),
+                                      .norm_plus_one = config_.norm_weight_plus_one,
+                                      .rotary = rotary,
+                                      .kv = Kv(op.layer)}),
+        "rotary embedding");
+}
+
+// As if rotary embedding and the cache write were the kernel's.
+kernels::DecodeAttentionArgs CudaBackend::DecodeArgs(int64_t layer) const {
+  kernels::DecodeAttentionArgs args;
+  args.type = type_;
+  args.num_rows = decode_rows_;
+  args.rows = io_.rows();
+  args.kv = Kv(layer);
+  args.heads = static_cast<int>(plan_.local_heads);
+  args.q = buffers_.qkv.get();
+  args.q_stride = qkv_width_;
+  args.out = buffers_.heads.get();
+  args.out_stride = q_width_;
+  args.max_context = max_context_;
+  args.workspace = attention_workspace_.get();
+  // What a replayed step reads of the context was written by the steps before; its
+  // slots and tables, half a layer and more ago.
+  args.history_ready = capturing_ && layer > 0;
+  const size_t element = kernels::TypeBytes(type_);
+  args.fresh_k = buffers_.qkv.get() + q_width_ * element;
+  args.fresh_v = buffers_.qkv.get() + (q_width_ + kv_width_) * element;
+  args.rotary = fresh_rotary_;
+  return args;
+}
+
+void CudaBackend::Attention(const AttentionOp& op) {
+  if (!status_.ok()) return;
+  if (decode_rows_ > 0) {
+    kernels::DecodeAttentionArgs args = DecodeArgs(op.layer);
+    args.scale = op.scale;
+    args.window = static_cast<int>(op.window);
+    if (!fresh_) args.fresh_k = args.fresh_v = nullptr;
+    if (!fresh_) args.rotary = nullptr;
+    Check(kernels::DecodeAttention(launch(), args), "attention of single rows");
+  }
+  if (prefill_spans_ > 0) {
+    kernels::PrefillAttentionArgs args;
+    args.type = type_;
+    args.kv = Kv(op.layer);
+    args.heads = static_cast<int>(plan_.local_heads);
+    args.spans = io_.arrays().spans;
+    args.num_spans = prefill_spans_;
+    args.max_count = max_count_;
+    args.block_table = io_.arrays().block_table;
+    args.table_stride = io_.arrays().table_stride;
+    args.q = buffers_.qkv.get();
+    args.q_stride = qkv_width_;
+    args.out = buffers_.heads.get();
+    args.out_stride = q_width_;
+    args.scale = op.scale;
+    args.window = static_cast<int>(op.window);
+    Check(kernels::PrefillAttention(launch(), args), "attention of spans");
+  }
+}
+
+void CudaBackend::AttentionOutput(int64_t layer) {
+  if (!status_.ok()) return;
+  if (folded_) return Push(buffers_.heads.get(), model_.layers[layer].o);
+  Matmul(buffers_.heads.get(), q_width_, model_.layers[layer].o, rows_, buffers_.partial.get(),
+         hidden_);
+}
+
+void CudaBackend::ReduceResidualNorm(const ReduceOp& op) {
+  if (!status_.ok()) return;
+  const LayerWeights& w = model_.layers[op.layer];
+  const void* bias = op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
+  const kernels::NormSpec post = model_.Find(op.post), next = model_.Find(op.next);
+  if (folded_) {
+    pending_norm_ = next;
+    reduce_pending_ = true;
+    if (collectives_.size() > 1) collectives_.Count(hidden_ * kernels::TypeBytes(type_));
+    return;
+  }
+  bool summed = collectives_.size() == 1;
+  if (!summed) {
+    kernels::AllReduceArgs args = {.type = type_,
+                                   .rows = rows_,
+                                   .hidden = hidden_,
+                                   .in = buffers_.partial.get(),
+                                   .out = buffers_.partial.get()};
+    const bool fusable = post.kind == kernels::NormKind::kNone &&
+                         next.kind == kernels::NormKind::kRms && next.weight != nullptr &&
+                         !op.norm_is_residual;
+    if (fusable) {
+      args.out = buffers_.normed.get();
+      args.bias = bias;
+      args.residual = args.residual_out = buffers_.residual.get();
+      args.norm_weight = next.weight;
+      args.eps = next.eps;
+      args.plus_one = next.plus_one;
+    }
+    bool fused = false;
+    status_ = collectives_.AllReduce(launch(), args, &fused);
+    if (fused || !status_.ok()) return;
+  }
+  Check(kernels::ReduceTail(launch(), {.type = type_,
+                                       .num_rows = rows_,
+                                       .hidden = hidden_,
+                                       .slot = io_.arrays().slot,
+                                       .x = buffers_.partial.get(),
+                                       .bias = bias,
+                                       .post = post,
+                                       .residual_in = buffers_.residual.get(),
+                                       .residual_out = buffers_.residual.get(),
+                                       .next = next,
+                                       .norm_is_residual = op.norm_is_residual,
+                                       .normed = buffers_.normed.get(),
+                                       .quantized = TakesQuantized(buffers_.normed.get())}),
+        "residual and norm");
+}
+
+void CudaBackend::GateUp(int64_t layer) {
+  if (!status_.ok()) return;
+  const Linear& up = model_.layers[layer].up;
+  const bool gated = config_.gated_mlp;
+  const GemvEpilogue epilogue = GateEpilogue(config_);
+  if (epilogue != GemvEpilogue::kStore && Gemv(buffers_.normed.get(), hidden_, up, rows_,
+                                               buffers_.activated.get(), intermediate_, epilogue)) {
+    return;
+  }
+  Matmul(buffers_.normed.get(), hidden_, up, rows_, buffers_.up.get(), up_width_);
+  Check(kernels::Activate(launch(), {.type = type_,
+                                     .activation = ToKernel(config_.activation),
+                                     .layout = gated ? kernels::GateLayout::kInterleaved
+                                                     : kernels::GateLayout::kNone,
+                                     .num_rows = rows_,
+                                     .width = intermediate_,
+                                     .slot = nullptr,
+                                     .in = buffers_.up.get(),
+                                     .in_stride = up_width_,
+                                     .bias = up.bias,
+                                     .out = buffers_.activated.get(),
+                                     .out_stride = intermediate_,
+                                     .quantized = intermediate_ % 16 == 0 && intermediate_ <= 32'768
+                                                      ? TakesQuantized(buffers_.activated.get())
+                                                      : kernels::QuantizedRows()}),
+        "activation");
+}
+
+void CudaBackend::Down(int64_t layer) {
+  if (!status_.ok()) return;
+  if (folded_) return Push(buffers_.activated.get(), model_.layers[layer].down);
+  Matmul(buffers_.activated.get(), intermediate_, model_.layers[layer].down, rows_,
+         buffers_.partial.get(), hidden_);
+}
+
+void CudaBackend::Logits(absl::Span<const LogitRow> rows) {
+  if (!status_.ok()) return;
+  const int count = capturing_ ? rows_ : static_cast<int>(rows.size());
+  const void* hidden = buffers_.normed.get();
+  if (!capturing_) {
+    Check(kernels::GatherRows(launch(), {.type = type_,
+                                         .in = hidden,
+                                         .index = io_.arrays().logit_row + sampled_rows_,
+                                         .num_rows = count,
+                                         .width = hidden_,
+                                         .out = buffers_.chosen.get()}),
+          "gathering rows");
+    hidden = buffers_.chosen.get();
+  }
+  int width = hidden_;
+  if (model_.project_out.data != nullptr) {
+    width = static_cast<int>(config_.embedding_dim);
+    Matmul(hidden, hidden_, {model_.project_out, nullptr}, count, buffers_.projected.get(), width);
+    hidden = buffers_.projected.get();
+  }
+  Matmul(hidden, width, {model_.head, nullptr}, count, sampling_.logits(),
+         sampling_.logits_stride(), GemvEpilogue::kLogits);
+}
+
+void CudaBackend::Sample(absl::Span<const LogitRow> rows) {
+  if (!status_.ok()) return;
+  const int count = capturing_ ? rows_ : static_cast<int>(rows.size());
+  kernels::SampleArgs args;
+  slots_.Describe(&args);
+  const kernels::StepArrays& arrays = io_.arrays();
+  args.needs = needs_;
+  args.rows = count;
+  args.begin_ns = io_.io().sampling_begin_ns;
+  args.slot = arrays.logit_slot + sampled_rows_;
+  args.position = arrays.logit_position + sampled_rows_;
+  args.scores = capturing_ ? nullptr : arrays.logit_scores + sampled_rows_;
+  status_ = sampling_.Run(launch(), args, sampled_rows_, &collectives_);
+  sampled_rows_ += count;
+}
+
+}  // namespace lockstep::cuda

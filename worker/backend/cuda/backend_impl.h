@@ -1,0 +1,174 @@
+// The class behind MakeCudaBackend, for the files that implement it:
+//
+//   cuda_backend.cc    what it owns: memory, stream, epochs
+//   backend_steps.cc   a step's begin and end: inputs, graphs, results
+//   backend_forward.cc the operations of the forward pass
+//   backend_fold.cc    one decoded row, whose all-reduces are part of its products
+//
+// Not thread-safe; see worker/backend/backend.h.
+#ifndef LOCKSTEP_WORKER_BACKEND_CUDA_BACKEND_IMPL_H_
+#define LOCKSTEP_WORKER_BACKEND_CUDA_BACKEND_IMPL_H_
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/attention_decode.h"
+#include "kernels/gemv.h"
+#include "kernels/norm.h"
+#include "kernels/sample.h"
+#include "worker/backend/cuda/activations.h"
+#include "worker/backend/cuda/collectives.h"
+#include "worker/backend/cuda/cuda_backend.h"
+#include "worker/backend/cuda/lt_matmul.h"
+#include "worker/backend/cuda/model_weights.h"
+#include "worker/backend/cuda/sampling.h"
+#include "worker/backend/cuda/slots.h"
+#include "worker/backend/cuda/step_graphs.h"
+#include "worker/backend/cuda/step_io.h"
+
+namespace lockstep::cuda {
+
+// A product of so few rows streams its weights; see kernels/gemv.h.
+inline constexpr int kMaxSkinnyRows = 16;
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(const ModelConfig& config, const ShardPlan& plan,
+              std::unique_ptr<DeviceWeights> weights, ModelWeights model,
+              const CudaBackendOptions& options);
+  ~CudaBackend() override;
+  absl::Status Init();
+  absl::Status PrepareExchange();
+
+  absl::Status Attach(Communicator* comm) override;
+  void Admit(const NewSequence& sequence) override {
+    if (status_.ok()) status_ = slots_.Admit(stream_, sequence, &io_);
+  }
+  void Grow(Slot slot, absl::Span<const BlockId> blocks) override {
+    if (status_.ok()) status_ = slots_.Grow(stream_, slot, blocks, &io_);
+  }
+  void Release(Slot slot) override { slots_.Release(slot); }
+
+  bool Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) override;
+  void Embed(const EmbedOp& op) override;
+  void Qkv(const QkvOp& op) override;
+  void Attention(const AttentionOp& op) override;
+  void AttentionOutput(int64_t layer) override;
+  void ReduceResidualNorm(const ReduceOp& op) override;
+  void GateUp(int64_t layer) override;
+  void Down(int64_t layer) override;
+  void Logits(absl::Span<const LogitRow> rows) override;
+  void Sample(absl::Span<const LogitRow> rows) override;
+  absl::Status Submit() override;
+  bool Done() override;
+  absl::StatusOr<StepOutput> Collect() override;
+  bool Drain() override;
+
+  int64_t max_logit_rows() const override { return max_logit_rows_; }
+  int64_t weight_bytes() const override { return weights_->allocated_bytes(); }
+  int64_t kv_bytes() const override { return static_cast<int64_t>(kv_.bytes()); }
+  std::string description() const override { return description_; }
+
+ private:
+  // A step from Submit to Collect.
+  struct InFlight {
+    uint64_t number = 0;
+    std::vector<LogitRow> rows;
+    std::vector<Slot> slots;          // of rows
+    std::vector<uint32_t> positions;  // of rows
+    CollectiveStats collectives;
+  };
+
+  // Whether a step of one row may fold its all-reduces into the products around
+  // them: then every matrix of the layers goes by Gemv.
+  bool CanFold() const;
+  void Push(const void* x, const Linear& linear);
+  bool IsDecode(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) const;
+  void Check(cudaError_t error, const char* what) {
+    if (status_.ok() && error != cudaSuccess) status_ = ToStatus(error, what);
+  }
+  // out = epilogue(x . weights), by the kernels for few rows; false, and nothing
+  // done, where they do not take it.
+  bool Gemv(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
+            int64_t out_stride, kernels::GemvEpilogue epilogue);
+  // What a product of one row does to its input, when the sum before it is still
+  // on its way (see folded_).
+  void TakeReduce(kernels::GemvArgs* args);
+  // out = x . weights in the serving dtype, or the logits in fp32, by what is best.
+  void Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
+              int64_t out_stride, kernels::GemvEpilogue epilogue = kernels::GemvEpilogue::kStore);
+  bool Quantized(const Linear& linear) const { return linear.weight.type == kernels::Type::kE4M3; }
+  // For a kernel that may write what it makes as e4m3 too: where, if the products
+  // of this step take it so.
+  kernels::QuantizedRows TakesQuantized(const void* made) {
+    if (rows_ <= kMaxSkinnyRows || !Quantized(model_.layers[0].qkv)) return {};
+    quantized_from_ = made;
+    return {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
+  }
+  kernels::Launch launch() const { return {.stream = stream_, .pdl = true}; }
+  kernels::KvLayer Kv(int64_t layer) const;
+  kernels::DecodeAttentionArgs DecodeArgs(int64_t layer) const;
+
+  const ModelConfig config_;
+  const ShardPlan plan_;
+  const BackendLimits limits_;
+  const kernels::Type type_;
+  const bool use_graphs_;
+  const int hidden_, q_width_, kv_width_, qkv_width_, up_width_, intermediate_;
+  const std::unique_ptr<DeviceWeights> weights_;
+  const ModelWeights model_;
+  const int64_t max_logit_rows_;
+  std::string description_;
+  cudaStream_t stream_ = nullptr;
+  std::unique_ptr<LtMatmul> lt_;
+  Buffer<std::byte> own_exchange_;  // with one rank, what is pushed stays here
+  kernels::GemvExchange exchange_region_;
+  bool can_fold_ = false;
+  Collectives collectives_;
+  Slots slots_;
+  StepIo io_;
+  Activations buffers_;
+  Sampling sampling_;
+  StepGraphs graphs_;
+  Buffer<std::byte> kv_;
+  Buffer<float2> rope_, rope_local_;
+  Buffer<std::byte> attention_workspace_;
+
+  // Of the step.
+  absl::Status status_;
+  std::vector<BatchSpan> spans_;
+  std::vector<LogitRow> logit_rows_;
+  int rows_ = 0;         // of every product, padding included
+  int decode_rows_ = 0;  // the first rows, one of each span
+  int prefill_spans_ = 0;
+  int max_count_ = 0;     // of a prefill span
+  int max_context_ = 0;   // of a decoded row
+  int sampled_rows_ = 0;  // logit rows enqueued so far
+  bool capturing_ = false;
+  const void* quantized_from_ = nullptr;  // what buffers_.quantized is the e4m3 of
+  // One decoded row: a row-parallel product pushes its sums to every rank, and the
+  // product after it polls for them, adds the residual and norms them as it waits
+  // for its weights. No kernel and no launch of its own is left of the all-reduce.
+  bool folded_ = false;
+  bool reduce_pending_ = false;
+  kernels::NormSpec pending_norm_;
+  uint32_t exchange_ = 0;
+  void* residual_ = nullptr;              // the current one of two, while folded
+  const float2* fresh_rotary_ = nullptr;  // what attention is left to do of Qkv
+  bool fresh_ = false;
+  const StepGraphs::Graph* replay_ = nullptr;
+  StepGraphs::Key key_;
+  kernels::SampleNeeds needs_;
+  std::deque<InFlight> in_flight_;
+  uint64_t last_end_ns_ = 0;  // of the step collected last, on the device's clock
+};
+
+// The gate's activation in the product's own epilogue; kStore: it has none.
+kernels::GemvEpilogue GateEpilogue(const ModelConfig& config);
+
+}  // namespace lockstep::cuda
+
+#endif  // LOCKSTEP_WORKER_BACKEND_CUDA_BACKEND_IMPL_H_

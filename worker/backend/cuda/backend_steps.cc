@@ -1,0 +1,161 @@
+#include <algorithm>
+#include <utility>
+
+#include "common/check.h"
+#include "worker/backend/cuda/backend_impl.h"
+
+namespace lockstep::cuda {
+namespace {
+
+// A longer pause between two steps is a server without work.
+constexpr uint64_t kIdleWithoutWorkNs = 20'000'000;
+
+}  // namespace
+
+bool CudaBackend::IsDecode(absl::Span<const BatchSpan> spans,
+                           absl::Span<const LogitRow> rows) const {
+  if (spans.size() != rows.size() || spans.size() > static_cast<size_t>(max_logit_rows_)) {
+    return false;
+  }
+  for (size_t i = 0; i < spans.size(); ++i) {
+    if (spans[i].count != 1 || rows[i].row != i || !rows[i].samples) return false;
+  }
+  return true;
+}
+
+bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
+  if (!status_.ok()) return true;
+  collectives_.ResetStats();
+  spans_.assign(spans.begin(), spans.end());
+  logit_rows_.assign(rows.begin(), rows.end());
+  rows_ = decode_rows_ = prefill_spans_ = max_count_ = max_context_ = sampled_rows_ = 0;
+  for (const BatchSpan& span : spans) {
+    rows_ += static_cast<int>(span.count);
+    if (prefill_spans_ == 0 && span.count == 1) {
+      ++decode_rows_;
+      max_context_ = std::max(max_context_, static_cast<int>(span.begin + 1));
+    } else {
+      ++prefill_spans_;
+      max_count_ = std::max(max_count_, static_cast<int>(span.count));
+    }
+  }
+  LOCKSTEP_CHECK(rows_ <= static_cast<int>(limits_.max_batched_tokens));
+  needs_ = {};
+  for (const LogitRow& row : rows) {
+    const Slots::State& slot = slots_.At(spans[row.span].slot);
+    needs_ = needs_ | (row.samples ? slot.needs : kernels::NeedsOf(slot.params, true));
+  }
+  io_.Write(spans, rows);
+
+  replay_ = nullptr;
+  capturing_ = folded_ = false;
+  quantized_from_ = nullptr;
+  if (use_graphs_ && rows_ > 0 && IsDecode(spans, rows)) {
+    key_ = graphs_.KeyFor(rows_, max_context_, needs_);
+    rows_ = decode_rows_ = key_.rows;
+    max_context_ = key_.max_context;
+    needs_ = key_.needs;
+    replay_ = graphs_.Find(key_);
+    if (replay_ != nullptr) return true;
+    capturing_ = true;
+    folded_ = can_fold_ && rows_ == 1;
+    reduce_pending_ = false;
+    exchange_ = 0;
+    residual_ = buffers_.residual.get();
+    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
+  }
+  const int logit_rows = capturing_ ? rows_ : static_cast<int>(rows.size());
+  Check(kernels::PrepareStep({.stream = stream_, .pdl = false}, io_.io(), io_.arrays(), rows_,
+                             logit_rows),
+        "preparing a step");
+  return false;
+}
+
+absl::Status CudaBackend::Submit() {
+  if (!status_.ok()) {
+    if (capturing_) {
+      cudaGraph_t graph = nullptr;
+      (void)cudaStreamEndCapture(stream_, &graph);
+      if (graph != nullptr) (void)cudaGraphDestroy(graph);
+    }
+    return status_;
+  }
+  if (replay_ == nullptr) {
+    Check(kernels::PublishStep(launch(), io_.io(), sampled_rows_, sampling_.results(),
+                               needs_.score ? sampling_.logprobs() : nullptr),
+          "publishing a step");
+    if (capturing_ && status_.ok()) {
+      absl::StatusOr<const StepGraphs::Graph*> graph =
+          graphs_.EndCapture(stream_, key_, collectives_.stats());
+      if (!graph.ok()) return status_ = graph.status();
+      replay_ = *graph;
+    }
+  }
+  if (replay_ != nullptr) Check(cudaGraphLaunch(replay_->exec, stream_), "launching a step");
+  if (!status_.ok()) return status_;
+  InFlight& step = in_flight_.emplace_back();
+  step.number = io_.Submitted();
+  step.collectives = replay_ != nullptr ? replay_->collectives : collectives_.stats();
+  for (const LogitRow& row : logit_rows_) {
+    const BatchSpan& span = spans_[row.span];
+    step.slots.push_back(span.slot);
+  }
+  uint32_t first_row = 0;
+  size_t next = 0;
+  for (size_t s = 0; s < spans_.size(); ++s) {
+    for (; next < logit_rows_.size() && logit_rows_[next].span == s; ++next) {
+      step.positions.push_back(spans_[s].begin + logit_rows_[next].row - first_row);
+    }
+    first_row += spans_[s].count;
+  }
+  step.rows = std::move(logit_rows_);
+  return absl::OkStatus();
+}
+
+bool CudaBackend::Done() {
+  if (in_flight_.empty()) return false;
+  if (io_.IsDone(in_flight_.front().number)) return true;
+  // A failure never writes the number: look now and then.
+  thread_local uint32_t polls = 0;
+  if (++polls % 4096 != 0) return false;
+  const cudaError_t error = cudaStreamQuery(stream_);
+  if (error == cudaErrorNotReady) return false;
+  return true;  // Collect says what happened
+}
+
+absl::StatusOr<StepOutput> CudaBackend::Collect() {
+  LOCKSTEP_CHECK(!in_flight_.empty());
+  const InFlight step = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  if (!io_.IsDone(step.number)) {
+    Check(cudaStreamSynchronize(stream_), "a step on the GPU");
+    if (status_.ok() && !io_.IsDone(step.number)) {
+      status_ = absl::InternalError("a step ended without its result");
+    }
+    if (!status_.ok()) return status_ = collectives_.Explain(status_);
+  }
+  StepOutput output;
+  output.collectives = step.collectives;
+  const kernels::StepStamp& stamp = io_.stamp(step.number);
+  output.device_ns = stamp.end_ns - stamp.begin_ns;
+  if (stamp.sampling_begin_ns != 0) output.sampling_ns = stamp.end_ns - stamp.sampling_begin_ns;
+  output.collectives.wait_ns = stamp.collectives.wait_ns;
+  output.collectives.transfer_ns = stamp.collectives.transfer_ns;
+  const uint64_t gap = stamp.begin_ns - last_end_ns_;
+  if (last_end_ns_ != 0 && gap < kIdleWithoutWorkNs) output.device_idle_ns = gap;
+  last_end_ns_ = stamp.end_ns;
+  if (plan_.rank != 0) return output;
+  const kernels::SampledRow* results = io_.results(step.number);
+  const kernels::RowLogprobs* logprobs = io_.logprobs(step.number);
+  for (size_t i = 0; i < step.rows.size(); ++i) {
+    AppendResult(step.rows[i], step.slots[i], step.positions[i], results[i], logprobs[i], &output);
+  }
+  return output;
+}
+
+bool CudaBackend::Drain() {
+  in_flight_.clear();
+  return cudaStreamSynchronize(stream_) == cudaSuccess;
+}
+
+}  // namespace lockstep::cuda
