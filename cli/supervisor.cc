@@ -1,7 +1,9 @@
 #include "cli/supervisor.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/signalfd.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -14,6 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "cli/child_process.h"
+#include "common/service_manager.h"
 #include "common/supervisor_link.h"
 
 namespace lockstep {
@@ -43,7 +46,8 @@ struct Child {
 
 class Supervisor {
  public:
-  explicit Supervisor(const SupervisorOptions& options) : options_(options) {
+  Supervisor(const SupervisorOptions& options, ServiceManager& service)
+      : options_(options), service_(service) {
     coordinator_.name = "coordinator";
     coordinator_.argv = options.coordinator;
     for (size_t i = 0; i < options.workers.size(); ++i) {
@@ -56,7 +60,7 @@ class Supervisor {
   }
 
   ~Supervisor() {
-    for (const int fd : notes_) {
+    for (const int fd : {notes_[0], notes_[1], signals_}) {
       if (fd >= 0) close(fd);
     }
   }
@@ -72,23 +76,37 @@ class Supervisor {
     sigemptyset(&set);
     for (int number : {SIGCHLD, SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, number);
     sigprocmask(SIG_BLOCK, &set, nullptr);
+    signals_ = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (signals_ < 0) {
+      Say(absl::StrCat("signalfd: ", strerror(errno)));
+      return 1;
+    }
     Start(coordinator_);
     for (Child& worker : workers_) Start(worker);
     while (!Finished()) {
-      siginfo_t info;
-      const timespec timeout = UntilNextEvent();
-      const int number = sigtimedwait(&set, &info, &timeout);
+      service_.Beat();
+      const int number = NextSignal();
       if (number == SIGTERM || number == SIGINT || number == SIGHUP) OnStopSignal();
       Reap();
       StartDue();
       KillOverdue();
       KillStopped();
     }
+    service_.Stopping();
     if (!last_word_.empty()) Say(last_word_);
     return exit_code_;
   }
 
  private:
+  // Waits until a signal, a note or the next thing to do; 0: no signal.
+  int NextSignal() const {
+    pollfd fds[] = {{signals_, POLLIN, 0}, {notes_[0], POLLIN, 0}};
+    poll(fds, 2, static_cast<int>(MsUntilNextEvent()));
+    signalfd_siginfo info;
+    if (read(signals_, &info, sizeof(info)) != sizeof(info)) return 0;
+    return static_cast<int>(info.ssi_signo);
+  }
+
   bool Finished() const {
     return ending_ && coordinator_.pid == 0 &&
            std::all_of(workers_.begin(), workers_.end(), [](const Child& w) { return w.pid == 0; });
@@ -102,6 +120,7 @@ class Supervisor {
         if (note == static_cast<char>(SupervisorNote::kServed)) child.quick_deaths = 0;
         child.was_ready = child.pid != 0;
       };
+      if (note == static_cast<char>(SupervisorNote::kReady)) service_.Ready();
       apply(coordinator_);
       for (Child& worker : workers_) apply(worker);
     }
@@ -126,6 +145,7 @@ class Supervisor {
   void OnStopSignal() {
     if (stop_signals_++ == 0 && coordinator_.pid != 0) {
       draining_ = true;
+      service_.Stopping();
       kill(coordinator_.pid, SIGTERM);
       return;
     }
@@ -253,7 +273,7 @@ class Supervisor {
     }
   }
 
-  timespec UntilNextEvent() const {
+  int64_t MsUntilNextEvent() const {
     int64_t at = NowMs() + 60'000;
     auto consider = [&](const Child& child) {
       if (child.restart_at_ms) at = std::min(at, *child.restart_at_ms);
@@ -263,13 +283,16 @@ class Supervisor {
     for (const Child& worker : workers_) consider(worker);
     if (ending_) at = std::min(at, kill_at_ms_);
     const int64_t wait = std::max<int64_t>(at - NowMs(), ending_ ? 20 : 0);
-    return timespec{wait / 1000, (wait % 1000) * 1'000'000};
+    const int64_t beat = service_.MsUntilBeat();
+    return beat < 0 ? wait : std::min(wait, beat);
   }
 
   const SupervisorOptions options_;
+  ServiceManager& service_;
   Child coordinator_;
   std::vector<Child> workers_;
   int notes_[2] = {-1, -1};  // the coordinator's, see SupervisorLink
+  int signals_ = -1;         // a signalfd
   int stop_signals_ = 0;
   bool draining_ = false;
   bool ending_ = false;
@@ -280,6 +303,9 @@ class Supervisor {
 
 }  // namespace
 
-int RunSupervisor(const SupervisorOptions& options) { return Supervisor(options).Run(); }
+int RunSupervisor(const SupervisorOptions& options) {
+  ServiceManager service;
+  return Supervisor(options, service).Run();
+}
 
 }  // namespace lockstep

@@ -8,7 +8,9 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -48,10 +50,12 @@ void ProcessEvents::Wake() const {
   [[maybe_unused]] const ssize_t written = write(wake_fd_, &one, sizeof(one));
 }
 
-ProcessEvents::Event ProcessEvents::Wait() const {
+ProcessEvents::Event ProcessEvents::Wait(int64_t timeout_ms) const {
   for (;;) {
     pollfd fds[] = {{signal_fd_, POLLIN, 0}, {wake_fd_, POLLIN, 0}};
-    if (poll(fds, 2, -1) < 0) continue;  // EINTR
+    const int found = poll(fds, 2, static_cast<int>(std::min<int64_t>(timeout_ms, INT_MAX)));
+    if (found == 0) return Event::kTimeout;
+    if (found < 0) continue;  // EINTR
     signalfd_siginfo info;
     if (read(signal_fd_, &info, sizeof(info)) == sizeof(info)) return Event::kTerminate;
     uint64_t count;

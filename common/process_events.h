@@ -4,13 +4,15 @@
 #ifndef LOCKSTEP_COMMON_PROCESS_EVENTS_H_
 #define LOCKSTEP_COMMON_PROCESS_EVENTS_H_
 
+#include <cstdint>
+
 #include "absl/status/statusor.h"
 
 namespace lockstep {
 
 class ProcessEvents {
  public:
-  enum class Event { kWoken, kTerminate };
+  enum class Event { kWoken, kTerminate, kTimeout };
 
   static absl::StatusOr<ProcessEvents> Install();
   ~ProcessEvents();
@@ -19,8 +21,8 @@ class ProcessEvents {
 
   // Any thread; wakes are merged.
   void Wake() const;
-  // Blocks.
-  Event Wait() const;
+  // Blocks; -1: for as long as it takes.
+  Event Wait(int64_t timeout_ms = -1) const;
 
  private:
   ProcessEvents(int signals, int wakes) : signal_fd_(signals), wake_fd_(wakes) {}

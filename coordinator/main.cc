@@ -21,6 +21,7 @@
 #include "common/flag_sources.h"
 #include "common/log.h"
 #include "common/process_events.h"
+#include "common/service_manager.h"
 #include "common/supervisor_link.h"
 #include "common/version.h"
 #include "coordinator/api/server.h"
@@ -67,8 +68,9 @@ absl::Status WritePortFile(const std::string& path, const std::string& json) {
 // From the flags to the exit code; signals are events by now.
 class Coordinator {
  public:
-  Coordinator(const CoordinatorOptions& options, const ProcessEvents& events)
-      : options_(options), events_(events) {}
+  Coordinator(const CoordinatorOptions& options, const ProcessEvents& events,
+              ServiceManager& service)
+      : options_(options), events_(events), service_(service) {}
   ~Coordinator() {
     // The doors end before the engine they ask.
     if (api_ != nullptr) api_->Stop(0);
@@ -84,6 +86,7 @@ class Coordinator {
 
   const CoordinatorOptions& options_;
   const ProcessEvents& events_;
+  ServiceManager& service_;
   const SupervisorLink supervisor_;
   Phases phases_;  // until workers could attach
   Clock::time_point open_since_;
@@ -166,6 +169,7 @@ absl::Status Coordinator::SayWhole(const EngineInfo& info) {
   }
   std::puts("ready");
   std::fflush(stdout);
+  service_.Ready();
   return absl::OkStatus();
 }
 
@@ -183,11 +187,15 @@ int Coordinator::Run() {
   bool was_ready = false;
   absl::Status failure;
   while (failure.ok() && !drained_) {
-    if (events_.Wait() == ProcessEvents::Event::kTerminate) {
+    service_.Beat();
+    const ProcessEvents::Event event = events_.Wait(service_.MsUntilBeat());
+    if (event == ProcessEvents::Event::kTimeout) continue;
+    if (event == ProcessEvents::Event::kTerminate) {
       if (drain.joinable()) {
         LogWarning("a second signal: ending at once");
         std::_Exit(1);
       }
+      service_.Stopping();
       drain = std::thread([this] { Drain(); });
       continue;
     }
@@ -216,6 +224,7 @@ void KeepMemoryFlat() {
 
 int Main(int argc, char** argv) {
   KeepMemoryFlat();
+  ServiceManager service;
   CLI::App app("lockstep-coordinator: schedules one group of workers and answers clients.",
                "lockstep-coordinator");
   app.set_version_flag("--version", absl::StrCat("lockstep-coordinator ", kVersion));
@@ -241,7 +250,7 @@ int Main(int argc, char** argv) {
   if (options.exit_with_parent && !DieWithParent()) return 1;
   const absl::StatusOr<ProcessEvents> events = ProcessEvents::Install();
   if (!events.ok()) return Fail(events.status());
-  Coordinator coordinator(options, *events);
+  Coordinator coordinator(options, *events, service);
   if (const absl::Status started = coordinator.Start(); !started.ok()) return Fail(started);
   return coordinator.Run();
 }

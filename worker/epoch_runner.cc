@@ -306,6 +306,7 @@ void EpochRunner::Start(Epoch& epoch) {
   ready->set_epoch(epoch.number);
   ready->set_rank(epoch.configure.rank());
   ready->set_collective_library(options_.collective_library);
+  if (options_.on_ready) options_.on_ready();
   send_(epoch.stream, message);
   LogInfo(absl::StrCat("epoch ", epoch.number, ": ready after ",
                        static_cast<int64_t>(1e3 * SecondsSince(start)), " ms"));

@@ -43,6 +43,8 @@ struct EpochRunnerOptions {
   bool terminal = false;           // progress as a bar on stderr
   int64_t release_timeout_ms = 0;
   std::function<std::unique_ptr<RankCommunicator>(const CommunicatorOptions&)> make_communicator;
+  // Told when an epoch is ready to step, before the coordinator is; may be empty.
+  std::function<void()> on_ready;
   // Asked when the first profile begins; empty where there is no device to trace.
   std::function<absl::StatusOr<std::unique_ptr<DeviceTrace>>()> open_trace;
 };

@@ -18,6 +18,7 @@
 #include "common/flag_sources.h"
 #include "common/log.h"
 #include "common/process_events.h"
+#include "common/service_manager.h"
 #include "common/version.h"
 #include "worker/checkpoint_host.h"
 #include "worker/comm/gloo_communicator.h"
@@ -166,7 +167,7 @@ SessionOptions MakeSessionOptions(const WorkerOptions& o, Gpu* gpu) {
   return options;
 }
 
-int Run(const WorkerOptions& o, const ProcessEvents& events) {
+int Run(const WorkerOptions& o, const ProcessEvents& events, ServiceManager& service) {
   std::unique_ptr<Gpu> gpu;
   if (o.backend == "cuda") {
     absl::StatusOr<std::unique_ptr<Gpu>> opened = Gpu::Open(o.device);
@@ -174,12 +175,20 @@ int Run(const WorkerOptions& o, const ProcessEvents& events) {
     gpu = *std::move(opened);
   }
   SessionOptions options = MakeSessionOptions(o, gpu.get());
+  options.runner.on_ready = [&service] { service.Ready(); };
+  service.Status(absl::StrCat("waiting for the coordinator at ", o.coordinator));
   std::unique_ptr<ModelHost> host =
       InjectFaults(*ParseFaults(o.inject), MakeCheckpointHost(o.threads, gpu.get()),
                    &options.runner.make_communicator);
   Session session(std::move(options), MakeGrpcPlane(o.coordinator, o.insecure), std::move(host));
   std::thread signals([&] {
-    if (events.Wait() == ProcessEvents::Event::kTerminate) session.Stop();
+    ProcessEvents::Event event;
+    do {
+      service.Beat();
+      event = events.Wait(service.MsUntilBeat());
+    } while (event == ProcessEvents::Event::kTimeout);
+    service.Stopping();
+    if (event == ProcessEvents::Event::kTerminate) session.Stop();
   });
   const SessionEnd end = session.Run();
   events.Wake();
@@ -191,6 +200,7 @@ int Run(const WorkerOptions& o, const ProcessEvents& events) {
 }
 
 int Main(int argc, char** argv) {
+  ServiceManager service;
   // A child of `lockstep serve` inherits its environment: the file that
   // LOCKSTEP_CONFIG names is the coordinator's, and faults are for the command
   // line alone.
@@ -225,7 +235,7 @@ int Main(int argc, char** argv) {
   if (options.exit_with_parent && !DieWithParent()) {
     return Fail(absl::UnavailableError("--exit-with-parent: the parent is gone"), 1);
   }
-  return Run(options, *events);
+  return Run(options, *events, service);
 }
 
 }  // namespace

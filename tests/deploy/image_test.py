@@ -194,13 +194,15 @@ class UnitTest(unittest.TestCase):
                                ("SystemCallFilter", "@system-service")):
                 self.assertEqual(settings.get(key), [value], f"{unit.name}: {key}")
 
-    def test_the_daemons_say_nothing_to_systemd_so_units_do_not_wait(self):
-        said = subprocess.run(["grep", "-rlE", "sd_notify|NOTIFY_SOCKET", "--include=*.cc",
-                               "cli", "common", "coordinator", "worker"], cwd=harness.ROOT,
-                              capture_output=True, text=True).stdout
+    def test_systemd_waits_for_their_word_and_not_for_each_other(self):
         for unit in UNITS:
-            if not said:
-                self.assertEqual(self.settings(unit)["Type"], ["exec"], unit.name)
+            settings = self.settings(unit)
+            self.assertEqual(settings["Type"], ["notify"], unit.name)
+            self.assertGreaterEqual(int(settings["WatchdogSec"][0]), 10, unit.name)
+            self.assertIn(settings["TimeoutStartSec"][0], ("30min", "infinity"), unit.name)
+            # The coordinator is ready once its workers are: either after the other is never.
+            for order in settings["After"]:
+                self.assertNotIn("lockstep", order, unit.name)
 
     def test_the_workers_settings_are_variables_it_reads(self):
         done = subprocess.run(
