@@ -1,23 +1,19 @@
-"""The openai package against the doors: every call it has for what we serve.
+"""The openai package against the real server; tool calls against a scripted one.
 
-    openai_test.py SCRIPTED_SERVER
-
-Exit 77, with a loud line, where the package is not installed.
+    openai_test.py BUILD_DIR
 """
 
-import hashlib
 import json
-import subprocess
-import sys
 import tempfile
+import threading
+import time
 
-try:
-    import openai
-except ImportError:
-    print("SKIPPED openai_client: python3 has no openai package; `pip install openai`")
-    sys.exit(77)
+import harness
 
-KEY = "sk-of-this-test"
+harness.need_python("openai")
+import openai  # noqa: E402
+
+EXPECTED = json.loads((harness.DEMO.parent / "expected.json").read_text())["cases"]
 TOOLS = [
     {
         "type": "function",
@@ -30,75 +26,174 @@ TOOLS = [
 ]
 
 
-def say(text):
-    """Messages that are answered with `text`."""
-    return [{"role": "system", "content": "s"}, {"role": "user", "content": f"ANSWER:{text}:END"}]
+def connect(server, key=harness.KEY):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
 
 
-def completions(client):
-    model = client.models.list().data[0].id
-    assert client.models.retrieve(model).id == model
-    whole = client.completions.create(
-        model=model, prompt="ANSWER:The lamp is green.:END", max_tokens=50, logprobs=2, n=2, seed=7
-    )
-    assert [c.text for c in whole.choices] == ["The lamp is green."] * 2, whole
-    assert whole.choices[0].finish_reason == "stop"
-    assert len(whole.choices[0].logprobs.tokens) == whole.usage.completion_tokens / 2
-    batch = client.completions.create(
-        model=model, prompt=["ANSWER:a:END", "ANSWER:b:END"], max_tokens=9
-    )
-    assert [c.text for c in batch.choices] == ["a", "b"]
-    ids = client.completions.create(model=model, prompt=[[5, 6], [7]], max_tokens=3)
-    assert ids.usage.prompt_tokens == 3
-    scored = client.completions.create(
-        model=model, prompt=[5, 6, 7], max_tokens=0, echo=True, logprobs=1
-    )
-    assert scored.choices[0].logprobs.token_logprobs[0] is None
-    stream = client.completions.create(
-        model=model,
-        prompt="ANSWER:One two three:END",
-        max_tokens=50,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"return_token_ids": True, "ignore_eos": False},
-    )
-    chunks = list(stream)
-    assert "".join(c.choices[0].text for c in chunks if c.choices) == "One two three"
-    assert chunks[-1].usage.completion_tokens > 0 and not chunks[-1].choices
+def models(client):
+    listed = client.models.list().data
+    assert [model.id for model in listed] == ["demo"] and listed[0].owned_by == "lockstep"
+    assert client.models.retrieve("demo").id == "demo"
+    assert harness.raises(openai.NotFoundError, client.models.retrieve, "gpt").param == "model"
+
+
+def prompt_forms(client):
+    """A string, token ids and lists of both are the same request."""
+    chosen = [EXPECTED[0], EXPECTED[7], EXPECTED[20]]
+    texts = [case["prompt_text"] for case in chosen]
+    ids = [case["prompt_token_ids"] for case in chosen]
+    answers = [case["text"] for case in chosen]
+    create = client.completions.create
+
+    def said(prompt):
+        whole = create(
+            model="demo", prompt=prompt, temperature=0, max_tokens=64,
+            extra_body={"add_special_tokens": False},
+        )  # fmt: skip
+        assert [choice.index for choice in whole.choices] == list(range(len(whole.choices)))
+        assert all(choice.finish_reason == "stop" for choice in whole.choices)
+        return [choice.text for choice in whole.choices], whole.usage
+
+    for prompt, case in zip(texts + ids, chosen * 2):
+        got, usage = said(prompt)
+        assert got == [case["text"]], (prompt, got)
+        assert usage.prompt_tokens == len(case["prompt_token_ids"])
+        assert usage.completion_tokens == len(case["greedy_token_ids"])
+    for prompt in (texts, ids):
+        got, usage = said(prompt)
+        assert got == answers, got
+        assert usage.prompt_tokens == sum(map(len, ids))
+
+
+def sampling(client):
+    case = EXPECTED[0]
+    ids, first = case["prompt_token_ids"], case["greedy_token_ids"][0]
+    create = client.completions.create
+
+    def drawn(seed, n=4):
+        return create(model="demo", prompt=[1, 4], n=n, seed=seed, temperature=2, max_tokens=12)
+
+    once = drawn(7)
+    assert [choice.index for choice in once.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in once.choices]
+    assert len(set(texts)) > 1, texts
+    assert texts == [choice.text for choice in drawn(7).choices]
+    assert texts != [choice.text for choice in drawn(8).choices]
+
+    def greedy(**options):
+        extra = {"return_token_ids": True, **options.pop("extra_body", {})}
+        return create(model="demo", prompt=ids, temperature=0, extra_body=extra, **options).choices[0]
+
+    assert greedy(max_tokens=1).token_ids == [first]
+    assert greedy(max_tokens=1).finish_reason == "length"
+    assert greedy(max_tokens=1, logit_bias={str(first): -100}).token_ids != [first]
+    assert greedy(max_tokens=3, logit_bias={"42": 100}).token_ids == [42, 42, 42]
+    # "35 + 28 = 63"
+    stopped = greedy(max_tokens=32, stop=[" = ", "never"])
+    assert stopped.text == "35 + 28" and stopped.finish_reason == "stop", stopped
+    assert stopped.stop_reason == " = "
+    past = greedy(max_tokens=40, extra_body={"ignore_eos": True, "min_tokens": 40})
+    assert len(past.token_ids) == 40 and past.finish_reason == "length"
+
+
+def scored(client):
+    case = EXPECTED[0]
+    ids, continuation = case["prompt_token_ids"], case["greedy_token_ids"]
+    create = client.completions.create
+    answered = create(model="demo", prompt=ids, temperature=0, max_tokens=64, logprobs=3).choices[0]
+    tokens = answered.logprobs.tokens
+    assert len(tokens) == len(answered.logprobs.token_logprobs) == len(continuation)
+    # Greedy: each token is the likeliest of its alternatives, and the logprobs are a distribution's.
+    for chosen, top in zip(answered.logprobs.token_logprobs, answered.logprobs.top_logprobs):
+        assert len(top) == 3 and chosen == max(top.values()) <= 0, (chosen, top)
+    # The same tokens, scored as a prompt: what was said when they were chosen.
+    echoed = create(
+        model="demo", prompt=ids + continuation, max_tokens=0, echo=True, logprobs=1
+    ).choices[0]
+    assert echoed.text.endswith(case["text"]) or case["text"] in echoed.text, echoed.text
+    again = echoed.logprobs.token_logprobs
+    assert again[0] is None and len(again) == len(ids) + len(continuation)
+    differences = [abs(a - b) for a, b in zip(again[len(ids) :], answered.logprobs.token_logprobs)]
+    assert max(differences) < 1e-3, differences
+
+
+def streams(client):
+    case = EXPECTED[20]
+    options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+    chunks = list(
+        client.completions.create(
+            model="demo", prompt=case["prompt_token_ids"], max_tokens=64, logprobs=0, **options,
+            extra_body={"return_token_ids": True},
+        )
+    )  # fmt: skip
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == case["text"]
+    ids = [token for c in chunks if c.choices for token in c.choices[0].token_ids]
+    assert ids == case["greedy_token_ids"]
+    assert chunks[-1].usage.completion_tokens == len(ids) and not chunks[-1].choices
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert len({c.id for c in chunks}) == 1
+    # Several choices of several prompts share one stream; each is whole.
+    prompts = [EXPECTED[0], EXPECTED[7]]
+    texts = {}
+    for chunk in client.completions.create(
+        model="demo", prompt=[p["prompt_token_ids"] for p in prompts], n=2, max_tokens=64, **options
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+    assert [texts[i] for i in range(4)] == [p["text"] for p in prompts for _ in range(2)], texts
 
 
 def chat(client):
-    text = "Gr\u00fc\u00df dich \u2713 \U0001f404"
+    for case in EXPECTED:
+        whole = client.chat.completions.create(
+            model="demo", messages=case["messages"], temperature=0, max_completion_tokens=400
+        )
+        message = whole.choices[0].message
+        assert (message.role, message.content) == ("assistant", case["text"]), (case, whole)
+        assert whole.usage.prompt_tokens == len(case["prompt_token_ids"])
+        assert message.tool_calls is None
+    case = EXPECTED[0]
+    messages = case["messages"]
     whole = client.chat.completions.create(
-        model="demo", messages=say(text), logprobs=True, top_logprobs=2, max_completion_tokens=90
+        model="demo", messages=messages, temperature=0, logprobs=True, top_logprobs=2, n=2
     )
-    assert whole.choices[0].message.content == text, whole
-    assert whole.choices[0].message.role == "assistant"
-    entries = whole.choices[0].logprobs.content
-    assert len(entries) == whole.usage.completion_tokens
-    assert b"".join(bytes(e.bytes) for e in entries).decode().startswith(text)
-    assert len(entries[0].top_logprobs) == 2
+    for choice in whole.choices:
+        entries = choice.logprobs.content
+        assert len(entries) == len(case["greedy_token_ids"])
+        assert b"".join(bytes(e.bytes) for e in entries).decode().startswith(case["text"])
+        assert all(len(e.top_logprobs) == 2 and e.top_logprobs[0].token == e.token for e in entries)
     chunks = list(
         client.chat.completions.create(
-            model="demo", messages=say(text), stream=True, stream_options={"include_usage": True}
+            model="demo", messages=messages, temperature=0, stream=True, logprobs=True,
+            stream_options={"include_usage": True},
         )
-    )
+    )  # fmt: skip
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
-    assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + whole.usage.completion_tokens
-    with client.chat.completions.stream(model="demo", messages=say(text)) as events:
-        assert events.get_final_completion().choices[0].message.content == text
-    parts = [{"role": "user", "content": [{"type": "text", "text": "ANSWER:ok:END"}]}]
-    assert client.chat.completions.create(model="demo", messages=parts).choices[0].message.content == "ok"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == case["text"]
+    assert chunks[-1].usage.total_tokens == whole.usage.prompt_tokens + len(case["greedy_token_ids"])
+    streamed = [e.logprob for c in chunks if c.choices and c.choices[0].logprobs
+                for e in c.choices[0].logprobs.content]  # fmt: skip
+    assert len(streamed) == len(case["greedy_token_ids"])
+    with client.chat.completions.stream(model="demo", messages=messages, temperature=0) as events:
+        assert events.get_final_completion().choices[0].message.content == case["text"]
+    parts = [{"role": "user", "content": [{"type": "text", "text": messages[0]["content"]}]}]
+    told = client.chat.completions.create(model="demo", messages=parts, temperature=0)
+    assert told.choices[0].message.content == case["text"]
 
 
 def tools(client):
+    """The demo model knows no tools: what it would have said is scripted."""
+
+    def say(text):
+        return [{"role": "user", "content": f"ANSWER:{text}:END"}]
+
+    create = client.chat.completions.create
     arguments = '{"city": "Graz"}'
     for text in (
         f'<tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>',
         f'{{"name": "weather", "parameters": {arguments}}}',
     ):
-        whole = client.chat.completions.create(model="demo", messages=say(text), tools=TOOLS)
+        whole = create(model="demo", messages=say(text), tools=TOOLS)
         message = whole.choices[0].message
         assert whole.choices[0].finish_reason == "tool_calls", whole
         assert message.content is None and len(message.tool_calls) == 1
@@ -110,60 +205,102 @@ def tools(client):
         assert final.finish_reason == "tool_calls"
         assert final.message.tool_calls[0].function.arguments == arguments
         # The message goes back as it came; the demo's template knows no tools.
-        again = say("x") + [message.model_dump(), *say("It rains.")[1:]]
-        reply = client.chat.completions.create(model="demo", messages=again, tools=TOOLS)
-        assert reply.choices[0].message.content == "It rains."
+        again = say("x") + [message.model_dump(), *say("It rains.")]
+        reply = create(model="demo", messages=again, tools=TOOLS).choices[0].message
+        assert reply.content == "It rains."
+        # Without tools, or with tool_choice none, the same text is just text.
+        plain = create(model="demo", messages=say(text), tools=TOOLS, tool_choice="none")
+        assert plain.choices[0].message.content == text and plain.choices[0].finish_reason == "stop"
+    unicode = "Gr\u00fc\u00df dich \u2713 \U0001f404"
+    stream = create(model="demo", messages=say(unicode), stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in stream) == unicode
 
 
-def errors(client, port):
-    def refused(kind, param, call, **arguments):
-        try:
-            call(model=arguments.pop("model", "demo"), **arguments)
-        except kind as error:
-            assert error.param == param, (error.param, error.message)
-            assert error.request_id
-        else:
-            raise AssertionError(f"{arguments} was not refused")
+def refusals(client, server):
+    chat_create, create = client.chat.completions.create, client.completions.create
+    messages = [{"role": "user", "content": "x"}]
+    for param, call, arguments in (
+        ("temperature", chat_create, {"messages": messages, "temperature": 3}),
+        ("tool_choice", chat_create, {"messages": messages, "tools": TOOLS, "tool_choice": "required"}),
+        ("response_format", chat_create, {"messages": messages, "response_format": {"type": "json_object"}}),
+        ("top_logprobs", chat_create, {"messages": messages, "logprobs": True, "top_logprobs": 21}),
+        ("suffix", create, {"prompt": "x", "suffix": "y"}),
+        ("best_of", create, {"prompt": "x", "best_of": 2}),
+        ("logprobs", create, {"prompt": "x", "logprobs": 21}),
+        ("n", create, {"prompt": "x", "n": 17}),
+        ("prompt", create, {"prompt": [5, 1_000_000]}),
+        ("max_tokens", create, {"prompt": "x", "max_tokens": 5000}),
+        ("stop", create, {"prompt": "x", "stop": [str(i) for i in range(17)]}),
+        ("logit_bias", create, {"prompt": "x", "logit_bias": {"5": 101}}),
+        ("guided_regex", create, {"prompt": "x", "extra_body": {"guided_regex": "a"}}),
+    ):  # fmt: skip
+        error = harness.raises(openai.BadRequestError, call, model="demo", **arguments)
+        assert error.param and error.param.split("[")[0].split(".")[0] == param, (param, error.param, error.message)
+        assert error.request_id and error.type == "invalid_request_error", (error.type, error.body)
+    # A stream is refused before it begins, as an exception of the call itself.
+    harness.raises(
+        openai.BadRequestError, create, model="demo", prompt="x", stream=True, temperature=-1
+    )
+    assert harness.raises(openai.NotFoundError, create, model="other", prompt="x").param == "model"
+    stranger = harness.raises(openai.AuthenticationError, connect(server, "wrong").models.list)
+    assert stranger.code == "invalid_api_key"
 
-    create = client.chat.completions.create
-    refused(openai.BadRequestError, "temperature", create, messages=say("x"), temperature=3)
-    refused(openai.BadRequestError, "tool_choice", create, messages=say("x"), tools=TOOLS,
-            tool_choice="required")
-    refused(openai.BadRequestError, "response_format", create, messages=say("x"),
-            response_format={"type": "json_object"})
-    refused(openai.BadRequestError, "suffix", client.completions.create, prompt="x", suffix="y")
-    refused(openai.BadRequestError, "best_of", client.completions.create, prompt="x", best_of=2)
-    refused(openai.NotFoundError, "model", create, messages=say("x"), model="other")
-    stranger = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="wrong", max_retries=0)
-    try:
-        stranger.models.list()
-    except openai.AuthenticationError as error:
-        assert error.code == "invalid_api_key"
-    else:
-        raise AssertionError("a wrong key was not refused")
+
+def leave(client, server):
+    """A client that goes away in the middle frees what its request held."""
+    before = server.metric("lockstep_requests_total", outcome="cancelled")
+    stream = client.completions.create(
+        model="demo", prompt="Tell me a story", max_tokens=2000, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    for _ in range(3):
+        next(stream)
+    assert server.metric("lockstep_requests", state="running") == 1
+    stream.close()
+    assert server.becomes_idle()
+    assert server.metric("lockstep_requests_total", outcome="cancelled") == before + 1
+
+
+def crowd(client, server):
+    """More than fits: one runs, one waits, the next is told when to come back."""
+    arguments = dict(
+        model="demo", prompt="Tell me a story", max_tokens=1500, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    running = client.completions.create(**arguments)
+    next(running)
+    waiting = []
+    thread = threading.Thread(target=lambda: waiting.append(client.completions.create(**arguments)))
+    thread.start()
+    until = time.monotonic() + 20
+    while server.metric("lockstep_requests", state="waiting") != 1 and time.monotonic() < until:
+        time.sleep(0.02)
+    full = harness.raises(openai.RateLimitError, client.completions.create, **arguments)
+    assert int(full.response.headers["retry-after"]) >= 1, full.response.headers
+    assert full.status_code == 429
+    # The package itself comes back after the delay that it was told, and then finds room.
+    patient = client.with_options(max_retries=5)
+    threading.Timer(0.2, running.close).start()
+    answer = patient.completions.create(model="demo", prompt="x", max_tokens=1)
+    assert answer.usage.completion_tokens == 1
+    thread.join(timeout=60)
+    waiting[0].close()
+    assert server.becomes_idle()
 
 
 def main():
-    with tempfile.NamedTemporaryFile("w") as keys:
-        keys.write(hashlib.sha256(KEY.encode()).hexdigest() + " test\n")
-        keys.flush()
-        server = subprocess.Popen(
-            [sys.argv[1], "--api-key-file", keys.name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        try:
-            port = int(server.stdout.readline().split()[0])
-            client = openai.OpenAI(
-                base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=60
-            )
-            completions(client)
-            chat(client)
-            tools(client)
-            errors(client, port)
-        finally:
-            server.stdin.close()
-            server.wait(timeout=30)
-    print(f"openai {openai.__version__}: completions, chat, tools, errors")
+    with tempfile.TemporaryDirectory() as folder:
+        with harness.Server("--api-key-file", harness.key_file(folder)) as server:
+            client = connect(server)
+            for check in (models, prompt_forms, sampling, scored, streams, chat):
+                check(client)
+            refusals(client, server)
+            leave(client, server)
+    with harness.Server("--max-num-seqs", 1, "--max-queued-requests", 1) as server:
+        crowd(connect(server), server)
+    with harness.ScriptedServer() as server:
+        tools(connect(server))
+    print(f"openai {openai.__version__}: models, completions, chat, streams, tools, refusals")
 
 
 if __name__ == "__main__":
