@@ -3,6 +3,7 @@
 //
 //   bench_gemv              GB/s of weights by shape and rows
 //   bench_gemv fp8          the same of e4m3 weights
+//   bench_gemv cluster [fp8]  of 16, 32 and 64 rows in clusters (kernels/skinny_cluster.h)
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "kernels/gemv.h"
+#include "kernels/skinny_cluster.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -70,6 +72,7 @@ class Bench {
  public:
   explicit Bench(bool fp8) : fp8_(fp8) {
     CHECK_CUDA(InitGemv());
+    CHECK_CUDA(InitSkinnyCluster());
     CHECK_CUDA(cudaMalloc(&weights_, kBytes));
     CHECK_CUDA(cudaMalloc(&x_, kSmall));
     CHECK_CUDA(cudaMalloc(&out_, kSmall));
@@ -98,20 +101,32 @@ class Bench {
     return args;
   }
 
-  // Microseconds a launch.
-  double Time(GemvArgs args) {
-    const size_t bytes = size_t{static_cast<unsigned>(args.n)} * args.k * (fp8_ ? 1 : 2);
+  SkinnyClusterArgs ClusterArgs(const Shape& shape, int m, int split) const {
+    SkinnyClusterArgs args;
+    args.weights = weights_;
+    args.type = fp8_ ? Type::kE4M3 : Type::kBF16;
+    args.n = shape.n;
+    args.k = shape.k;
+    args.m = m;
+    args.x = x_;
+    if (fp8_) args.weight_scales = args.x_scales = static_cast<const float*>(scales_);
+    args.out = out_;
+    args.epilogue = shape.epilogue;
+    args.split = split;
+    return args;
+  }
+
+  // Microseconds a launch of `run(launch, weights)`.
+  template <typename Run>
+  double Time(size_t bytes, Run run) {
     const size_t step = (bytes + 255) / 256 * 256;
     const int copies = static_cast<int>(std::max<size_t>(1, kBytes / step));
     const int launches = std::clamp(static_cast<int>((size_t{1} << 30) / bytes), 4, 200);
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t exec = nullptr;
     CHECK_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < launches; ++i) {
-      args.weights = static_cast<const char*>(weights_) + step * (i % copies);
-      const Launch launch = {stream_, true};
-      CHECK_CUDA(Gemv(launch, args));
-    }
+    for (int i = 0; i < launches; ++i)
+      CHECK_CUDA(run({stream_, true}, static_cast<const char*>(weights_) + step * (i % copies)));
     CHECK_CUDA(cudaStreamEndCapture(stream_, &graph));
     CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
     std::vector<float> times;
@@ -129,8 +144,24 @@ class Bench {
     std::sort(times.begin(), times.end());
     return times[times.size() / 2] * 1e3 / launches;
   }
-  double GbPerSecond(const GemvArgs& args) {
-    return double(args.n) * args.k * (fp8_ ? 1 : 2) / Time(args) * 1e-3;
+  size_t Bytes(const Shape& shape) const {
+    return size_t{static_cast<unsigned>(shape.n)} * shape.k * (fp8_ ? 1 : 2);
+  }
+  double Time(const Shape& shape, int m) {
+    GemvArgs args = Args(shape, m);
+    return Time(Bytes(shape), [&](const Launch& launch, const void* weights) {
+      args.weights = weights;
+      return Gemv(launch, args);
+    });
+  }
+  // 0: it is not taken.
+  double ClusterTime(const Shape& shape, int m, int split) {
+    SkinnyClusterArgs args = ClusterArgs(shape, m, split);
+    if (!SkinnyClusterSupports(args)) return 0;
+    return Time(Bytes(shape), [&](const Launch& launch, const void* weights) {
+      args.weights = weights;
+      return SkinnyCluster(launch, args);
+    });
   }
 
  private:
@@ -147,13 +178,37 @@ void Table(Bench& bench) {
     std::printf("%-15s %6d %6d      ", shape.what, shape.n, shape.k);
     double first = 0, last = 0;
     for (int m : {1, 2, 4, 8, 16}) {
-      const GemvArgs args = bench.Args(shape, m);
-      last = bench.GbPerSecond(args);
+      last = bench.Time(shape, m);
       if (m == 1) first = last;
-      std::printf(" %5.0f", last);
+      std::printf(" %5.0f", static_cast<double>(bench.Bytes(shape)) / last * 1e-3);
     }
-    const double bytes = double(shape.n) * shape.k * (bench.Args(shape, 1).scales ? 1 : 2);
-    std::printf(" | %6.2f %6.2f\n", bytes / first * 1e-3, bytes / last * 1e-3);
+    std::printf(" | %6.2f %6.2f\n", first, last);
+    std::fflush(stdout);
+  }
+}
+
+void ClusterTable(Bench& bench) {
+  std::printf("us of rows (blocks that share K)\n");
+  std::printf(
+      "%-15s %6s %6s  16(*)  (2)    (4)    (8)  GB/s |  32(*) |  64(*)    (4)    (8)  GB/s\n", "",
+      "N", "K");
+  for (const Shape& shape : kShapes) {
+    std::printf("%-15s %6d %6d ", shape.what, shape.n, shape.k);
+    double best = 0;
+    for (int split : {0, 2, 4, 8}) {
+      const double us = bench.ClusterTime(shape, 16, split);
+      if (split == 0) best = us;
+      std::printf(" %6.2f", us);
+    }
+    std::printf("  %4.0f | %6.2f |", static_cast<double>(bench.Bytes(shape)) / best * 1e-3,
+                bench.ClusterTime(shape, 32, 0));
+    for (int split : {0, 4, 8}) {
+      const double us = bench.ClusterTime(shape, 64, split);
+      if (split == 0) best = us;
+      std::printf(" %6.2f", us);
+    }
+    std::printf("  %4.0f\n",
+                best == 0 ? 0.0 : static_cast<double>(bench.Bytes(shape)) / best * 1e-3);
     std::fflush(stdout);
   }
 }
@@ -162,8 +217,12 @@ void Table(Bench& bench) {
 }  // namespace lockstep::kernels
 
 int main(int argc, char** argv) {
-  const bool fp8 = argc > 1 && std::strcmp(argv[1], "fp8") == 0;
+  bool fp8 = false, cluster = false;
+  for (int i = 1; i < argc; ++i) {
+    fp8 |= std::strcmp(argv[i], "fp8") == 0;
+    cluster |= std::strcmp(argv[i], "cluster") == 0;
+  }
   lockstep::kernels::Bench bench(fp8);
-  lockstep::kernels::Table(bench);
+  cluster ? lockstep::kernels::ClusterTable(bench) : lockstep::kernels::Table(bench);
   return 0;
 }

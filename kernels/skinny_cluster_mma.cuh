@@ -1,0 +1,169 @@
+// What the products of skinny_cluster.cuh ask of Hopper: warpgroup products of 64 rows
+// of weights with 16, 32 or 64 rows of x, boxes by the copy engine, and shared memory of
+// other blocks of the cluster.
+#ifndef LOCKSTEP_KERNELS_SKINNY_CLUSTER_MMA_CUH_
+#define LOCKSTEP_KERNELS_SKINNY_CLUSTER_MMA_CUH_
+
+#include <cuda.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "kernels/bulk_copy.cuh"
+#include "kernels/device.cuh"
+
+namespace lockstep::kernels {
+
+// Rows of 128 bytes, of which the copy engine has swizzled the 16-byte parts; eight of
+// them to 1,024 aligned bytes. The summed dimension is the contiguous one.
+__device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t address) {
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 |
+         static_cast<uint64_t>(1024 >> 4) << 32 | uint64_t{1} << 62;
+}
+
+// To be before the first product that uses registers which others wrote.
+__device__ __forceinline__ void ProductsFence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ProductsCommit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ProductsAwait() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+// Keeps the compiler from moving uses of the sums across fences and waits.
+template <int N>
+__device__ __forceinline__ void Pin(float (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(v[i])::"memory");
+}
+
+#define LOCKSTEP_SUMS8(d, i)                                                                  \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define LOCKSTEP_NAMES8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LOCKSTEP_NAMES16 LOCKSTEP_NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LOCKSTEP_NAMES32                                                     \
+  LOCKSTEP_NAMES16                                                           \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+  "%30, %31"
+// tail: of the types that may lie transposed, that they do not.
+#define LOCKSTEP_PRODUCT16(shape, types, tail)                                       \
+  asm volatile(                                                                      \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n16" shape ".f32." types " {" LOCKSTEP_NAMES8 \
+      "}, %8, %9, p, 1, 1" tail ";\n}"                                               \
+      : LOCKSTEP_SUMS8(d, 0)                                                         \
+      : "l"(a), "l"(b), "r"(add))
+#define LOCKSTEP_PRODUCT32(shape, types, tail)                                        \
+  asm volatile(                                                                       \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                    \
+      "wgmma.mma_async.sync.aligned.m64n32" shape ".f32." types " {" LOCKSTEP_NAMES16 \
+      "}, %16, %17, p, 1, 1" tail ";\n}"                                              \
+      : LOCKSTEP_SUMS8(d, 0), LOCKSTEP_SUMS8(d, 8)                                    \
+      : "l"(a), "l"(b), "r"(add))
+#define LOCKSTEP_PRODUCT64(shape, types, tail)                                                   \
+  asm volatile(                                                                                  \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                               \
+      "wgmma.mma_async.sync.aligned.m64n64" shape ".f32." types " {" LOCKSTEP_NAMES32            \
+      "}, %32, %33, p, 1, 1" tail ";\n}"                                                         \
+      : LOCKSTEP_SUMS8(d, 0), LOCKSTEP_SUMS8(d, 8), LOCKSTEP_SUMS8(d, 16), LOCKSTEP_SUMS8(d, 24) \
+      : "l"(a), "l"(b), "r"(add))
+#define LOCKSTEP_PRODUCT_OF(N)                             \
+  if constexpr (std::is_same_v<W, __half>) {               \
+    LOCKSTEP_PRODUCT##N("k16", "f16.f16", ", 0, 0");       \
+  } else if constexpr (std::is_same_v<W, __nv_bfloat16>) { \
+    LOCKSTEP_PRODUCT##N("k16", "bf16.bf16", ", 0, 0");     \
+  } else {                                                 \
+    LOCKSTEP_PRODUCT##N("k32", "e4m3.e4m3", "");           \
+  }
+
+// d [64][rows] = a [64][32 bytes] . b [rows][32 bytes]^T, + d where `add`.
+template <typename W>
+__device__ __forceinline__ void Product(float (&d)[8], uint64_t a, uint64_t b, int add) {
+  LOCKSTEP_PRODUCT_OF(16)
+}
+template <typename W>
+__device__ __forceinline__ void Product(float (&d)[16], uint64_t a, uint64_t b, int add) {
+  LOCKSTEP_PRODUCT_OF(32)
+}
+template <typename W>
+__device__ __forceinline__ void Product(float (&d)[32], uint64_t a, uint64_t b, int add) {
+  LOCKSTEP_PRODUCT_OF(64)
+}
+
+#undef LOCKSTEP_SUMS8
+#undef LOCKSTEP_NAMES8
+#undef LOCKSTEP_NAMES16
+#undef LOCKSTEP_NAMES32
+#undef LOCKSTEP_PRODUCT16
+#undef LOCKSTEP_PRODUCT32
+#undef LOCKSTEP_PRODUCT64
+#undef LOCKSTEP_PRODUCT_OF
+
+// A box of a matrix, whose first element is (x, y).
+__device__ __forceinline__ void CopyBox(void* to, const CUtensorMap* map, int x, int y,
+                                        uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3}], [%4];" ::"r"(SharedAddress(to)),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(SharedAddress(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
+}
+
+__device__ __forceinline__ uint32_t ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ClusterAwait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address in block `rank` of what lies at `address` here.
+__device__ __forceinline__ uint32_t AddressIn(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ void StoreRemote(uint32_t address, float a, float b) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b)
+               : "memory");
+}
+__device__ __forceinline__ void ArriveRemote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+// BarrierWait and the same for arrivals from other blocks of the cluster. A wait that
+// never ends is a bug here; it traps without a word, since a call of any function
+// (printf) makes the compiler wait for every single wgmma.
+__device__ __forceinline__ void ClusterBarrierWait(uint64_t* barrier, uint32_t parity) {
+  Patience patience(kBarrierPatienceNs);
+  while (!BarrierTry(barrier, parity)) {
+    if (patience.Exhausted()) __trap();
+  }
+}
+__device__ __forceinline__ void ClusterBarrierWaitRemote(uint64_t* barrier, uint32_t parity) {
+  Patience patience(kBarrierPatienceNs);
+  for (;;) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(SharedAddress(barrier)), "r"(parity)
+        : "memory");
+    if (done != 0) return;
+    if (patience.Exhausted()) __trap();
+  }
+}
+
+}  // namespace lockstep::kernels
+
+#endif  // LOCKSTEP_KERNELS_SKINNY_CLUSTER_MMA_CUH_

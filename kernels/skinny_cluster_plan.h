@@ -1,0 +1,71 @@
+// How a product is dealt to clusters: inside of kernels/skinny_cluster.h.
+#ifndef LOCKSTEP_KERNELS_SKINNY_CLUSTER_PLAN_H_
+#define LOCKSTEP_KERNELS_SKINNY_CLUSTER_PLAN_H_
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/skinny_cluster.h"
+
+namespace lockstep::kernels {
+
+inline constexpr int kClusterTile = 64;    // weight rows, as many as wgmma multiplies
+inline constexpr int kClusterChunk = 128;  // bytes of a row: a stage is a tile of them
+inline constexpr int kClusterStageBytes = kClusterTile * kClusterChunk;
+inline constexpr int kMaxClusterSplit = 8;
+inline constexpr int kMaxClusterStages = 24;
+inline constexpr int kMinClusterStages = 6;
+inline constexpr size_t kMaxClusterShared = 226 << 10;
+
+// Warpgroups that take turns at the stages; of the widest x one, since their sums
+// would not fit.
+constexpr int ClusterGroups(int rows) { return rows <= 32 ? 2 : 1; }
+constexpr int ClusterThreads(int rows) { return ClusterGroups(rows) * 128 + 32; }
+// A row of sums: padded against bank conflicts.
+constexpr int ClusterSumStride(int rows) { return rows + 8; }
+// Two tiles' sums from every warpgroup of the cluster, of the rows that are the block's.
+constexpr size_t ClusterSumBytes(int rows) {
+  return sizeof(float) * 2 * ClusterGroups(rows) * kClusterTile * ClusterSumStride(rows);
+}
+
+struct ClusterParams {
+  CUtensorMap weights, x;
+  const float *weight_scales, *x_scales;
+  int n, m;
+  int chunks;            // of K
+  int share, remainder;  // tiles of a cluster; the first `remainder` clusters have one more
+  int split_log2, stages;
+  int x_chunks;  // of the block that has most
+
+  GemvEpilogue epilogue;
+  void* out;
+  int64_t out_stride;
+  const void* bias;
+};
+
+// Where things lie in shared memory, from an address that is a multiple of 1,024.
+struct ClusterLayout {
+  size_t x, sums, barriers, end;
+
+  __host__ __device__ ClusterLayout(int rows, int stages, int x_chunks) {
+    x = static_cast<size_t>(stages) * kClusterStageBytes;
+    sums = x + static_cast<size_t>(x_chunks) * kClusterChunk * rows;
+    barriers = sums + sizeof(float) * 2 * (rows <= 32 ? 2 : 1) * kClusterTile * (rows + 8);
+    end = barriers + sizeof(uint64_t) * (2 * kMaxClusterStages + 3);
+  }
+};
+
+// One translation unit per type. rows: 16, 32 or 64.
+template <typename W, typename T>
+cudaError_t LaunchCluster(const Launch& launch, int rows, int blocks, size_t shared_bytes,
+                          const ClusterParams& params);
+template <typename W, typename T>
+cudaError_t InitCluster(int (&clusters)[kMaxClusterSplit + 1]);
+
+}  // namespace lockstep::kernels
+
+#endif  // LOCKSTEP_KERNELS_SKINNY_CLUSTER_PLAN_H_
