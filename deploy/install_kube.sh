@@ -17,8 +17,7 @@ if [ -z "$have" ] || [ "$(printf '%s\n' "$needed" "$have" | sort -V | head -n 1)
   echo "install_kube: Go $needed or newer is needed${have:+, this is $have}" >&2
   exit 1
 fi
-export GOFLAGS="-trimpath -buildvcs=false"
-stripped=(-ldflags "-s -w")
+stripped=(-trimpath -buildvcs=false -ldflags "-s -w")
 
 # What go.sum pins is built again only where it changed.
 pins=$(sha256sum tests/deploy/kube/go.mod tests/deploy/kube/go.sum | sha256sum | cut -c1-16)
@@ -32,7 +31,7 @@ fi
 install() { # PROGRAM MODULE@VERSION
   [ -x "$bin/$1" ] && [ "$(cat "$bin/.$1" 2>/dev/null)" = "$2" ] && return
   echo "install_kube: building $1"
-  GOBIN=$bin go install "${stripped[@]}" "$2"
+  GOBIN=$bin go install -ldflags "-s -w" "$2"
   echo "$2" >"$bin/.$1"
 }
 install helm helm.sh/helm/v3/cmd/helm@v3.22.0

@@ -7,7 +7,10 @@ where there is one, the manifests are rendered anew and compared.
 
 import copy
 import json
+import pathlib
 import re
+import subprocess
+import tempfile
 import unittest
 
 import jsonschema
@@ -362,7 +365,7 @@ class ValuesTest(unittest.TestCase):
 
 class HelmTest(EveryValueSet):
     def setUp(self):
-        self.helm = harness.find_tool("helm", "the chart as helm itself sees it")
+        self.helm = harness.find_tool("helm", "the chart as helm itself sees it", harness.KUBE_BIN)
 
     def test_renders_what_is_committed(self):
         if self.helm:
@@ -405,6 +408,33 @@ class HelmTest(EveryValueSet):
             with self.assertRaises(RuntimeError, msg=setting) as raised:
                 chart.render(self.helm, value_set, "--set", setting)
             self.assertIn(said, str(raised.exception))
+
+
+class KubeconformTest(EveryValueSet):
+    def test_finds_every_manifest_valid(self):
+        program = harness.find_tool("kubeconform", "the manifests as kubeconform sees them",
+                                    harness.KUBE_BIN)
+        if program is None:
+            return
+        with tempfile.TemporaryDirectory(prefix="lockstep-kubeconform.") as folder:
+            for full, schema in SCHEMAS["kinds"].items():
+                kind = full.rsplit("/", 1)[1].lower()
+                pathlib.Path(folder, f"{kind}.json").write_text(json.dumps(
+                    {"allOf": [schema], "definitions": SCHEMAS["definitions"]}))
+            where = f"{folder}/{{{{.ResourceKind}}}}.json"
+            for value_set, documents in self.sets():
+                done = self.run_on(program, where, documents)
+                self.assertEqual(done["summary"], {
+                    "valid": len(documents), "invalid": 0, "errors": 0, "skipped": 0}, done)
+            documents[0]["spec"] = {"strange": 1}
+            self.assertEqual(self.run_on(program, where, documents)["summary"]["invalid"], 1)
+
+    @staticmethod
+    def run_on(program, where, documents):
+        done = subprocess.run([program, "-strict", "-summary", "-output=json", "-n=1",
+                               f"-schema-location={where}"], capture_output=True, text=True,
+                              input=yaml.safe_dump_all(documents))
+        return json.loads(done.stdout)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ.get("LOCKSTEP_BIN", ROOT / "build/dev/bin"))
+# What deploy/setup --kube builds: helm, kubeconform, etcd, kube-apiserver.
+KUBE_BIN = os.environ.get("LOCKSTEP_KUBE_BIN", str(ROOT / "build/kube/bin"))
 DEMO_MODEL = ROOT / "deploy/demo/model"
 PROGRAMS = ("lockstep", "lockstep-coordinator", "lockstep-worker")
 

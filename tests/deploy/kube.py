@@ -6,7 +6,6 @@ and no controller acts on it.
 
 import http.client
 import json
-import os
 import pathlib
 import secrets
 import socket
@@ -16,15 +15,13 @@ import tempfile
 
 import harness
 
-BUILT = harness.ROOT / "build/kube/bin"  # where deploy/setup --kube leaves them
 STRICT = "fieldValidation=Strict"
 
 
 def programs():
     """Paths of etcd and kube-apiserver; None, said loudly, where one is missing."""
-    folders = (os.environ.get("LOCKSTEP_KUBE_BIN", ""), str(BUILT))
     lost = "the chart as a Kubernetes API server sees it (deploy/setup --kube builds one)"
-    found = [harness.find_tool(name, lost, *folders) for name in ("etcd", "kube-apiserver")]
+    found = [harness.find_tool(name, lost, harness.KUBE_BIN) for name in ("etcd", "kube-apiserver")]
     return None if None in found else found
 
 
