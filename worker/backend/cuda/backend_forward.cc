@@ -115,16 +115,19 @@ void CudaBackend::Embed(const EmbedOp& op) {
   const int width = static_cast<int>(config_.embedding_dim);
   const bool projected = model_.project_in.data != nullptr;
   void* embedded = projected ? buffers_.embedded.get() : buffers_.partial.get();
-  Check(kernels::EmbedRows(launch(), {.type = type_,
-                                      .table = model_.embedding.data,
-                                      .first_vocab = static_cast<int>(plan_.first_vocab),
-                                      .local_vocab = static_cast<int>(plan_.local_vocab),
-                                      .dim = width,
-                                      .tokens = slots_.tokens(),
-                                      .tokens_stride = slots_.tokens_stride(),
-                                      .rows = io_.rows(),
-                                      .num_rows = rows_,
-                                      .out = embedded}),
+  // Kernels may begin early, and a chain of small ones far too early: all wait, here,
+  // for what PrepareStep writes, so that no later one has to.
+  Check(kernels::EmbedRows({.stream = stream_, .pdl = false},
+                           {.type = type_,
+                            .table = model_.embedding.data,
+                            .first_vocab = static_cast<int>(plan_.first_vocab),
+                            .local_vocab = static_cast<int>(plan_.local_vocab),
+                            .dim = width,
+                            .tokens = slots_.tokens(),
+                            .tokens_stride = slots_.tokens_stride(),
+                            .rows = io_.rows(),
+                            .num_rows = rows_,
+                            .out = embedded}),
         "looking up tokens");
   if (collectives_.size() > 1 && status_.ok()) {
     bool fused = false;
@@ -195,9 +198,9 @@ kernels::DecodeAttentionArgs CudaBackend::DecodeArgs(int64_t layer) const {
   args.out_stride = q_width_;
   args.max_context = max_context_;
   args.workspace = attention_workspace_.get();
-  // What a replayed step reads of the context was written by the steps before; its
-  // slots and tables, half a layer and more ago.
-  args.history_ready = capturing_ && layer > 0;
+  // What a replayed step reads of the context was written by the steps before, and
+  // its slots and tables before Embed began.
+  args.history_ready = capturing_;
   const size_t element = kernels::TypeBytes(type_);
   args.fresh_k = buffers_.qkv.get() + q_width_ * element;
   args.fresh_v = buffers_.qkv.get() + (q_width_ + kv_width_) * element;
