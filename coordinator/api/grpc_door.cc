@@ -20,6 +20,7 @@
 #include "coordinator/api/admin_service.h"
 #include "coordinator/api/grpc_service.h"
 #include "coordinator/api/limits.h"
+#include "proto/health.pb.h"
 
 namespace lockstep {
 namespace {
@@ -39,7 +40,11 @@ class ReflectionOption : public grpc::ServerBuilderOption {
   void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
     auto plugin = std::make_unique<grpc::reflection::ProtoServerReflectionPlugin>();
     std::erase_if(*plugins, [&](const auto& each) { return each->name() == plugin->name(); });
-    if (on_) plugins->push_back(std::move(plugin));
+    if (!on_) return;
+    plugins->push_back(std::move(plugin));
+    // gRPC's health service brings no description of itself: without this one a
+    // client that goes by reflection finds its name and cannot call it.
+    grpc::health::v1::HealthCheckRequest::descriptor();
   }
 
  private:
