@@ -1,0 +1,187 @@
+// Deaths, silence and loads that fail: what is reported, who is named, what is repaired.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "tests/coordinator/group_machine_testing.h"
+
+namespace lockstep {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+TEST_F(GroupMachineTest, APauseOfHalfASecondKillsNobody) {
+  const auto [a, b] = FormTwo();
+  for (int i = 0; i < 100; ++i) {
+    Pass(500, {a});  // b is stopped
+    Beat(b);
+    Pass(300, {a, b});
+  }
+  EXPECT_TRUE(Failed().empty());
+}
+
+TEST_F(GroupMachineTest, ASilentWorkerIsFoundWithinThreeSeconds) {
+  const auto [a, b] = FormTwo();
+  Pass(1'000, {a, b});
+  const int64_t stopped = now_;
+  while (Failed().empty() && now_ < stopped + 10'000) Pass(50, {a});
+  EXPECT_LE(now_ - stopped, 3'000);
+  EXPECT_EQ(Failed().at(0).rank, 1);
+  EXPECT_THAT(Reason(), HasSubstr("no sign of life"));
+  EXPECT_TRUE(port_.aborted.contains(b));
+}
+
+TEST_F(GroupMachineTest, ALostStreamIsKnownAtOnce) {
+  const auto [a, b] = FormTwo();
+  machine_->OnClosed(a, now_);
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_THAT(Reason(), AllOf(HasSubstr("rank 0 (host:1001)"), HasSubstr("connection lost")));
+  (void)b;
+}
+
+TEST_F(GroupMachineTest, NamesTheDeadRankNotTheOneThatNoticed) {
+  const auto [a, b] = FormTwo();
+  SendPlan(1);
+  SayFailure(a, absl::StatusCode::kUnavailable, "all-reduce: connection closed by peer", true);
+  EXPECT_TRUE(Failed().empty());
+  now_ += 20;
+  machine_->OnClosed(b, now_);
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_EQ(Failed()[0].rank, 1);
+  EXPECT_THAT(Reason(),
+              AllOf(HasSubstr("rank 1 (host:1002): connection lost"), HasSubstr("all-reduce")));
+}
+
+TEST_F(GroupMachineTest, NamesTheSilentRankWhenACollectiveFails) {
+  const auto [a, b] = FormTwo();
+  SendPlan(1);
+  Pass(1'000, {a});
+  SayFailure(a, absl::StatusCode::kDeadlineExceeded, "all-reduce timed out", true);
+  Pass(200, {a});
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_EQ(Failed()[0].rank, 1);
+  (void)b;
+}
+
+TEST_F(GroupMachineTest, AFailedCollectiveWithoutACauseIsItsOwnCause) {
+  const auto [a, b] = FormTwo();
+  SendPlan(1);
+  SayFailure(b, absl::StatusCode::kAborted, "all-reduce: bad frame", true);
+  Pass(150, {a, b});
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_EQ(Failed()[0].rank, 1);
+  EXPECT_THAT(Reason(), HasSubstr("bad frame"));
+}
+
+TEST_F(GroupMachineTest, ABadCheckpointIsFatal) {
+  Make(2);
+  const StreamId a = Attach(), b = Attach();
+  SayReady(a);
+  SayFailure(b, absl::StatusCode::kDataLoss, "model-00002.safetensors: truncated", false);
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_TRUE(Failed()[0].fatal);
+  EXPECT_THAT(Reason(), AllOf(HasSubstr("rank 1"), HasSubstr("model-00002.safetensors")));
+  const StreamId late = Attach();
+  EXPECT_THAT(Refusal(late), HasSubstr("truncated"));
+  Pass(5'000, {a, b});
+  EXPECT_TRUE(Formed().empty());
+}
+
+TEST_F(GroupMachineTest, DeathWhileLoadingIsReportedAndRepaired) {
+  Make(2);
+  const StreamId a = Attach(), b = Attach();
+  machine_->OnClosed(b, now_);
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_FALSE(Failed()[0].fatal);
+  EXPECT_EQ(Failed()[0].rank, 1);
+  SayReleased(a);
+  const StreamId c = Attach();
+  SayReady(a);
+  SayReady(c);
+  EXPECT_EQ(Formed().size(), 1u);
+  EXPECT_EQ(Formed()[0].epoch, 2u);
+}
+
+TEST_F(GroupMachineTest, ALoadThatDoesNotMoveFails) {
+  Make(2);
+  const StreamId a = Attach(), b = Attach();
+  SayReady(a);
+  for (uint64_t bytes = 1; bytes <= 4; ++bytes) {
+    WorkerMessage progress;
+    progress.mutable_progress()->set_epoch(1);
+    progress.mutable_progress()->set_bytes_done(bytes);
+    Say(b, progress);
+    Pass(options_.timeouts.load_stall_ms - 5'000, {a, b});
+  }
+  EXPECT_TRUE(Failed().empty());
+  Pass(10'000, {a, b});
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_EQ(Failed()[0].rank, 1);
+  EXPECT_THAT(Reason(), HasSubstr("no progress"));
+}
+
+TEST_F(GroupMachineTest, ASurvivorThatDoesNotLetGoIsDropped) {
+  const auto [a, b] = FormTwo();
+  machine_->OnClosed(b, now_);
+  const StreamId c = Attach(), d = Attach();
+  Pass(wire::kReleaseTimeoutMs, {a, c, d});
+  EXPECT_FALSE(port_.aborted.contains(a));
+  Pass(1'000, {a, c, d});
+  EXPECT_TRUE(port_.aborted.contains(a));
+  EXPECT_EQ(Epoch(c), 2u);
+  EXPECT_EQ(Epoch(d), 2u);
+}
+
+TEST_F(GroupMachineTest, FailuresToLoadAreSpacedOut) {
+  Make(1);
+  std::vector<int64_t> waited;
+  for (int i = 0; i < 6; ++i) {
+    const StreamId a = Attach();
+    const int64_t start = now_;
+    while (Epoch(a) == 0 && now_ < start + 20'000) Pass(50, {a});
+    waited.push_back(now_ - start);
+    machine_->OnClosed(a, now_);
+  }
+  EXPECT_EQ(waited[0], 0);
+  EXPECT_EQ(waited[1], 0);  // the first failure is answered at once
+  EXPECT_GT(waited[5], waited[2]);
+  EXPECT_LE(waited[5], 3'500);
+}
+
+TEST_F(GroupMachineTest, AGroupThatWasWholeIsFormedAgainAtOnce) {
+  Make(1);
+  for (int i = 0; i < 6; ++i) {
+    const StreamId a = Attach();
+    EXPECT_NE(Epoch(a), 0u);
+    SayReady(a);
+    machine_->OnClosed(a, now_);
+  }
+}
+
+TEST_F(GroupMachineTest, ItsOwnPauseIsNotHeldAgainstTheWorkers) {
+  const auto [a, b] = FormTwo();
+  SendPlan(1);
+  Pass(500, {a, b});
+  now_ += 5'000;  // this process was stopped
+  machine_->OnTick(now_);
+  EXPECT_TRUE(Failed().empty());
+  Answer(a, 1, 1001);
+  Answer(b, 1, 1001);
+  EXPECT_EQ(Steps().size(), 1u);
+  Pass(2'500, {a});
+  EXPECT_EQ(Failed().size(), 1u);  // but real silence still counts
+}
+
+TEST_F(GroupMachineTest, GarbageEndsTheStreamAndTheEpoch) {
+  const auto [a, b] = FormTwo();
+  machine_->OnGarbage(b, now_);
+  EXPECT_TRUE(port_.aborted.contains(b));
+  EXPECT_EQ(Failed().at(0).rank, 1);
+  (void)a;
+}
+
+}  // namespace
+}  // namespace lockstep
