@@ -18,18 +18,21 @@ namespace {
 
 std::vector<TokenId> SomeIds(const Tokenizer& tokenizer) {
   std::vector<TokenId> ids;
+  ids.reserve(4096);
   for (uint32_t i = 0; i < 4096; ++i) ids.push_back(i * 2654435761u % tokenizer.vocab_size());
   return ids;
 }
 
-void BM_DetokenizerPush(benchmark::State& state, std::shared_ptr<const Tokenizer> tokenizer) {
+void BM_DetokenizerPush(benchmark::State& state,
+                        const std::shared_ptr<const Tokenizer>& tokenizer) {
   const std::vector<TokenId> ids = SomeIds(*tokenizer);
   Detokenizer detokenizer(tokenizer, /*skip_special_tokens=*/true);
   size_t i = 0;
   for (auto _ : state) benchmark::DoNotOptimize(detokenizer.Push(ids[i++ % ids.size()]));
 }
 
-void BM_StopMatcherPush(benchmark::State& state, std::shared_ptr<const Tokenizer> tokenizer) {
+void BM_StopMatcherPush(benchmark::State& state,
+                        const std::shared_ptr<const Tokenizer>& tokenizer) {
   const std::vector<TokenId> ids = SomeIds(*tokenizer);
   std::vector<std::string> stops;
   for (int i = 0; i < state.range(0); ++i) stops.push_back("\n\nUser " + std::to_string(i) + ":");
@@ -40,7 +43,7 @@ void BM_StopMatcherPush(benchmark::State& state, std::shared_ptr<const Tokenizer
   }
 }
 
-void BM_Encode(benchmark::State& state, std::shared_ptr<const Tokenizer> tokenizer) {
+void BM_Encode(benchmark::State& state, const std::shared_ptr<const Tokenizer>& tokenizer) {
   std::string text;
   while (text.size() < static_cast<size_t>(state.range(0)))
     text += "the quick brown fox, jumping; ";
@@ -54,6 +57,7 @@ void BM_Load(benchmark::State& state, const std::string& model_dir) {
 
 void BM_RenderChat(benchmark::State& state, const ChatTemplate& chat_template) {
   std::vector<ChatMessage> messages;
+  messages.reserve(static_cast<size_t>(state.range(0)));
   for (int i = 0; i < state.range(0); ++i) {
     messages.push_back({i % 2 == 0 ? "user" : "assistant", "What is the capital of this place?"});
   }

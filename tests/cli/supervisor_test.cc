@@ -50,6 +50,7 @@ class SupervisorTest : public ::testing::Test {
     for (pid_t pid; file >> pid;) pids.push_back(pid);
     return pids;
   }
+  void Touch(const std::string& name) { std::ofstream(dir_ + "/" + name).close(); }
   static bool Alive(pid_t pid) { return kill(pid, 0) == 0; }
 
   void Launch(SupervisorOptions options) {
@@ -108,7 +109,7 @@ TEST_F(SupervisorTest, KillsOfReadyWorkersAreNoCrashLoop) {
                               dir_ + "/ready; fi; sleep 0.01; done");
   options.workers = {Shell(Note("w0") + "exec sleep 60")};
   options.crash_loop_deaths = 2;
-  std::ofstream(dir_ + "/w0");
+  Touch("w0");
   Launch(options);
   for (size_t life = 1; life <= 6; ++life) {
     ASSERT_TRUE(Eventually([&] { return Starts("ready").size() == life; })) << life;
@@ -137,7 +138,7 @@ TEST_F(SupervisorTest, AServedStepForgives) {
   options.workers = {Shell(Note("w0") + "sleep 0.1; exit 3")};
   options.crash_loop_deaths = 3;
   options.max_pause_ms = 50;
-  std::ofstream(dir_ + "/w0");
+  Touch("w0");
   Launch(options);
   EXPECT_EQ(Wait(), 0);
 }
@@ -146,7 +147,7 @@ TEST_F(SupervisorTest, AFolderIsGoneWithItsOwnerOrWithTheNextOne) {
   const std::string prefix = dir_ + "/folder";
   const std::string abandoned = prefix + "-abcdef", fresh = prefix + "-ghijkl";
   std::filesystem::create_directory(abandoned);
-  std::ofstream(abandoned + "/workers");
+  std::ofstream(abandoned + "/workers").close();
   std::filesystem::create_directory(fresh);
   std::filesystem::last_write_time(
       abandoned, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));

@@ -156,7 +156,7 @@ absl::Status Head::Publish(Communicator* comm) {
     words.push_back(p.result.token);
     words.push_back(p.result.poisoned ? 1 : 0);
   }
-  const absl::Status status = comm->Broadcast(
+  absl::Status status = comm->Broadcast(
       absl::MakeSpan(reinterpret_cast<std::byte*>(words.data()), words.size() * sizeof(uint32_t)),
       /*root=*/0);
   if (!status.ok()) return status;
