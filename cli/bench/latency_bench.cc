@@ -45,6 +45,7 @@ absl::StatusOr<LatencyRun> Evaluate(const Round& round) {
 template <typename Field>
 double MedianOf(const std::vector<LatencyRun>& runs, Field field) {
   std::vector<double> values;
+  values.reserve(runs.size());
   for (const LatencyRun& run : runs) values.push_back(run.*field);
   return Median(values);
 }

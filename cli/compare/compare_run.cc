@@ -66,6 +66,7 @@ absl::Status ForEach(size_t count, const std::function<absl::Status(size_t)>& wo
   std::mutex mutex;
   absl::Status first;
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&] {
       for (size_t i = next++; i < count; i = next++) {
