@@ -111,8 +111,10 @@ class PeerWaiter {
                                                uint64_t since_ns) {
     if (limits.abort != nullptr) {
       if (LoadWord(limits.aborted) != 0) return 0;
-      // Far away: the lanes of a warp take turns.
-      if (((tries >> 8) ^ threadIdx.x) % 32 == 0 && LoadWord(limits.abort) != 0) {
+      // Far away: a read by every warp of a full device takes milliseconds, in which
+      // nothing else comes through. The threads of the grid take turns.
+      const uint32_t turn = (tries >> 8) ^ (blockIdx.x * blockDim.x + threadIdx.x);
+      if (turn % 4096 == 0 && LoadWord(limits.abort) != 0) {
         *limits.aborted = 1;
         return 0;
       }
