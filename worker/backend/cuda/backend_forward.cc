@@ -4,17 +4,21 @@
 #include "kernels/qkv_finish.h"
 #include "kernels/quantize.h"
 #include "worker/backend/cuda/backend_impl.h"
+#include "worker/comm/cuda/nccl_communicator.h"
 
 namespace lockstep::cuda {
 namespace {
 
 using kernels::GemvArgs;
 using kernels::GemvEpilogue;
+using kernels::Launch;
 using kernels::Type;
 
 // Several rows of more than this leave the skinny kernel's ring too short, and
 // cuBLASLt streams faster (K 14,336 at 16 rows: 3.4 against 2.0 TB/s).
 constexpr int64_t kMaxSkinnyK = 8'192;
+// Sums of so much are normed after their exchange, not in it.
+constexpr size_t kNormApartBytes = 2 << 20;
 
 kernels::Activation ToKernel(Activation activation) {
   switch (activation) {
@@ -77,18 +81,20 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
                          int64_t out_stride, GemvEpilogue epilogue) {
   if (Gemv(x, x_stride, linear, m, out, out_stride, epilogue)) return;
   const DeviceTensor& w = linear.weight;
-  MatmulArgs args = {.m = m,
-                     .n = static_cast<int>(w.rows),
-                     .k = static_cast<int>(w.cols),
-                     .type = w.type,
-                     .out_type = epilogue == GemvEpilogue::kLogits ? Type::kF32 : type_,
-                     .x = x,
-                     .x_stride = x_stride,
-                     .weights = w.data,
-                     .out = out,
-                     .out_stride = out_stride,
-                     .x_scales = nullptr,
-                     .weight_scales = w.scales};
+  MatmulArgs args = {
+      .m = m,
+      .n = static_cast<int>(w.rows),
+      .k = static_cast<int>(w.cols),
+      .type = w.type,
+      .out_type = epilogue == GemvEpilogue::kLogits ? Type::kF32 : type_,
+      .x = x,
+      .x_stride = x_stride,
+      .weights = w.data,
+      .out = out,
+      .out_stride = out_stride,
+      .x_scales = nullptr,
+      .weight_scales = w.scales,
+      .multiprocessors = halved_ ? multiprocessors_ - NcclCommunicator::kMaxBlocks : 0};
   if (Quantized(linear)) {
     if (x != quantized_from_) {
       Check(kernels::QuantizeRows(launch(), {.type = type_,
@@ -153,26 +159,26 @@ void CudaBackend::Embed(const EmbedOp& op) {
         "the embedding's norm");
 }
 
-void CudaBackend::Qkv(const QkvOp& op) {
-  if (!status_.ok()) return;
+void CudaBackend::RunQkv(const QkvOp& op) {
   const LayerWeights& w = model_.layers[op.layer];
-  Matmul(buffers_.normed.get(), hidden_, w.qkv, rows_, buffers_.qkv.get(), qkv_width_);
+  Matmul(Rows(buffers_.normed, hidden_), hidden_, w.qkv, part_.rows, Rows(buffers_.qkv, qkv_width_),
+         qkv_width_);
   const float2* rotary = op.rope == RopeTable::kNone ? nullptr
                          : op.rope == RopeTable::kLocal && rope_local_.get() != nullptr
                              ? rope_local_.get()
                              : rope_.get();
   fresh_ = false;
-  if (prefill_spans_ == 0 && w.qkv.bias == nullptr && w.q_norm == nullptr) {
+  if (part_.spans == 0 && w.qkv.bias == nullptr && w.q_norm == nullptr) {
     fresh_rotary_ = rotary;
     kernels::DecodeAttentionArgs args = DecodeArgs(op.layer);
     fresh_ = kernels::DecodeAttentionTakesFresh(args);
     if (fresh_) return;
   }
   Check(kernels::QkvFinish(launch(), {.type = type_,
-                                      .num_rows = rows_,
-                                      .rows = io_.rows(),
+                                      .num_rows = part_.rows,
+                                      .rows = io_.rows(part_.first),
                                       .heads = static_cast<int>(plan_.local_heads),
-                                      .qkv = buffers_.qkv.get(),
+                                      .qkv = Rows(buffers_.qkv, qkv_width_),
                                       .qkv_stride = qkv_width_,
                                       .bias = w.qkv.bias,
                                       .q_norm = w.q_norm,
@@ -188,7 +194,7 @@ void CudaBackend::Qkv(const QkvOp& op) {
 kernels::DecodeAttentionArgs CudaBackend::DecodeArgs(int64_t layer) const {
   kernels::DecodeAttentionArgs args;
   args.type = type_;
-  args.num_rows = decode_rows_;
+  args.num_rows = part_.decode_rows;
   args.rows = io_.rows();
   args.kv = Kv(layer);
   args.heads = static_cast<int>(plan_.local_heads);
@@ -208,9 +214,8 @@ kernels::DecodeAttentionArgs CudaBackend::DecodeArgs(int64_t layer) const {
   return args;
 }
 
-void CudaBackend::Attention(const AttentionOp& op) {
-  if (!status_.ok()) return;
-  if (decode_rows_ > 0) {
+void CudaBackend::RunAttention(const AttentionOp& op) {
+  if (part_.decode_rows > 0) {
     kernels::DecodeAttentionArgs args = DecodeArgs(op.layer);
     args.scale = op.scale;
     args.window = static_cast<int>(op.window);
@@ -218,14 +223,14 @@ void CudaBackend::Attention(const AttentionOp& op) {
     if (!fresh_) args.rotary = nullptr;
     Check(kernels::DecodeAttention(launch(), args), "attention of single rows");
   }
-  if (prefill_spans_ > 0) {
+  if (part_.spans > 0) {
     kernels::PrefillAttentionArgs args;
     args.type = type_;
     args.kv = Kv(op.layer);
     args.heads = static_cast<int>(plan_.local_heads);
-    args.spans = io_.arrays().spans;
-    args.num_spans = prefill_spans_;
-    args.max_count = max_count_;
+    args.spans = io_.arrays().spans + part_.first_span;
+    args.num_spans = part_.spans;
+    args.max_count = part_.max_count;
     args.block_table = io_.arrays().block_table;
     args.table_stride = io_.arrays().table_stride;
     args.q = buffers_.qkv.get();
@@ -238,98 +243,126 @@ void CudaBackend::Attention(const AttentionOp& op) {
   }
 }
 
-void CudaBackend::AttentionOutput(int64_t layer) {
-  if (!status_.ok()) return;
+void CudaBackend::RunAttentionOutput(int64_t layer) {
   if (folded_) return Push(buffers_.heads.get(), model_.layers[layer].o);
-  Matmul(buffers_.heads.get(), q_width_, model_.layers[layer].o, rows_, buffers_.partial.get(),
-         hidden_);
+  Matmul(Rows(buffers_.heads, q_width_), q_width_, model_.layers[layer].o, part_.rows,
+         Rows(buffers_.partial, hidden_), hidden_);
 }
 
 void CudaBackend::ReduceResidualNorm(const ReduceOp& op) {
   if (!status_.ok()) return;
-  const LayerWeights& w = model_.layers[op.layer];
-  const void* bias = op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
-  const kernels::NormSpec post = model_.Find(op.post), next = model_.Find(op.next);
+  if (halved_) return RunHalves(op);
   if (folded_) {
-    pending_norm_ = next;
+    pending_norm_ = model_.Find(op.next);
     reduce_pending_ = true;
     if (collectives_.size() > 1) collectives_.Count(hidden_ * kernels::TypeBytes(type_));
     return;
   }
-  bool summed = collectives_.size() == 1;
-  if (!summed) {
-    kernels::AllReduceArgs args = {.type = type_,
-                                   .rows = rows_,
-                                   .hidden = hidden_,
-                                   .in = buffers_.partial.get(),
-                                   .out = buffers_.partial.get()};
+  Reduce(launch(), op);
+}
+
+void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
+  const LayerWeights& w = model_.layers[op.layer];
+  const void* bias = op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
+  const kernels::NormSpec post = model_.Find(op.post), next = model_.Find(op.next);
+  std::byte* const partial = Rows(buffers_.partial, hidden_);
+  std::byte* const residual = Rows(buffers_.residual, hidden_);
+  std::byte* const normed = Rows(buffers_.normed, hidden_);
+  if (collectives_.size() > 1) {
+    kernels::AllReduceArgs args = {
+        .type = type_, .rows = part_.rows, .hidden = hidden_, .in = partial, .out = partial};
     const bool fusable = post.kind == kernels::NormKind::kNone &&
                          next.kind == kernels::NormKind::kRms && next.weight != nullptr &&
                          !op.norm_is_residual;
     if (fusable) {
-      args.out = buffers_.normed.get();
+      args.out = normed;
       args.bias = bias;
-      args.residual = args.residual_out = buffers_.residual.get();
+      args.residual = args.residual_out = residual;
       args.norm_weight = next.weight;
       args.eps = next.eps;
       args.plus_one = next.plus_one;
     }
+    // A long message's norm is faster by itself, and makes rows of e4m3 on the way.
+    const bool apart =
+        fusable && size_t(part_.rows) * hidden_ * kernels::TypeBytes(type_) >= kNormApartBytes;
+    if (apart) {
+      args.out = nullptr;
+      args.norm_weight = nullptr;
+    }
     bool fused = false;
-    status_ = collectives_.AllReduce(launch(), args, &fused);
-    if (fused || !status_.ok()) return;
+    status_ = halved_ ? collectives_.AllReduceAside(launch, args)
+                      : collectives_.AllReduce(launch, args, &fused);
+    if (!status_.ok()) return;
+    if (fused && apart) {
+      Check(kernels::Norm(launch, {.type = type_,
+                                   .num_rows = part_.rows,
+                                   .hidden = hidden_,
+                                   .slot = io_.arrays().slot + part_.first,
+                                   .x = residual,
+                                   .norm = next,
+                                   .normed = normed,
+                                   .quantized = TakesQuantized(normed)}),
+            "norm");
+    }
+    if (fused) return;
   }
-  Check(kernels::ReduceTail(launch(), {.type = type_,
-                                       .num_rows = rows_,
-                                       .hidden = hidden_,
-                                       .slot = io_.arrays().slot,
-                                       .x = buffers_.partial.get(),
-                                       .bias = bias,
-                                       .post = post,
-                                       .residual_in = buffers_.residual.get(),
-                                       .residual_out = buffers_.residual.get(),
-                                       .next = next,
-                                       .norm_is_residual = op.norm_is_residual,
-                                       .normed = buffers_.normed.get(),
-                                       .quantized = TakesQuantized(buffers_.normed.get())}),
+  // There is one buffer of quantised rows, the products' on their own stream.
+  const kernels::QuantizedRows quantized =
+      halved_ ? kernels::QuantizedRows() : TakesQuantized(normed);
+  Check(kernels::ReduceTail(launch, {.type = type_,
+                                     .num_rows = part_.rows,
+                                     .hidden = hidden_,
+                                     .slot = io_.arrays().slot + part_.first,
+                                     .x = partial,
+                                     .bias = bias,
+                                     .post = post,
+                                     .residual_in = residual,
+                                     .residual_out = residual,
+                                     .next = next,
+                                     .norm_is_residual = op.norm_is_residual,
+                                     .normed = normed,
+                                     .quantized = quantized}),
         "residual and norm");
 }
 
-void CudaBackend::GateUp(int64_t layer) {
-  if (!status_.ok()) return;
+void CudaBackend::RunGateUp(int64_t layer) {
   const Linear& up = model_.layers[layer].up;
   const bool gated = config_.gated_mlp;
+  const std::byte* const normed = Rows(buffers_.normed, hidden_);
+  std::byte* const activated = Rows(buffers_.activated, intermediate_);
   const GemvEpilogue epilogue = GateEpilogue(config_);
-  if (epilogue != GemvEpilogue::kStore && Gemv(buffers_.normed.get(), hidden_, up, rows_,
-                                               buffers_.activated.get(), intermediate_, epilogue)) {
+  if (epilogue != GemvEpilogue::kStore &&
+      Gemv(normed, hidden_, up, part_.rows, activated, intermediate_, epilogue)) {
     return;
   }
-  Matmul(buffers_.normed.get(), hidden_, up, rows_, buffers_.up.get(), up_width_);
+  std::byte* const out = Rows(buffers_.up, up_width_);
+  Matmul(normed, hidden_, up, part_.rows, out, up_width_);
   Check(kernels::Activate(launch(), {.type = type_,
                                      .activation = ToKernel(config_.activation),
                                      .layout = gated ? kernels::GateLayout::kInterleaved
                                                      : kernels::GateLayout::kNone,
-                                     .num_rows = rows_,
+                                     .num_rows = part_.rows,
                                      .width = intermediate_,
                                      .slot = nullptr,
-                                     .in = buffers_.up.get(),
+                                     .in = out,
                                      .in_stride = up_width_,
                                      .bias = up.bias,
-                                     .out = buffers_.activated.get(),
+                                     .out = activated,
                                      .out_stride = intermediate_,
                                      .quantized = intermediate_ % 16 == 0 && intermediate_ <= 32'768
-                                                      ? TakesQuantized(buffers_.activated.get())
+                                                      ? TakesQuantized(activated)
                                                       : kernels::QuantizedRows()}),
         "activation");
 }
 
-void CudaBackend::Down(int64_t layer) {
-  if (!status_.ok()) return;
+void CudaBackend::RunDown(int64_t layer) {
   if (folded_) return Push(buffers_.activated.get(), model_.layers[layer].down);
-  Matmul(buffers_.activated.get(), intermediate_, model_.layers[layer].down, rows_,
-         buffers_.partial.get(), hidden_);
+  Matmul(Rows(buffers_.activated, intermediate_), intermediate_, model_.layers[layer].down,
+         part_.rows, Rows(buffers_.partial, hidden_), hidden_);
 }
 
 void CudaBackend::Logits(absl::Span<const LogitRow> rows) {
+  if (halved_) JoinHalves();
   if (!status_.ok()) return;
   const int count = capturing_ ? rows_ : static_cast<int>(rows.size());
   const void* hidden = buffers_.normed.get();

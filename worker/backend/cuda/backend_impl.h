@@ -4,6 +4,7 @@
 //   backend_steps.cc   a step's begin and end: inputs, graphs, results
 //   backend_forward.cc the operations of the forward pass
 //   backend_fold.cc    one decoded row, whose all-reduces are part of its products
+//   backend_halves.cc  a long step, whose all-reduces go on behind its products
 //
 // Not thread-safe; see worker/backend/backend.h.
 #ifndef LOCKSTEP_WORKER_BACKEND_CUDA_BACKEND_IMPL_H_
@@ -11,8 +12,10 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/attention_decode.h"
@@ -54,12 +57,22 @@ class CudaBackend final : public Backend {
 
   bool Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) override;
   void Embed(const EmbedOp& op) override;
-  void Qkv(const QkvOp& op) override;
-  void Attention(const AttentionOp& op) override;
-  void AttentionOutput(int64_t layer) override;
+  void Qkv(const QkvOp& op) override {
+    Enqueue([this, op] { RunQkv(op); });
+  }
+  void Attention(const AttentionOp& op) override {
+    Enqueue([this, op] { RunAttention(op); });
+  }
+  void AttentionOutput(int64_t layer) override {
+    Enqueue([this, layer] { RunAttentionOutput(layer); });
+  }
+  void GateUp(int64_t layer) override {
+    Enqueue([this, layer] { RunGateUp(layer); });
+  }
+  void Down(int64_t layer) override {
+    Enqueue([this, layer] { RunDown(layer); });
+  }
   void ReduceResidualNorm(const ReduceOp& op) override;
-  void GateUp(int64_t layer) override;
-  void Down(int64_t layer) override;
   void Logits(absl::Span<const LogitRow> rows) override;
   void Sample(absl::Span<const LogitRow> rows) override;
   absl::Status Submit() override;
@@ -81,6 +94,32 @@ class CudaBackend final : public Backend {
     std::vector<uint32_t> positions;  // of rows
     CollectiveStats collectives;
   };
+  // Rows of the step that are worked on at a time: all of them, or a half.
+  struct Part {
+    int first = 0, rows = 0;
+    int decode_rows = 0;  // the first of them, one of each span
+    int first_span = 0, spans = 0;
+    int max_count = 0;  // of a span
+  };
+
+  void RunQkv(const QkvOp& op);
+  void RunAttention(const AttentionOp& op);
+  void RunAttentionOutput(int64_t layer);
+  void RunGateUp(int64_t layer);
+  void RunDown(int64_t layer);
+  void Reduce(const kernels::Launch& launch, const ReduceOp& op);
+  void Enqueue(std::function<void()> operation) {
+    if (!status_.ok()) return;
+    if (halved_) return stage_.push_back(std::move(operation));
+    operation();
+  }
+
+  void SetParts(int cut, int decode_rows);
+  // Of backend_halves.cc.
+  absl::Status PrepareHalves();
+  bool MayHalve(int rows, int decode_rows) const;
+  void RunHalves(const ReduceOp& op);
+  void JoinHalves();
 
   // Whether a step of one row may fold its all-reduces into the products around
   // them: then every matrix of the layers goes by Gemv.
@@ -104,11 +143,15 @@ class CudaBackend final : public Backend {
   // For a kernel that may write what it makes as e4m3 too: where, if the products
   // of this step take it so.
   kernels::QuantizedRows TakesQuantized(const void* made) {
-    if (rows_ <= kMaxSkinnyRows || !Quantized(model_.layers[0].qkv)) return {};
+    if (part_.rows <= kMaxSkinnyRows || !Quantized(model_.layers[0].qkv)) return {};
     quantized_from_ = made;
     return {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
   }
-  kernels::Launch launch() const { return {.stream = stream_, .pdl = true}; }
+  kernels::Launch launch() const { return {.stream = stream_, .pdl = !halved_}; }
+  // Where the part's rows of [rows][width] begin.
+  std::byte* Rows(const Buffer<std::byte>& buffer, int width) const {
+    return buffer.get() + size_t(part_.first) * width * kernels::TypeBytes(type_);
+  }
   kernels::KvLayer Kv(int64_t layer) const;
   kernels::DecodeAttentionArgs DecodeArgs(int64_t layer) const;
 
@@ -123,6 +166,9 @@ class CudaBackend final : public Backend {
   const int64_t max_logit_rows_;
   std::string description_;
   cudaStream_t stream_ = nullptr;
+  cudaStream_t exchange_stream_ = nullptr;          // of halves' all-reduces
+  cudaEvent_t produced_[2] = {}, reduced_[2] = {};  // of halves
+  int multiprocessors_ = 0;
   std::unique_ptr<LtMatmul> lt_;
   Buffer<std::byte> own_exchange_;  // with one rank, what is pushed stays here
   kernels::GemvExchange exchange_region_;
@@ -141,13 +187,15 @@ class CudaBackend final : public Backend {
   absl::Status status_;
   std::vector<BatchSpan> spans_;
   std::vector<LogitRow> logit_rows_;
-  int rows_ = 0;         // of every product, padding included
-  int decode_rows_ = 0;  // the first rows, one of each span
-  int prefill_spans_ = 0;
-  int max_count_ = 0;     // of a prefill span
+  int rows_ = 0;          // padding included
+  Part part_;             // that is worked on
   int max_context_ = 0;   // of a decoded row
   int sampled_rows_ = 0;  // logit rows enqueued so far
   bool capturing_ = false;
+  // See backend_halves.cc. stage_: what was called since the last reduction.
+  bool halved_ = false;
+  Part halves_[2];
+  std::vector<std::function<void()>> stage_;
   const void* quantized_from_ = nullptr;  // what buffers_.quantized is the e4m3 of
   // One decoded row: a row-parallel product pushes its sums to every rank, and the
   // product after it polls for them, adds the residual and norms them as it waits

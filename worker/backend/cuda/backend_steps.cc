@@ -23,21 +23,41 @@ bool CudaBackend::IsDecode(absl::Span<const BatchSpan> spans,
   return true;
 }
 
+// Rows from `cut` on are the second half. A span that the cut goes through becomes
+// two, as in StepIo::Write.
+void CudaBackend::SetParts(int cut, int decode_rows) {
+  Part parts[2];
+  parts[0] = {.first = 0, .rows = cut, .decode_rows = decode_rows};
+  parts[1] = {.first = cut, .rows = rows_ - cut};
+  int row = decode_rows;
+  for (size_t s = decode_rows; s < spans_.size(); ++s) {
+    const int end = row + static_cast<int>(spans_[s].count);
+    while (row < end) {
+      Part& part = parts[row >= cut ? 1 : 0];
+      const int count = (row < cut ? std::min(end, cut) : end) - row;
+      ++part.spans;
+      part.max_count = std::max(part.max_count, count);
+      row += count;
+    }
+  }
+  parts[1].first_span = parts[0].spans;
+  halves_[0] = part_ = parts[0];
+  halves_[1] = parts[1];
+}
+
 bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
   if (!status_.ok()) return true;
   collectives_.ResetStats();
   spans_.assign(spans.begin(), spans.end());
   logit_rows_.assign(rows.begin(), rows.end());
-  rows_ = decode_rows_ = prefill_spans_ = max_count_ = max_context_ = sampled_rows_ = 0;
+  rows_ = max_context_ = sampled_rows_ = 0;
+  int decode_rows = 0;
   for (const BatchSpan& span : spans) {
-    rows_ += static_cast<int>(span.count);
-    if (prefill_spans_ == 0 && span.count == 1) {
-      ++decode_rows_;
+    if (decode_rows == rows_ && span.count == 1) {
+      ++decode_rows;
       max_context_ = std::max(max_context_, static_cast<int>(span.begin + 1));
-    } else {
-      ++prefill_spans_;
-      max_count_ = std::max(max_count_, static_cast<int>(span.count));
     }
+    rows_ += static_cast<int>(span.count);
   }
   LOCKSTEP_CHECK(rows_ <= static_cast<int>(limits_.max_batched_tokens));
   needs_ = {};
@@ -45,14 +65,18 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
     const Slots::State& slot = slots_.At(spans[row.span].slot);
     needs_ = needs_ | (row.samples ? slot.needs : kernels::NeedsOf(slot.params, true));
   }
-  io_.Write(spans, rows);
+  halved_ = MayHalve(rows_, decode_rows);
+  stage_.clear();
+  const int cut = halved_ ? (rows_ / 2 + 127) / 128 * 128 : rows_;
+  io_.Write(spans, rows, cut);
+  SetParts(cut, decode_rows);
 
   replay_ = nullptr;
   capturing_ = folded_ = false;
   quantized_from_ = nullptr;
   if (use_graphs_ && rows_ > 0 && IsDecode(spans, rows)) {
     key_ = graphs_.KeyFor(rows_, max_context_, needs_);
-    rows_ = decode_rows_ = key_.rows;
+    rows_ = part_.rows = part_.decode_rows = key_.rows;
     max_context_ = key_.max_context;
     needs_ = key_.needs;
     replay_ = graphs_.Find(key_);
@@ -72,6 +96,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
 }
 
 absl::Status CudaBackend::Submit() {
+  if (halved_) JoinHalves();
   if (!status_.ok()) {
     if (capturing_) {
       cudaGraph_t graph = nullptr;
@@ -93,6 +118,7 @@ absl::Status CudaBackend::Submit() {
   }
   if (replay_ != nullptr) Check(cudaGraphLaunch(replay_->exec, stream_), "launching a step");
   if (!status_.ok()) return status_;
+  collectives_.Touch();
   InFlight& step = in_flight_.emplace_back();
   step.number = io_.Submitted();
   step.collectives = replay_ != nullptr ? replay_->collectives : collectives_.stats();
@@ -155,7 +181,9 @@ absl::StatusOr<StepOutput> CudaBackend::Collect() {
 
 bool CudaBackend::Drain() {
   in_flight_.clear();
-  return cudaStreamSynchronize(stream_) == cudaSuccess;
+  // A step that failed midway may not have joined its halves.
+  return cudaStreamSynchronize(exchange_stream_) == cudaSuccess &&
+         cudaStreamSynchronize(stream_) == cudaSuccess;
 }
 
 }  // namespace lockstep::cuda

@@ -28,8 +28,7 @@ bool Collectives::has_peers() const { return comm_ != nullptr && comm_->peers() 
 
 absl::Status Collectives::AllReduce(const kernels::Launch& launch,
                                     const kernels::AllReduceArgs& args, bool* fused) {
-  const size_t count = static_cast<size_t>(args.rows) * args.hidden;
-  Count(count * kernels::TypeBytes(args.type));
+  Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
   *fused = false;
   if (has_peers()) {
     const kernels::AllReducePath path = kernels::ChooseAllReduce(args, comm_->layout(), size_);
@@ -39,8 +38,19 @@ absl::Status Collectives::AllReduce(const kernels::Launch& launch,
                       "all-reduce");
     }
   }
-  return comm_->nccl()->AllReduceSum(args.type, args.in, const_cast<void*>(args.in), count,
-                                     launch.stream);
+  return SumByNccl(launch, args);
+}
+
+absl::Status Collectives::AllReduceAside(const kernels::Launch& launch,
+                                         const kernels::AllReduceArgs& args) {
+  Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
+  return SumByNccl(launch, args);
+}
+
+absl::Status Collectives::SumByNccl(const kernels::Launch& launch,
+                                    const kernels::AllReduceArgs& args) {
+  return comm_->nccl()->AllReduceSum(args.type, args.in, const_cast<void*>(args.in),
+                                     static_cast<size_t>(args.rows) * args.hidden, launch.stream);
 }
 
 absl::Status Collectives::AllGather(const kernels::Launch& launch, const void* send, void* gathered,
@@ -51,6 +61,10 @@ absl::Status Collectives::AllGather(const kernels::Launch& launch, const void* s
                     "all-gather");
   }
   return comm_->nccl()->AllGather(send, gathered, bytes, launch.stream);
+}
+
+void Collectives::Touch() {
+  if (comm_ != nullptr) comm_->Touch();
 }
 
 absl::Status Collectives::Explain(const absl::Status& failure) const {

@@ -32,6 +32,9 @@ class Collectives {
   // place of args.in.
   absl::Status AllReduce(const kernels::Launch& launch, const kernels::AllReduceArgs& args,
                          bool* fused);
+  // The sum alone, in place of args.in, by what takes few multiprocessors: for a long
+  // message beside other kernels.
+  absl::Status AllReduceAside(const kernels::Launch& launch, const kernels::AllReduceArgs& args);
   // bytes of `send` from every rank, in rank order.
   absl::Status AllGather(const kernels::Launch& launch, const void* send, void* gathered,
                          size_t bytes);
@@ -39,6 +42,8 @@ class Collectives {
   const kernels::GemvExchange* gemv_exchange() const {
     return has_peers() ? &gemv_exchange_ : nullptr;
   }
+  // A step is enqueued.
+  void Touch();
   // Names the rank that a failed step waited for, if one did.
   absl::Status Explain(const absl::Status& failure) const;
 
@@ -48,6 +53,8 @@ class Collectives {
   void ResetStats() { stats_ = {}; }
 
  private:
+  absl::Status SumByNccl(const kernels::Launch& launch, const kernels::AllReduceArgs& args);
+
   int size_ = 1;
   DeviceCommunicator* comm_ = nullptr;
   kernels::Peers peers_;  // if has_peers()

@@ -56,8 +56,13 @@ CudaBackend::CudaBackend(const ModelConfig& config, const ShardPlan& plan,
 
 CudaBackend::~CudaBackend() {
   if (stream_ == nullptr) return;
+  if (exchange_stream_ != nullptr) (void)cudaStreamSynchronize(exchange_stream_);
   (void)cudaStreamSynchronize(stream_);
   graphs_.Clear();
+  for (cudaEvent_t event : {produced_[0], produced_[1], reduced_[0], reduced_[1]}) {
+    if (event != nullptr) (void)cudaEventDestroy(event);
+  }
+  if (exchange_stream_ != nullptr) (void)cudaStreamDestroy(exchange_stream_);
   (void)cudaStreamDestroy(stream_);
 }
 
@@ -67,6 +72,7 @@ absl::Status CudaBackend::Init() {
   lt_ = *std::move(lt);
   absl::Status status =
       ToStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream");
+  if (status.ok()) status = PrepareHalves();
   if (status.ok()) status = io_.Allocate(limits_, max_logit_rows_);
   if (status.ok()) status = slots_.Allocate(limits_, config_, plan_);
   if (status.ok()) {

@@ -65,6 +65,10 @@ std::string ShortName(const char* mangled) {
   char* plain = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
   std::string name = status == 0 ? plain : mangled;
   std::free(plain);
+  constexpr char kUnnamed[] = "(anonymous namespace)::";
+  for (size_t at; (at = name.find(kUnnamed)) != std::string::npos;) {
+    name.erase(at, sizeof(kUnnamed) - 1);
+  }
   name = name.substr(0, name.find('('));
   const size_t arguments = name.find('<', name.find("::") == std::string::npos ? 0 : 1);
   if (arguments != std::string::npos && arguments > 0) name.resize(arguments);

@@ -73,7 +73,7 @@ absl::Status Check(cublasStatus_t status, const char* what) {
 }
 
 // The shape that decides the algorithm.
-using Key = std::tuple<int, int, int, Type, Type, int64_t, int64_t>;
+using Key = std::tuple<int, int, int, Type, Type, int64_t, int64_t, int>;
 
 }  // namespace
 
@@ -103,6 +103,9 @@ absl::Status LtMatmul::Impl::Describe(const MatmulArgs& args, Plan* plan) {
   const cublasOperation_t transposed = CUBLAS_OP_T, plain = CUBLAS_OP_N;
   if (status == 0) status = set(CUBLASLT_MATMUL_DESC_TRANSA, transposed);
   if (status == 0) status = set(CUBLASLT_MATMUL_DESC_TRANSB, plain);
+  if (status == 0 && args.multiprocessors > 0) {
+    status = set(CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, int32_t{args.multiprocessors});
+  }
   if (args.type == Type::kE4M3) {
     const cublasLtMatmulMatrixScale_t per_row = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
     if (status == 0) status = set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, per_row);
@@ -123,7 +126,8 @@ absl::Status LtMatmul::Impl::Describe(const MatmulArgs& args, Plan* plan) {
 }
 
 absl::StatusOr<const LtMatmul::Impl::Plan*> LtMatmul::Impl::PlanFor(const MatmulArgs& args) {
-  const Key key(args.m, args.n, args.k, args.type, args.out_type, args.x_stride, args.out_stride);
+  const Key key(args.m, args.n, args.k, args.type, args.out_type, args.x_stride, args.out_stride,
+                args.multiprocessors);
   const auto found = plans.find(key);
   if (found != plans.end()) return &found->second;
   Plan plan;

@@ -31,6 +31,7 @@ struct MatmulArgs {
   int64_t out_stride = 0;
   const float* x_scales = nullptr;       // [m], kE4M3
   const float* weight_scales = nullptr;  // [n], kE4M3
+  int multiprocessors = 0;               // to be used; 0: all
 };
 
 class LtMatmul {

@@ -22,7 +22,7 @@ absl::Status StepIo::Allocate(const BackendLimits& limits, int64_t max_logit_row
   const int seqs = static_cast<int>(limits.max_num_seqs);
   io_.capacity = {.rows = rows,
                   .logit_rows = logit_rows,
-                  .spans = seqs,
+                  .spans = seqs + 1,  // one may be cut in two
                   .updates = 2 * seqs + rows / static_cast<int>(limits.block_size) + 64};
   io_.inbox_layout = kernels::MakeInboxLayout(io_.capacity);
   outbox_bytes_ = sizeof(kernels::StepStamp) +
@@ -39,7 +39,7 @@ absl::Status StepIo::Allocate(const BackendLimits& limits, int64_t max_logit_row
         words_.AllocateZeroed(2 * size_t(rows) + 3 * size_t(logit_rows) + table, "step arrays");
   }
   if (status.ok()) status = scores_.AllocateZeroed(logit_rows, "step arrays");
-  if (status.ok()) status = spans_.AllocateZeroed(seqs, "step arrays");
+  if (status.ok()) status = spans_.AllocateZeroed(io_.capacity.spans, "step arrays");
   if (status.ok()) status = counters_.AllocateZeroed(5, "step counters");
   if (!status.ok()) return status;
 
@@ -114,7 +114,7 @@ absl::Status StepIo::Grow(cudaStream_t stream, Slot slot, uint32_t first,
                 ids.data(), ids.size() * sizeof(int32_t));
 }
 
-void StepIo::Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
+void StepIo::Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows, int cut) {
   std::byte* entry = inbox_.get() + submitted_ % kStepRing * io_.inbox_layout.bytes;
   const kernels::InboxLayout& layout = io_.inbox_layout;
   auto* slot = reinterpret_cast<int32_t*>(entry + layout.slot);
@@ -125,9 +125,15 @@ void StepIo::Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow>
   for (const BatchSpan& span : spans) {
     decoding = decoding && span.count == 1;
     if (!decoding) {
-      prefill[header.spans++] = {static_cast<int32_t>(span.slot.value), header.rows,
-                                 static_cast<int32_t>(span.begin),
-                                 static_cast<int32_t>(span.count)};
+      const int32_t slot_id = static_cast<int32_t>(span.slot.value);
+      const int32_t begin = static_cast<int32_t>(span.begin);
+      const int32_t count = static_cast<int32_t>(span.count);
+      const int32_t before =
+          header.rows < cut && header.rows + count > cut ? cut - header.rows : count;
+      prefill[header.spans++] = {slot_id, header.rows, begin, before};
+      if (before < count) {
+        prefill[header.spans++] = {slot_id, header.rows + before, begin + before, count - before};
+      }
     }
     for (uint32_t i = 0; i < span.count; ++i) {
       LOCKSTEP_CHECK(header.rows < io_.capacity.rows);

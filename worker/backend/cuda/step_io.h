@@ -34,8 +34,9 @@ class StepIo {
                     absl::Span<const BlockId> blocks);
 
   // Writes the next step's inbox entry. The first spans of one row each are the
-  // decode kernel's; from the first longer one on they are the prefill kernel's.
-  void Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows);
+  // decode kernel's; from the first longer one on they are the prefill kernel's, one that row `cut`
+  // is in the midst of as two.
+  void Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows, int cut);
 
   // The step is enqueued; its number.
   uint64_t Submitted() { return ++submitted_; }

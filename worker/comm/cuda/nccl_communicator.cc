@@ -19,6 +19,8 @@ using Clock = std::chrono::steady_clock;
 constexpr char kIdKey[] = "nccl/id";
 constexpr std::chrono::milliseconds kLeastJoinBound{60'000};
 constexpr std::chrono::milliseconds kEnqueueBound{30'000};
+// What enqueueing takes; a sleep is longer than it.
+constexpr std::chrono::microseconds kSpin{500};
 
 std::optional<ncclDataType_t> DataType(kernels::Type type) {
   switch (type) {
@@ -78,6 +80,7 @@ absl::Status NcclCommunicator::Error(const char* what, ncclResult_t result) cons
 absl::Status NcclCommunicator::Settle(const char* what, ncclResult_t result,
                                       Clock::time_point deadline) {
   auto pause = std::chrono::microseconds(5);
+  const Clock::time_point spin_until = Clock::now() + kSpin;
   while (result == ncclInProgress) {
     if (state_->aborted) return Error(what, result);
     if (Clock::now() > deadline) {
@@ -85,8 +88,10 @@ absl::Status NcclCommunicator::Settle(const char* what, ncclResult_t result,
           absl::StrCat(what, " of ", options_.id, ", rank ", options_.rank,
                        ": NCCL did not finish in time; did every rank come?"));
     }
-    std::this_thread::sleep_for(pause);
-    pause = std::min<std::chrono::microseconds>(2 * pause, std::chrono::milliseconds(2));
+    if (Clock::now() > spin_until) {
+      std::this_thread::sleep_for(pause);
+      pause = std::min<std::chrono::microseconds>(2 * pause, std::chrono::milliseconds(2));
+    }
     const ncclResult_t asked = nccl_->CommGetAsyncError(state_->comm, &result);
     if (asked != ncclSuccess) result = asked;
   }
@@ -123,6 +128,7 @@ absl::Status NcclCommunicator::Join(AddressExchange& exchange) {
   if (state_->aborted) return Error(kWhat, ncclSuccess);
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
   config.blocking = 0;
+  config.maxCTAs = kMaxBlocks;
   const ncclResult_t result =
       nccl_->CommInitRankConfig(&state_->comm, options_.size, id, options_.rank, &config);
   return Settle(kWhat, result, deadline);

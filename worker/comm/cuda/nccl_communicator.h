@@ -35,6 +35,8 @@ namespace lockstep {
 class NcclCommunicator {
  public:
   static constexpr std::chrono::milliseconds kAbortBound{2'000};
+  // Multiprocessors that a collective takes at most: others compute meanwhile.
+  static constexpr int kMaxBlocks = 16;
 
   // Opens NCCL. bind_address is not used: NCCL finds its own way.
   static absl::StatusOr<std::unique_ptr<NcclCommunicator>> Create(
