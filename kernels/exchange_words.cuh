@@ -1,11 +1,12 @@
 // The words of an all-reduce that is folded into its neighbours (kernels/gemv.h).
-// A 32-bit word of all ones means "not arrived": no sender sends it, so each word
-// is its own flag and neither fences nor 16-byte atomicity are needed.
+// As in the all-reduce (kernels/exchange.cuh), each word is its own flag: neither
+// fences nor 16-byte atomicity are needed.
 #ifndef LOCKSTEP_KERNELS_EXCHANGE_WORDS_CUH_
 #define LOCKSTEP_KERNELS_EXCHANGE_WORDS_CUH_
 
-#include "kernels/bulk_copy.cuh"
+#include "kernels/exchange.cuh"
 #include "kernels/gemv_elements.cuh"
+#include "kernels/gemv_plan.h"
 
 namespace lockstep::kernels {
 
@@ -15,8 +16,7 @@ struct ExchangeWords {
   uint4* base[kMaxPeers];   // of each rank, slot 0
   int rank, size, vectors;  // a row's 16-byte vectors
   uint32_t number;
-  PeerFault* fault;
-  uint64_t patience_ns;
+  WaitLimits limits;
 };
 
 inline ExchangeWords MakeExchangeWords(const GemvExchange& exchange, uint32_t number) {
@@ -27,8 +27,7 @@ inline ExchangeWords MakeExchangeWords(const GemvExchange& exchange, uint32_t nu
   words.size = exchange.peers.size;
   words.vectors = exchange.width / 8;
   words.number = number;
-  words.fault = exchange.peers.fault;
-  words.patience_ns = exchange.peers.patience_ns;
+  words.limits = LimitsOf(exchange.peers);
   return words;
 }
 
@@ -39,52 +38,14 @@ __device__ __forceinline__ int64_t ExchangeIndex(const ExchangeWords& e, uint32_
   return static_cast<int64_t>(slot * e.size + sender) * e.vectors + v;
 }
 
-inline constexpr uint32_t kAbsentWord = 0xffffffffu;
-
-// An all-ones word is a pair of NaNs of either type; so is this one.
-__device__ __forceinline__ uint32_t Sendable(uint32_t word) {
-  return word == kAbsentWord ? 0x7fff7fffu : word;
-}
-
-__device__ __forceinline__ uint4 LoadShared(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ void StoreShared(uint4* to, uint4 v) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ bool Arrived(const uint4& v) {
-  return v.x != kAbsentWord && v.y != kAbsentWord && v.z != kAbsentWord && v.w != kAbsentWord;
-}
-
 // To the turn-th rank after one's own; 0: to oneself, which is the last.
 __device__ __forceinline__ void PushWords(const ExchangeWords& e, int turn, int v, uint4 words) {
   const int to = (e.rank + 1 + turn) % e.size;
-  StoreShared(e.base[to] + ExchangeIndex(e, e.number, e.rank, v),
-              {Sendable(words.x), Sendable(words.y), Sendable(words.z), Sendable(words.w)});
-}
-
-__device__ __noinline__ inline void TrapWithoutRank(const ExchangeWords& e, int rank) {
-  if (e.fault != nullptr) {
-    StoreShared(reinterpret_cast<uint4*>(e.fault),
-                {static_cast<uint32_t>(PeerWait::kPushedPartial), e.number,
-                 static_cast<uint32_t>(rank), blockIdx.x});
-    __threadfence_system();
-  } else if (threadIdx.x == 0) {
-    printf("lockstep: rank %d block %d: nothing of exchange %u from rank %d\n", e.rank,
-           static_cast<int>(blockIdx.x), e.number, rank);
-  }
-  __trap();
+  StoreSystem(e.base[to] + ExchangeIndex(e, e.number, e.rank, v), Sendable(words));
 }
 
 // Waits for vectors first, first + stride, ... below `end`, N at most, of every rank
-// and adds each up in rank order.
+// and adds each up in rank order. Of a group that is given up, whatever is there.
 template <typename T, int N>
 __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, int first, int stride, int end,
                                             float (&sums)[N][8]) {
@@ -95,7 +56,7 @@ __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, int first, i
   }
   const uint4* const from = e.base[e.rank] + ExchangeIndex(e, e.number, 0, 0);
   uint4 words[N][kMaxPeers];
-  Patience patience(e.patience_ns);
+  PeerWaiter waiter(e.limits, PeerWait::kPushedPartial, e.number);
   for (;;) {
     int missing = -1;
 #pragma unroll
@@ -103,7 +64,7 @@ __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, int first, i
 #pragma unroll
       for (int r = 0; r < kMaxPeers; ++r) {
         const int v = first + i * stride;
-        if (r < e.size && v < end) words[i][r] = LoadShared(from + r * e.vectors + v);
+        if (r < e.size && v < end) words[i][r] = LoadSystem(from + r * e.vectors + v);
       }
     }
 #pragma unroll
@@ -113,8 +74,7 @@ __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, int first, i
         if (r < e.size && first + i * stride < end && !Arrived(words[i][r])) missing = r;
       }
     }
-    if (missing < 0) break;
-    if (patience.Exhausted()) TrapWithoutRank(e, missing);
+    if (missing < 0 || waiter.Over(missing)) break;
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -138,7 +98,7 @@ __device__ __forceinline__ void ClearPreviousSlot(const ExchangeWords& e) {
   constexpr int threads = kGemvThreads;
   for (int i = blockIdx.x * threads + threadIdx.x; i < e.size * e.vectors;
        i += threads * static_cast<int>(gridDim.x))
-    StoreShared(slot + i, {kAbsentWord, kAbsentWord, kAbsentWord, kAbsentWord});
+    StoreSystem(slot + i, NothingYet());
 }
 
 }  // namespace lockstep::kernels
