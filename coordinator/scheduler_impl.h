@@ -122,6 +122,7 @@ struct Scheduler::Impl {
   absl::Status CheckIntegrity() const;
   absl::Status CheckCounts() const;
   absl::Status CheckBlocks() const;
+  absl::Status CheckTrial() const;
   absl::Status CheckSequence(const Sequence& s) const;
   absl::Status CheckQueues() const;
 

@@ -19,6 +19,7 @@ absl::Status Scheduler::Impl::CheckIntegrity() const {
   absl::Status status = CheckCounts();
   if (status.ok()) status = CheckQueues();
   if (status.ok()) status = CheckBlocks();
+  if (status.ok()) status = CheckTrial();
   for (const Sequence* s : running) {
     if (status.ok()) status = CheckSequence(*s);
   }
@@ -95,6 +96,19 @@ absl::Status Scheduler::Impl::CheckQueues() const {
   }
   if (suspects != num_suspects) return Broken(num_suspects, " suspects counted");
   if (with_deadline != deadlines.size()) return Broken("deadlines of requests that are gone");
+  return absl::OkStatus();
+}
+
+// A death during a trial names its suspect: no step then in flight may compute for
+// anybody else.
+absl::Status Scheduler::Impl::CheckTrial() const {
+  if (trial_step <= acknowledged) return absl::OkStatus();
+  const uint64_t run = in_flight.front().spans.front().run;
+  for (const PlannedStep& step : in_flight) {
+    for (const PlannedSpan& span : step.spans) {
+      if (span.run != run) return Broken("step ", step.step, " is not the trial's alone");
+    }
+  }
   return absl::OkStatus();
 }
 
