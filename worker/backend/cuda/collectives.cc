@@ -63,10 +63,6 @@ absl::Status Collectives::AllGather(const kernels::Launch& launch, const void* s
   return comm_->nccl()->AllGather(send, gathered, bytes, launch.stream);
 }
 
-void Collectives::Touch() {
-  if (comm_ != nullptr) comm_->Touch();
-}
-
 absl::Status Collectives::Explain(const absl::Status& failure) const {
   if (comm_ == nullptr) return failure;
   const absl::Status fault = comm_->Fault();

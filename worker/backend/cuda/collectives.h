@@ -42,8 +42,6 @@ class Collectives {
   const kernels::GemvExchange* gemv_exchange() const {
     return has_peers() ? &gemv_exchange_ : nullptr;
   }
-  // A step is enqueued.
-  void Touch();
   // Names the rank that a failed step waited for, if one did.
   absl::Status Explain(const absl::Status& failure) const;
 

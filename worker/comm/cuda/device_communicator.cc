@@ -25,7 +25,6 @@ void DeviceCommunicator::Abort() {
   aborted_ = true;
   if (nccl_ != nullptr) nccl_->Abort();
   if (peers_ != nullptr) peers_->Abort();
-  if (links_ != nullptr) links_->Stop();
 }
 
 absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
@@ -57,10 +56,6 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (aborted_) return absl::AbortedError("the communicator was aborted");
     peers_ = *std::move(peers);
-    absl::StatusOr<std::unique_ptr<LinkKeeper>> links =
-        LinkKeeper::Create(peers_->peers(), device_);
-    if (!links.ok()) return links.status();
-    links_ = *std::move(links);
   } else if (absl::IsUnimplemented(peers.status())) {
     LogInfo(absl::StrCat("NCCL carries every collective: ", std::string(peers.status().message())));
   } else {

@@ -17,7 +17,6 @@
 
 #include "absl/status/status.h"
 #include "kernels/all_reduce.h"
-#include "worker/comm/cuda/link_keeper.h"
 #include "worker/comm/cuda/nccl_communicator.h"
 #include "worker/comm/cuda/peer_memory.h"
 #include "worker/comm/rank_communicator.h"
@@ -44,10 +43,6 @@ class DeviceCommunicator final : public RankCommunicator {
   size_t gemv_offset() const { return gemv_offset_; }
   // Above one rank, after Join.
   NcclCommunicator* nccl() { return nccl_.get(); }
-  // A step is enqueued: the links are kept awake for the next one.
-  void Touch() {
-    if (links_ != nullptr) links_->Touch();
-  }
   // Which rank a kernel waited for in vain; OK if none did.
   absl::Status Fault() const { return peers_ ? peers_->Fault() : absl::OkStatus(); }
 
@@ -65,11 +60,10 @@ class DeviceCommunicator final : public RankCommunicator {
   const int device_;
   kernels::ExchangeLayout layout_;
   size_t gemv_offset_ = 0;
-  std::mutex mutex_;  // what follows appears while another thread may abort
+  std::mutex mutex_;  // nccl_ and peers_ appear while another thread may abort
   bool aborted_ = false;
   std::unique_ptr<NcclCommunicator> nccl_;
   std::unique_ptr<PeerMemory> peers_;
-  std::unique_ptr<LinkKeeper> links_;  // of peers_
 };
 
 // "NCCL 2.28.3", or why there is none.
