@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -85,9 +86,8 @@ def arguments(server, model, **more):
 
 
 def as_program(server, model, folder, wanted):
-    import sys
-
-    options = ",".join(f"{k}={v}" for k, v in arguments(server, model).items())
+    given = arguments(server, model, tokenizer_backend="remote")
+    options = ",".join(f"{name}={value}" for name, value in given.items())
     out = Path(folder) / "out"
     told = harness.run(
         sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", options,
