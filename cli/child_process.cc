@@ -12,6 +12,7 @@
 #include <filesystem>
 
 #include "absl/strings/str_cat.h"
+#include "common/supervisor_link.h"
 
 namespace lockstep {
 namespace {
@@ -30,6 +31,11 @@ namespace {
     if (log < 0) _exit(126);
     dup2(log, STDERR_FILENO);
     dup2(log, STDOUT_FILENO);
+  }
+  unsetenv(kProgressBarsVariable);
+  if (options.stderr_fd >= 0) {
+    dup2(options.stderr_fd, STDERR_FILENO);
+    setenv(kProgressBarsVariable, "1", 1);
   }
   if (options.stdout_to_stderr) dup2(STDERR_FILENO, STDOUT_FILENO);
   if (options.keep_fd >= 0) {

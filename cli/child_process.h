@@ -17,6 +17,7 @@ namespace lockstep {
 struct ChildOptions {
   bool stdout_to_stderr = false;  // keeps stdout for the word `ready`
   std::string log_path;           // when set: stdout and stderr go to this file
+  int stderr_fd = -1;             // when set: what stderr is
   int keep_fd = -1;               // a descriptor to hand on, whose number ...
   std::string keep_fd_variable;   // ... this environment variable tells
 };

@@ -15,6 +15,7 @@
 #include <optional>
 
 #include "absl/strings/str_cat.h"
+#include "cli/child_output.h"
 #include "cli/child_process.h"
 #include "common/service_manager.h"
 #include "common/supervisor_link.h"
@@ -47,14 +48,16 @@ struct Child {
 class Supervisor {
  public:
   Supervisor(const SupervisorOptions& options, ServiceManager& service)
-      : options_(options), service_(service) {
+      : options_(options), service_(service), output_(options.workers.size() + 1) {
     coordinator_.name = "coordinator";
+    coordinator_.options.stderr_fd = output_.write_fd(0);
     coordinator_.argv = options.coordinator;
     for (size_t i = 0; i < options.workers.size(); ++i) {
       Child worker;
       worker.name = absl::StrCat("worker ", i);
       worker.argv = options.workers[i];
       worker.options.stdout_to_stderr = true;
+      worker.options.stderr_fd = output_.write_fd(i + 1);
       workers_.push_back(std::move(worker));
     }
   }
@@ -98,10 +101,18 @@ class Supervisor {
   }
 
  private:
-  // Waits until a signal, a note or the next thing to do; 0: no signal.
-  int NextSignal() const {
-    pollfd fds[] = {{signals_, POLLIN, 0}, {notes_[0], POLLIN, 0}};
-    poll(fds, 2, static_cast<int>(MsUntilNextEvent()));
+  void Say(const std::string& line) {
+    output_.BeforeOwnLine();
+    lockstep::Say(line);
+  }
+
+  // Waits until a signal, a note, a word of a child or the next thing to do; 0: no
+  // signal.
+  int NextSignal() {
+    std::vector<pollfd> fds = {{signals_, POLLIN, 0}, {notes_[0], POLLIN, 0}};
+    for (const int fd : output_.read_fds()) fds.push_back({fd, POLLIN, 0});
+    poll(fds.data(), fds.size(), static_cast<int>(MsUntilNextEvent()));
+    output_.Relay();
     signalfd_siginfo info;
     if (read(signals_, &info, sizeof(info)) != sizeof(info)) return 0;
     return static_cast<int>(info.ssi_signo);
@@ -210,6 +221,7 @@ class Supervisor {
 
   void OnCoordinatorExit(int status) {
     coordinator_.pid = 0;
+    output_.Close(0);
     if (ending_) return;
     if (WIFEXITED(status) || draining_) {
       End(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
@@ -222,6 +234,7 @@ class Supervisor {
 
   void OnWorkerExit(Child& worker, int status) {
     worker.pid = 0;
+    output_.Close(1 + static_cast<size_t>(&worker - workers_.data()));
     if (ending_) return;
     const bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
     // A clean exit answers the coordinator's own word; it is about to end too.
@@ -289,6 +302,7 @@ class Supervisor {
 
   const SupervisorOptions options_;
   ServiceManager& service_;
+  ChildOutput output_;
   Child coordinator_;
   std::vector<Child> workers_;
   int notes_[2] = {-1, -1};  // the coordinator's, see SupervisorLink

@@ -9,6 +9,10 @@ namespace lockstep {
 // Names the pipe's descriptor, in the coordinator's environment.
 inline constexpr char kSupervisorFdVariable[] = "LOCKSTEP_SUPERVISOR_FD";
 
+// In the environment of a child whose stderr is a pipe to a supervisor that puts it
+// on a terminal (cli/child_output.h): progress may be a bar there.
+inline constexpr char kProgressBarsVariable[] = "LOCKSTEP_PROGRESS_BARS";
+
 enum class SupervisorNote : char {
   kReady = 'r',   // every worker is part of a whole group
   kServed = 's',  // that group has done its first step

@@ -52,9 +52,10 @@ void LoadProgressReport::Update(uint64_t bytes_done, uint64_t bytes_total) {
   const double seconds = std::chrono::duration<double>(now - start_).count();
   if (terminal_) {
     if (!last && now - shown_ < kSendEvery) return;
-    // The cursor returns to the start of the line; the last state stays.
+    // The cursor returns to the start of the line, so that a line of the log takes the
+    // bar's place; the last state stays.
     std::fprintf(stderr, "\r%s\033[K%s",
-                 Line(rank_, bytes_done, bytes_total, seconds, true).c_str(), last ? "\n" : "");
+                 Line(rank_, bytes_done, bytes_total, seconds, true).c_str(), last ? "\n" : "\r");
     std::fflush(stderr);
     shown_ = now;
   } else if (now - shown_ >= kLineEvery) {

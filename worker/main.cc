@@ -19,6 +19,7 @@
 #include "common/log.h"
 #include "common/process_events.h"
 #include "common/service_manager.h"
+#include "common/supervisor_link.h"
 #include "common/version.h"
 #include "worker/checkpoint_host.h"
 #include "worker/comm/gloo_communicator.h"
@@ -147,7 +148,8 @@ SessionOptions MakeSessionOptions(const WorkerOptions& o, Gpu* gpu) {
   };
   options.comm_address = o.comm_address;
   options.runner.collective_library = GlooVersion();
-  options.runner.terminal = isatty(STDERR_FILENO) == 1;
+  options.runner.terminal =
+      isatty(STDERR_FILENO) == 1 || std::getenv(kProgressBarsVariable) != nullptr;
   options.runner.make_communicator = MakeGlooCommunicator;
   if (gpu == nullptr) return options;
   const GpuInfo info = gpu->Info();
