@@ -14,7 +14,6 @@
 namespace lockstep::wire {
 namespace {
 
-using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
 // Builds random values within what the protocol allows.

@@ -26,8 +26,6 @@
 #include "wire/codec.h"
 #include "wire/plan_digest.h"
 
-extern char** environ;
-
 namespace lockstep {
 namespace {
 

@@ -25,7 +25,9 @@ struct Cupti {
   LOCKSTEP_CUPTI(cuptiActivityGetNextRecord)     \
   LOCKSTEP_CUPTI(cuptiActivityRegisterCallbacks) \
   LOCKSTEP_CUPTI(cuptiActivityRegisterTimestampCallback)
+// NOLINTBEGIN(bugprone-macro-parentheses): a name that is declared takes none.
 #define LOCKSTEP_CUPTI(name) decltype(&::name) name = nullptr;
+  // NOLINTEND(bugprone-macro-parentheses)
   LOCKSTEP_CUPTI_ENTRIES
 #undef LOCKSTEP_CUPTI
 
@@ -40,9 +42,11 @@ struct Cupti {
       return absl::NotFoundError(
           absl::StrCat("tracing kernels needs libcupti.so.13 (CUPTI of CUDA 13): ", dlerror()));
     }
+// NOLINTBEGIN(bugprone-macro-parentheses): a name that is declared takes none.
 #define LOCKSTEP_CUPTI(name)                                      \
   name = reinterpret_cast<decltype(name)>(dlsym(library, #name)); \
   if (name == nullptr) return absl::NotFoundError("libcupti.so.13 has no " #name);
+    // NOLINTEND(bugprone-macro-parentheses)
     LOCKSTEP_CUPTI_ENTRIES
 #undef LOCKSTEP_CUPTI
     return absl::OkStatus();

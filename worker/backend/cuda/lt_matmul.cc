@@ -17,7 +17,9 @@ using kernels::Type;
 
 // The few entries that are used, by name.
 struct Library {
+// NOLINTBEGIN(bugprone-macro-parentheses): a name that is declared takes none.
 #define LOCKSTEP_CUBLASLT(name) decltype(&::name) name = nullptr;
+// NOLINTEND(bugprone-macro-parentheses)
 #define LOCKSTEP_CUBLASLT_ENTRIES                    \
   LOCKSTEP_CUBLASLT(cublasLtCreate)                  \
   LOCKSTEP_CUBLASLT(cublasLtDestroy)                 \
@@ -43,9 +45,11 @@ struct Library {
                        "CUDA 13): ",
                        dlerror()));
     }
+// NOLINTBEGIN(bugprone-macro-parentheses): a name that is declared takes none.
 #define LOCKSTEP_CUBLASLT(name)                                   \
   name = reinterpret_cast<decltype(name)>(dlsym(library, #name)); \
   if (name == nullptr) return absl::NotFoundError("libcublasLt.so.13 has no " #name);
+    // NOLINTEND(bugprone-macro-parentheses)
     LOCKSTEP_CUBLASLT_ENTRIES
 #undef LOCKSTEP_CUBLASLT
     return absl::OkStatus();
