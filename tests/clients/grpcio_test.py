@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 
 import harness
 
@@ -149,7 +148,9 @@ def health_while_draining(channel, server):
 def reflection(channel):
     database = ProtoReflectionDescriptorDatabase(channel)
     assert {SERVICE, "grpc.health.v1.Health"} <= set(database.get_services())
-    service = descriptor_pool.DescriptorPool(database).FindServiceByName(SERVICE)
+    described = descriptor_pool.DescriptorPool(database)
+    assert {m.name for m in described.FindServiceByName("grpc.health.v1.Health").methods} >= {"Check", "Watch"}
+    service = described.FindServiceByName(SERVICE)
     assert {m.name for m in service.methods} == {
         "Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo",
     }  # fmt: skip
@@ -212,9 +213,7 @@ def crowd(stub, server):
     running = stub.GenerateStream(long)
     next(running), next(running)
     waiting = stub.GenerateStream(long)
-    until = time.monotonic() + 20
-    while server.metric("lockstep_requests", state="waiting") != 1 and time.monotonic() < until:
-        time.sleep(0.02)
+    assert harness.eventually(lambda: server.metric("lockstep_requests", state="waiting") == 1)
     error = refused(lambda: stub.Generate(long), grpc.StatusCode.RESOURCE_EXHAUSTED)
     (detail,) = rpc_status.from_call(error).details
     info = error_details_pb2.RetryInfo()

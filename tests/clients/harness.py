@@ -144,15 +144,14 @@ class Server(Child):
         assert values, f"/metrics has no {name} with {labels}"
         return sum(values)
 
-    def becomes_idle(self, seconds=20):
-        """Whether no request runs or waits any more, and no block is held, within this time."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            busy = self.metric("lockstep_requests") + self.metric("lockstep_kv_blocks", state="active")
-            if busy == 0:
-                return True
-            time.sleep(0.05)
-        return False
+    def becomes_idle(self):
+        """Whether no request runs or waits any more, and no block is held, within a while."""
+
+        def idle():
+            active = self.metric("lockstep_kv_blocks", state="active")
+            return self.metric("lockstep_requests") + active == 0
+
+        return eventually(idle)
 
 
 class ScriptedServer(Child):
@@ -176,6 +175,16 @@ class ScriptedServer(Child):
             self.process.wait(timeout=30)
         finally:
             self.stop()
+
+
+def eventually(condition, seconds=20):
+    """Whether the condition comes true within this time."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def raises(kind, call, *arguments, **named):

@@ -3,10 +3,10 @@
     openai_test.py BUILD_DIR
 """
 
+import asyncio
 import json
 import tempfile
 import threading
-import time
 
 import harness
 
@@ -181,6 +181,25 @@ def chat(client):
     assert told.choices[0].message.content == case["text"]
 
 
+def at_once(server):
+    """Every known chat at the same time, streamed by the asynchronous client: none is mixed up."""
+
+    async def one(client, case):
+        stream = await client.chat.completions.create(
+            model="demo", messages=case["messages"], temperature=0, stream=True
+        )
+        text = [c.choices[0].delta.content or "" async for c in stream if c.choices]
+        assert "".join(text) == case["text"], (case, text)
+
+    async def all_of_them():
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key=harness.KEY, max_retries=0, timeout=60
+        ) as client:
+            await asyncio.gather(*(one(client, case) for case in EXPECTED))
+
+    asyncio.run(all_of_them())
+
+
 def tools(client):
     """The demo model knows no tools: what it would have said is scripted."""
 
@@ -272,18 +291,24 @@ def crowd(client, server):
     waiting = []
     thread = threading.Thread(target=lambda: waiting.append(client.completions.create(**arguments)))
     thread.start()
-    until = time.monotonic() + 20
-    while server.metric("lockstep_requests", state="waiting") != 1 and time.monotonic() < until:
-        time.sleep(0.02)
+    assert harness.eventually(lambda: server.metric("lockstep_requests", state="waiting") == 1)
     full = harness.raises(openai.RateLimitError, client.completions.create, **arguments)
     assert int(full.response.headers["retry-after"]) >= 1, full.response.headers
     assert full.status_code == 429
     # The package itself comes back after the delay that it was told, and then finds room.
     patient = client.with_options(max_retries=5)
-    threading.Timer(0.2, running.close).start()
+
+    def make_room_after_a_refusal():
+        harness.eventually(lambda: server.metric("lockstep_requests_total", outcome="rejected") >= 2)
+        running.close()
+
+    making_room = threading.Thread(target=make_room_after_a_refusal)
+    making_room.start()
     answer = patient.completions.create(model="demo", prompt="x", max_tokens=1)
     assert answer.usage.completion_tokens == 1
-    thread.join(timeout=60)
+    making_room.join()
+    thread.join()
+    assert server.metric("lockstep_requests_total", outcome="rejected") >= 2
     waiting[0].close()
     assert server.becomes_idle()
 
@@ -294,6 +319,7 @@ def main():
             client = connect(server)
             for check in (models, prompt_forms, sampling, scored, streams, chat):
                 check(client)
+            at_once(server)
             refusals(client, server)
             leave(client, server)
     with harness.Server("--max-num-seqs", 1, "--max-queued-requests", 1) as server:
