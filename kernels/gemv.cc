@@ -54,17 +54,19 @@ cudaError_t LaunchAs(const Launch& launch, const GemvArgs& args) {
 
 RowPlan PlanRow(const GemvArgs& args, int sm_count) {
   const int weight_bytes = static_cast<int>(TypeBytes(args.weight_type));
-  const int largest = weight_bytes == 2 ? 16 : 8;        // capacity: 128 registers of x
+  // Capacity: 64 registers of x, and where eight warps' are too few, 128. With 64 a block
+  // leaves registers for one of the attention that comes behind it.
+  const int usual = weight_bytes == 2 ? 8 : 4, largest = 2 * usual;
   const int pieces = DivUp(args.k * weight_bytes, 512);  // of 32 lanes x 16 bytes
   RowPlan plan;
   plan.unit = args.epilogue == GemvEpilogue::kPush ? 8 : IsGate(args) ? 2 : 1;
-  while (plan.split < kGemvWarps && DivUp(pieces, plan.split) > largest) plan.split *= 2;
+  while (plan.split < kGemvWarps && DivUp(pieces, plan.split) > usual) plan.split *= 2;
   int vectors = largest;
   while (vectors > largest / 4 && vectors / 2 * plan.split >= pieces) vectors /= 2;
   if (vectors * plan.split < pieces) return plan;
 
   const size_t rest = size_t{2} * args.k + sizeof(float) * plan.split * kRowChunk;
-  plan.stage_bytes = static_cast<size_t>(kStageVectors / vectors) * args.k * weight_bytes;
+  plan.stage_bytes = static_cast<size_t>(StageRows(vectors)) * args.k * weight_bytes;
   const int groups = kGemvWarps / plan.split;
   // A deeper ring would not be faster, but delay x behind the weights; and no fewer
   // than three stages, where one is large.

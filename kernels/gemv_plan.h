@@ -22,9 +22,12 @@ inline constexpr size_t kMaxGemvShared = 223 << 10;
 
 // One row (m == 1). A weight row is dealt to `split` warps, each of which takes
 // `vectors` pieces of 32 lanes x 16 bytes; a stage is kStageVectors pieces of each of
-// them, which is kStageVectors / vectors rows. `stages` is a multiple of the groups
-// of warps, so that a slot always belongs to one group.
-inline constexpr int kStageVectors = 16;
+// them, which is kStageVectors / vectors rows, or one. `stages` is a multiple of the
+// groups of warps, so that a slot always belongs to one group.
+inline constexpr int kStageVectors = 8;
+constexpr int StageRows(int vectors) {
+  return vectors < kStageVectors ? kStageVectors / vectors : 1;
+}
 struct RowPlan {
   int unit = 1;  // rows that stay in one block
   int split = 1;

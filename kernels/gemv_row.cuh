@@ -6,7 +6,7 @@
 //   Groups do not wait for each other: that, and x in registers as fp32, makes them
 //   fast enough to empty a full ring in a microsecond once x is there.
 //
-//   Per warp and stage: kStageVectors 16-byte reads a lane, R rows, S vectors of each.
+//   Per warp and stage: 16-byte reads of a lane, of R rows S vectors each.
 //   Every kRowChunk rows: partial sums added in order of K, epilogue.
 //
 // Bytes moved: n * k * sizeof(W), x and the outputs are noise. Checked against a
@@ -320,9 +320,15 @@ __device__ __forceinline__ void ReadStage(const uint8_t* stage, uint32_t row_byt
 
 }  // namespace row
 
+// The bound on registers is that of larger blocks: 168 a thread leave enough of an SM's
+// for a block of decode attention, which then begins while this one ends.
+template <typename W, int S>
+inline constexpr int kRowBound = S* kPerVector<W> <= 64 ? 384 : kGemvThreads;
+
 template <typename W, typename T, int S>
-__global__ void __launch_bounds__(kGemvThreads, 1) RowKernel(const __grid_constant__ RowParams p) {
-  constexpr int R = kStageVectors / S;
+__global__ void __launch_bounds__(kRowBound<W, S>, 1)
+    RowKernel(const __grid_constant__ RowParams p) {
+  constexpr int R = StageRows(S);
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ uint64_t full[kMaxGemvStages], empty[kMaxGemvStages];
   __shared__ float norm_scratch[kGemvWarps];
@@ -404,7 +410,6 @@ __global__ void __launch_bounds__(kGemvThreads, 1) RowKernel(const __grid_consta
 template <typename W, typename T, typename Fn>
 cudaError_t WithRowKernel(int vectors, Fn fn) {
   constexpr int kUnit = sizeof(W) == 2 ? 4 : 2;
-  static_assert(kUnit * 4 <= kStageVectors);
   if (vectors == kUnit) return fn(RowKernel<W, T, kUnit>);
   if (vectors == 2 * kUnit) return fn(RowKernel<W, T, 2 * kUnit>);
   if (vectors == 4 * kUnit) return fn(RowKernel<W, T, 4 * kUnit>);
@@ -432,7 +437,7 @@ cudaError_t LaunchRow(const Launch& launch, const GemvArgs& args, const RowPlan&
   p.unit = plan.unit;
   p.share = args.n / plan.unit / plan.blocks;
   p.remainder = args.n / plan.unit % plan.blocks;
-  p.stage_rows = kStageVectors / plan.vectors;
+  p.stage_rows = StageRows(plan.vectors);
   while (1 << p.split_log2 < plan.split) ++p.split_log2;
   p.stages = plan.stages;
   p.stage_bytes = static_cast<uint32_t>(plan.stage_bytes);

@@ -6,14 +6,12 @@
 //
 //   producer warp: fills the ring with weights, waits for the kernel ahead, fetches the
 //     block's part of x, which stays, then goes on filling
-//   one or two warpgroups, taking turns at the stages: products to fp32 sums in registers
+//   one or two warpgroups, taking turns at the stages: products to fp32 sums in registers,
+//     and those to the block that owns the row (64 / S of a tile each), by its memory
+//   a warpgroup that finishes: adds what came from all, in order; epilogue
 //
-// The sums of a tile go to the block that owns the row (64 / S of them each), by its
-// shared memory; that block adds what came from all warpgroups, in order, and finishes
-// the outputs while the next tile streams in (Send, Finish).
-//
-// Two buffers of sums are enough: a block sends tile t after it has received t - 1 from
-// every block, each of which sent it after all of its warps had finished t - 2.
+// Nobody waits for what is sent: it counts itself at the barrier of its receiver, which
+// gives a buffer of sums free when it has read it (two buffers, in turn).
 //
 // Bytes moved: n * k * sizeof(W); of x, m * k * sizeof(W) / S from L2 a block.
 // Checked against a double reference in tests/kernels/skinny_cluster_test.cu.
@@ -42,7 +40,7 @@ __device__ __forceinline__ Work WorkOf(const ClusterParams& p, int rank) {
 struct Shared {
   uint8_t *ring, *x;
   float* sums;  // [2][sources][64 / S][stride]
-  uint64_t *full, *empty, *x_full, *received;
+  uint64_t *full, *empty, *x_full, *received, *freed;
 
   __device__ __forceinline__ Shared(uint8_t* base, int rows, const ClusterParams& p) {
     const ClusterLayout layout(rows, p.stages, p.x_chunks);
@@ -53,6 +51,7 @@ struct Shared {
     empty = full + kMaxClusterStages;
     x_full = empty + kMaxClusterStages;
     received = x_full + 1;
+    freed = received + 2;
   }
 };
 
@@ -93,39 +92,40 @@ __device__ __forceinline__ void Produce(const ClusterParams& p, const Shared& s,
   }
 }
 
-// One of the threads that multiply.
-template <typename W, typename T, int kRows>
-class Consumer {
- public:
-  static constexpr int kGroups = ClusterGroups(kRows);
-  static constexpr int kThreads = kGroups * 128;
+template <int kRows>
+inline constexpr int kSumBytes = ClusterGroups(kRows) * kClusterTile* kRows * 4;  // of a tile
+template <int kRows>
+inline constexpr int kSumFloats =
+    ClusterGroups(kRows) * kClusterTile* ClusterSumStride(kRows);  // of a buffer
 
-  __device__ __forceinline__ Consumer(const ClusterParams& p, const Shared& s, const Work& work,
-                                      int rank)
+// One of the threads that multiply.
+template <typename W, int kRows>
+class Multiplier {
+ public:
+  __device__ __forceinline__ Multiplier(const ClusterParams& p, const Shared& s, const Work& work,
+                                        int rank)
       : p_(p), s_(s), work_(work), rank_(rank) {}
 
   __device__ __forceinline__ void Run() {
-    WaitForPrevious();
     ClusterBarrierWait(s_.x_full, 0);
     for (int t = 0; t < work_.tiles; ++t) {
       float sum[kSums] = {};
       Multiply(sum);
-      if (t > 0) Finish(t - 1);
-      asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-      if (t == 0) ClusterAwait();  // every block's barriers exist
+      if (t > 1) ClusterBarrierWaitRemote(s_.freed + (t & 1), (t >> 1 & 1) ^ 1);
       Send(t, sum);
     }
-    Finish(work_.tiles - 1);
   }
 
  private:
+  static constexpr int kGroups = ClusterGroups(kRows);
   static constexpr int kSums = kRows / 2;  // a thread's
   static constexpr int kStride = ClusterSumStride(kRows);
-  static constexpr int kBuffer = kGroups * kClusterTile * kStride;
+  static constexpr int kSteps = kClusterChunk / 32;
 
   // This warpgroup's part of the next tile.
   __device__ __forceinline__ void Multiply(float (&sum)[kSums]) {
-    constexpr int kSteps = kClusterChunk / 32;
+    int unread = -1;  // a slot whose products may still run
+    Pin(sum);
     for (int c = 0; c < work_.chunks; ++c, slot_.Advance(p_.stages)) {
       if (c % kGroups != group_) continue;
       ClusterBarrierWait(s_.full + slot_.index, slot_.parity);
@@ -134,86 +134,51 @@ class Consumer {
       const uint64_t b = MatrixDescriptor(SharedAddress(s_.x + c * (kRows * kClusterChunk)));
       if constexpr (sizeof(W) == 1) {
         float part[kSums] = {};
-        MultiplySteps<kSteps>(part, a, b);
+        Pin(part);
+        Start(part, a, b);
+        ProductsAwait<0>();
+        Pin(part);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sum[i] += part[i];
+        Release(slot_.index);
       } else {
-        MultiplySteps<kSteps>(sum, a, b);
+        Start(sum, a, b);
+        ProductsAwait<1>();
+        if (unread >= 0) Release(unread);
+        unread = slot_.index;
       }
-      if (lane_ == 0) BarrierArrive(s_.empty + slot_.index);
+    }
+    if constexpr (sizeof(W) != 1) {
+      ProductsAwait<0>();
+      Pin(sum);
+      if (unread >= 0) Release(unread);
     }
   }
-  template <int kSteps>
-  static __device__ __forceinline__ void MultiplySteps(float (&sum)[kSums], uint64_t a,
-                                                       uint64_t b) {
-    Pin(sum);
+  static __device__ __forceinline__ void Start(float (&sum)[kSums], uint64_t a, uint64_t b) {
     ProductsFence();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) Product<W>(sum, a + 2 * k, b + 2 * k, 1);
     ProductsCommit();
-    ProductsAwait();
-    Pin(sum);
+  }
+  __device__ __forceinline__ void Release(int slot) {
+    if (lane_ == 0) BarrierArrive(s_.empty + slot);
   }
 
   // A warp has 16 rows of the tile: rows g and g + 8 of a lane, by pairs of columns.
   __device__ __forceinline__ void Send(int t, const float (&sum)[kSums]) {
     const int rows_log2 = 6 - p_.split_log2, rows = 1 << rows_log2;
     const int source = rank_ * kGroups + group_, g = lane_ / 4, q = lane_ % 4;
-    const uint32_t base = SharedAddress(s_.sums + (t & 1) * kBuffer);
+    const uint32_t base = SharedAddress(s_.sums + (t & 1) * kSumFloats<kRows>);
+    const uint32_t barrier = SharedAddress(s_.received + (t & 1));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_ * 16 + half * 8 + g;
+      const int row = warp_ * 16 + half * 8 + g, owner = row >> rows_log2;
       const int at = (source * rows + (row & (rows - 1))) * kStride + 2 * q;
-      const uint32_t to = AddressIn(base + at * 4, row >> rows_log2);
+      const uint32_t to = AddressIn(base + at * 4, owner), count = AddressIn(barrier, owner);
 #pragma unroll
       for (int j = 0; j < kRows / 8; ++j)
-        StoreRemote(to + j * 32, sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
+        StoreRemote(to + j * 32, sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1], count);
     }
-    __syncwarp();
-    // Of eight rows a block, a warp has two blocks'.
-    const uint32_t barrier = SharedAddress(s_.received + (t & 1));
-    if (lane_ == 0 || (lane_ == 1 && rows == 8))
-      ArriveRemote(AddressIn(barrier, (warp_ * 16 + lane_ * 8) >> rows_log2));
-  }
-
-  // The outputs of this block's rows of tile t.
-  __device__ __forceinline__ void Finish(int t) {
-    const int rows_log2 = 6 - p_.split_log2;
-    ClusterBarrierWaitRemote(s_.received + (t & 1), t >> 1 & 1);
-    const float* sums = s_.sums + (t & 1) * kBuffer;
-    const int first = (work_.first_tile + t) * kClusterTile + (rank_ << rows_log2);
-    const bool gate =
-        p_.epilogue == GemvEpilogue::kSiluGate || p_.epilogue == GemvEpilogue::kGeluGate;
-    const int width_log2 = gate ? rows_log2 - 1 : rows_log2;
-    for (int i = static_cast<int>(threadIdx.x); i < p_.m << width_log2; i += kThreads) {
-      const int m = i >> width_log2, at = i & ((1 << width_log2) - 1);
-      if (gate) {  // n is even: both rows of a gate exist or neither
-        const int r = first + 2 * at;
-        if (r >= p_.n) continue;
-        const float g = Total(sums, 2 * at, r, m), u = Total(sums, 2 * at + 1, r + 1, m);
-        static_cast<T*>(p_.out)[m * p_.out_stride + r / 2] = FromFloat<T>(Gated(p_.epilogue, g, u));
-        continue;
-      }
-      const int r = first + at;
-      if (r >= p_.n) continue;
-      float v = Total(sums, at, r, m);
-      if (p_.epilogue == GemvEpilogue::kLogits) {
-        static_cast<float*>(p_.out)[m * p_.out_stride + r] = v;
-        continue;
-      }
-      if (p_.bias != nullptr) v += ToFloat(static_cast<const T*>(p_.bias)[r]);
-      static_cast<T*>(p_.out)[m * p_.out_stride + r] = FromFloat<T>(v);
-    }
-  }
-
-  // `at`: weight row r among the block's; column m of x.
-  __device__ __forceinline__ float Total(const float* sums, int at, int r, int m) const {
-    const int rows = kClusterTile >> p_.split_log2, sources = kGroups << p_.split_log2;
-    float total = 0.0f;
-#pragma unroll 4
-    for (int s = 0; s < sources; ++s) total += sums[(s * rows + at) * kStride + m];
-    if constexpr (sizeof(W) == 1) total *= __ldg(p_.weight_scales + r) * __ldcg(p_.x_scales + m);
-    return total;
   }
 
   const ClusterParams& p_;
@@ -224,6 +189,101 @@ class Consumer {
   const int warp_ = static_cast<int>(threadIdx.x) % 128 / 32;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
   Slot slot_;
+};
+
+// One of the threads that finish: it has a weight row of the block's part of each tile,
+// and every 128 / rows-th row of x.
+template <typename W, typename T, int kRows>
+class Finisher {
+ public:
+  __device__ __forceinline__ Finisher(const ClusterParams& p, const Shared& s, const Work& work,
+                                      int rank)
+      : p_(p), s_(s), work_(work), rank_(rank) {}
+
+  __device__ __forceinline__ void Run() {
+    WaitForPrevious();
+    if constexpr (sizeof(W) == 1) {
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        const int m = first_m_ + j * step_m_;
+        x_scale_[j] = m < p_.m ? __ldcg(p_.x_scales + m) : 0.0f;
+      }
+    }
+    for (int t = 0; t < work_.tiles; ++t) Finish(t);
+  }
+
+ private:
+  static constexpr int kItems = kRows / 4;  // of at most 32 rows a block
+  static constexpr int kStride = ClusterSumStride(kRows);
+
+  __device__ __forceinline__ void Finish(int t) {
+    const int r = (work_.first_tile + t) * kClusterTile + (rank_ << rows_log2_) + at_;
+    const bool exists = r < p_.n;
+    // Constants, on their way during the wait.
+    const float weight_scale = sizeof(W) == 1 && exists ? __ldg(p_.weight_scales + r) : 1.0f;
+    const float bias =
+        p_.bias != nullptr && exists ? ToFloat(static_cast<const T*>(p_.bias)[r]) : 0.0f;
+    ClusterBarrierWaitRemote(s_.received + (t & 1), t >> 1 & 1);
+    const bool again = t + 2 < work_.tiles;  // else nobody waits for the buffer
+    if (again && tid_ == 0) BarrierArriveExpecting(s_.received + (t & 1), kSumBytes<kRows>);
+    const float* sums = s_.sums + (t & 1) * kSumFloats<kRows>;
+    float v[kItems];
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int m = first_m_ + j * step_m_;
+      v[j] = m < p_.m ? Total(sums, m) : 0.0f;
+    }
+    if (again) {
+      asm volatile("bar.sync 1, 128;" ::: "memory");
+      if (tid_ < 1 << p_.split_log2)
+        ArriveRemote(AddressIn(SharedAddress(s_.freed + (t & 1)), tid_));
+    }
+    if constexpr (sizeof(W) == 1) {
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) v[j] *= weight_scale * x_scale_[j];
+    }
+    if (p_.epilogue == GemvEpilogue::kSiluGate || p_.epilogue == GemvEpilogue::kGeluGate) {
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        const int m = first_m_ + j * step_m_;
+        const float up = __shfl_xor_sync(~0u, v[j], 1);  // of the row after a gate's
+        // n is even: both rows of a gate exist or neither.
+        if (at_ % 2 == 0 && exists && m < p_.m)
+          static_cast<T*>(p_.out)[m * p_.out_stride + r / 2] =
+              FromFloat<T>(Gated(p_.epilogue, v[j], up));
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int m = first_m_ + j * step_m_;
+      if (!exists || m >= p_.m) continue;
+      if (p_.epilogue == GemvEpilogue::kLogits) {
+        static_cast<float*>(p_.out)[m * p_.out_stride + r] = v[j];
+      } else {
+        static_cast<T*>(p_.out)[m * p_.out_stride + r] = FromFloat<T>(v[j] + bias);
+      }
+    }
+  }
+
+  // What all warpgroups of the cluster have for column m of x.
+  __device__ __forceinline__ float Total(const float* sums, int m) const {
+    const int sources = ClusterGroups(kRows) << p_.split_log2;
+    float total = 0.0f;
+#pragma unroll 4
+    for (int s = 0; s < sources; ++s) total += sums[((s << rows_log2_) + at_) * kStride + m];
+    return total;
+  }
+
+  const ClusterParams& p_;
+  const Shared& s_;
+  const Work& work_;
+  const int rank_;
+  const int tid_ = static_cast<int>(threadIdx.x) % 128;
+  const int rows_log2_ = 6 - p_.split_log2;
+  const int at_ = tid_ & ((1 << rows_log2_) - 1);
+  const int first_m_ = tid_ >> rows_log2_, step_m_ = 128 >> rows_log2_;
+  float x_scale_[kItems] = {};
 };
 
 }  // namespace cluster
@@ -244,20 +304,27 @@ __global__ void __launch_bounds__(ClusterThreads(kRows), 1)
       BarrierInit(s.empty + i, 4);
     }
     BarrierInit(s.x_full, 1);
-    // Of each warpgroup of the cluster, the warps that have rows of this block.
-    const int senders = kGroups * max(4, 1 << p.split_log2);
-    BarrierInit(s.received, senders);
-    BarrierInit(s.received + 1, senders);
+    for (int i = 0; i < 2; ++i) {
+      BarrierInit(s.received + i, 1);
+      BarrierInit(s.freed + i, 1 << p.split_log2);
+      BarrierArriveExpecting(s.received + i, cluster::kSumBytes<kRows>);
+    }
     FenceBarrierInit();
   }
   __syncthreads();
   ClusterArrive();
-  if (threadIdx.x >= kGroups * 128) {
-    if (threadIdx.x == kGroups * 128) cluster::Produce<W, kRows>(p, s, work);
+  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
+  if (warpgroup == kGroups + 1) {
+    if (threadIdx.x % 32 == 0) cluster::Produce<W, kRows>(p, s, work);
     __syncwarp();
     ClusterAwait();
+    return;
+  }
+  ClusterAwait();  // every block's barriers exist
+  if (warpgroup < kGroups) {
+    cluster::Multiplier<W, kRows>(p, s, work, rank).Run();
   } else {
-    cluster::Consumer<W, T, kRows>(p, s, work, rank).Run();
+    cluster::Finisher<W, T, kRows>(p, s, work, rank).Run();
   }
 #endif
 }

@@ -28,8 +28,9 @@ __device__ __forceinline__ void ProductsFence() {
 __device__ __forceinline__ void ProductsCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+template <int kPending>
 __device__ __forceinline__ void ProductsAwait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 // Keeps the compiler from moving uses of the sums across fences and waits.
 template <int N>
@@ -131,9 +132,14 @@ __device__ __forceinline__ uint32_t AddressIn(uint32_t address, uint32_t rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
-__device__ __forceinline__ void StoreRemote(uint32_t address, float a, float b) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b)
-               : "memory");
+// Counts itself as bytes that have arrived at `barrier`, in the same block: no fence and
+// no arrival of the sender's.
+__device__ __forceinline__ void StoreRemote(uint32_t address, float a, float b, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
+          "r"(address),
+      "f"(a), "f"(b), "r"(barrier)
+      : "memory");
 }
 __device__ __forceinline__ void ArriveRemote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)

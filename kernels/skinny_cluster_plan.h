@@ -23,12 +23,13 @@ inline constexpr size_t kMaxClusterShared = 226 << 10;
 
 // Warpgroups that take turns at the stages; of the widest x one, since their sums
 // would not fit.
-constexpr int ClusterGroups(int rows) { return rows <= 32 ? 2 : 1; }
-constexpr int ClusterThreads(int rows) { return ClusterGroups(rows) * 128 + 32; }
+__host__ __device__ constexpr int ClusterGroups(int rows) { return rows <= 32 ? 2 : 1; }
+// Those, a warpgroup that finishes and a warp that asks for weights.
+constexpr int ClusterThreads(int rows) { return ClusterGroups(rows) * 128 + 128 + 32; }
 // A row of sums: padded against bank conflicts.
-constexpr int ClusterSumStride(int rows) { return rows + 8; }
+__host__ __device__ constexpr int ClusterSumStride(int rows) { return rows + 8; }
 // Two tiles' sums from every warpgroup of the cluster, of the rows that are the block's.
-constexpr size_t ClusterSumBytes(int rows) {
+__host__ __device__ constexpr size_t ClusterSumBytes(int rows) {
   return sizeof(float) * 2 * ClusterGroups(rows) * kClusterTile * ClusterSumStride(rows);
 }
 
@@ -54,8 +55,8 @@ struct ClusterLayout {
   __host__ __device__ ClusterLayout(int rows, int stages, int x_chunks) {
     x = static_cast<size_t>(stages) * kClusterStageBytes;
     sums = x + static_cast<size_t>(x_chunks) * kClusterChunk * rows;
-    barriers = sums + sizeof(float) * 2 * (rows <= 32 ? 2 : 1) * kClusterTile * (rows + 8);
-    end = barriers + sizeof(uint64_t) * (2 * kMaxClusterStages + 3);
+    barriers = sums + ClusterSumBytes(rows);
+    end = barriers + sizeof(uint64_t) * (2 * kMaxClusterStages + 5);
   }
 };
 

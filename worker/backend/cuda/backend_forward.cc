@@ -3,6 +3,7 @@
 #include "kernels/embed.h"
 #include "kernels/qkv_finish.h"
 #include "kernels/quantize.h"
+#include "kernels/skinny_cluster.h"
 #include "worker/backend/cuda/backend_impl.h"
 #include "worker/comm/cuda/nccl_communicator.h"
 
@@ -55,6 +56,25 @@ kernels::KvLayer CudaBackend::Kv(int64_t layer) const {
           .head_dim = static_cast<int>(config_.head_dim)};
 }
 
+bool CudaBackend::TakesCluster(const Linear& linear, int m) const {
+  const DeviceTensor& w = linear.weight;
+  const int64_t k = w.cols;
+  // By measurement; above 16 rows of 16 bits, and 32 of e4m3, cuBLASLt is faster.
+  const bool faster = w.type == Type::kE4M3 ? m <= 32 : m <= 16 && (m > 8 || k >= 8'192);
+  if (m < 2 || !faster || type_ == Type::kF32) return false;
+  kernels::SkinnyClusterArgs args;
+  args.weights = w.data;
+  args.type = w.type;
+  args.n = static_cast<int>(w.rows);
+  args.k = static_cast<int>(k);
+  args.m = m;
+  args.x = buffers_.heads.get();
+  args.weight_scales = w.scales;
+  args.x_scales = w.type == Type::kE4M3 ? buffers_.quantized_scales.get() : nullptr;
+  args.out_type = type_;
+  return kernels::SkinnyClusterSupports(args);
+}
+
 bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
                        int64_t out_stride, GemvEpilogue epilogue) {
   const DeviceTensor& w = linear.weight;
@@ -72,7 +92,9 @@ bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, in
                    .out_stride = out_stride};
   TakeReduce(&args);
   if (m > kMaxSkinnyRows || (m > 1 && w.cols > kMaxSkinnyK)) return false;
-  if (!kernels::GemvSupports(args)) return false;
+  // It need not be there but as e4m3.
+  if (Quantized(linear) && x == quantized_from_) return false;
+  if (TakesCluster(linear, m) || !kernels::GemvSupports(args)) return false;
   Check(kernels::Gemv(launch(), args), "a product of few rows");
   return true;
 }
@@ -112,6 +134,23 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
     args.x = buffers_.quantized.get();
     args.x_stride = args.k;
     args.x_scales = buffers_.quantized_scales.get();
+  }
+  if (TakesCluster(linear, m)) {
+    Check(kernels::SkinnyCluster(launch(), {.weights = w.data,
+                                            .type = w.type,
+                                            .n = args.n,
+                                            .k = args.k,
+                                            .m = m,
+                                            .x = args.x,
+                                            .x_stride = args.x_stride,
+                                            .weight_scales = args.weight_scales,
+                                            .x_scales = args.x_scales,
+                                            .epilogue = epilogue,
+                                            .out_type = type_,
+                                            .out = out,
+                                            .out_stride = out_stride}),
+          "a product of few rows");
+    return;
   }
   if (status_.ok()) status_ = lt_->Run(stream_, args);
 }
@@ -331,6 +370,9 @@ void CudaBackend::RunGateUp(int64_t layer) {
   const std::byte* const normed = Rows(buffers_.normed, hidden_);
   std::byte* const activated = Rows(buffers_.activated, intermediate_);
   const GemvEpilogue epilogue = GateEpilogue(config_);
+  // e4m3 is left to the activation's own kernel, which quantises what it makes.
+  if (epilogue != GemvEpilogue::kStore && !Quantized(up) && TakesCluster(up, part_.rows))
+    return Matmul(normed, hidden_, up, part_.rows, activated, intermediate_, epilogue);
   if (epilogue != GemvEpilogue::kStore &&
       Gemv(normed, hidden_, up, part_.rows, activated, intermediate_, epilogue)) {
     return;

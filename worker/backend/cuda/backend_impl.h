@@ -140,10 +140,15 @@ class CudaBackend final : public Backend {
   void Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
               int64_t out_stride, kernels::GemvEpilogue epilogue = kernels::GemvEpilogue::kStore);
   bool Quantized(const Linear& linear) const { return linear.weight.type == kernels::Type::kE4M3; }
+  // Whether the kernels that share K among the blocks of a cluster are to take such a
+  // product: they stream the weights of several rows faster, and want e4m3 for e4m3.
+  bool TakesCluster(const Linear& linear, int m) const;
   // For a kernel that may write what it makes as e4m3 too: where, if the products
   // of this step take it so.
   kernels::QuantizedRows TakesQuantized(const void* made) {
-    if (part_.rows <= kMaxSkinnyRows || !Quantized(model_.layers[0].qkv)) return {};
+    const Linear& any = model_.layers[0].qkv;
+    if (!Quantized(any)) return {};
+    if (part_.rows <= kMaxSkinnyRows && !TakesCluster(any, part_.rows)) return {};
     quantized_from_ = made;
     return {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
   }

@@ -10,6 +10,7 @@
 #include "kernels/attention_decode.h"
 #include "kernels/attention_prefill.h"
 #include "kernels/gemv.h"
+#include "kernels/skinny_cluster.h"
 #include "worker/backend/cpu/rotary.h"
 #include "worker/backend/cuda/backend_impl.h"
 
@@ -137,6 +138,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const ModelConfig& conf
 
 absl::Status InitKernels() {
   absl::Status status = ToStatus(kernels::InitGemv(), "loading the matrix kernels");
+  if (status.ok()) status = ToStatus(kernels::InitSkinnyCluster(), "loading the matrix kernels");
   if (status.ok()) status = ToStatus(kernels::InitAllReduce(), "loading the all-reduce kernels");
   if (status.ok()) {
     status = ToStatus(kernels::InitDecodeAttention(), "loading the attention kernels");
