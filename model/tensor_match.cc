@@ -55,11 +55,15 @@ absl::StatusOr<const TensorInfo*> MatchTensor(const Checkpoint& checkpoint,
     info = checkpoint.Find(name);
   }
   if (info == nullptr) {
-    return absl::NotFoundError(absl::StrCat(FilesOf(checkpoint), ": tensor ", slice.name,
-                                            " is missing, which config.json asks for"));
+    const std::string others =
+        slice.alternatives.empty()
+            ? ""
+            : absl::StrCat(" (nor \"", absl::StrJoin(slice.alternatives, "\", \""), "\")");
+    return absl::NotFoundError(absl::StrCat(FilesOf(checkpoint), ": tensor \"", slice.name, "\"",
+                                            others, " is missing; config.json asks for it"));
   }
   const auto describe = [&](const std::string& what) {
-    return absl::StrCat(checkpoint.files()[info->file], ": tensor ", AbslView(name), " ", what);
+    return absl::StrCat(checkpoint.files()[info->file], ": tensor \"", AbslView(name), "\" ", what);
   };
   if (!HasShape(*info, slice)) {
     const std::string expected =

@@ -7,6 +7,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "model/tensor_match.h"
 #include "worker/backend/cpu/kernels.h"
 
 namespace lockstep {
@@ -31,12 +32,6 @@ void CopyRow(const std::byte* from, DType from_dtype, int64_t n, std::byte* to, 
     kernels.widen(from + i * DTypeBytes(from_dtype), from_dtype, count, wide);
     kernels.narrow(wide, count, to_dtype, to + i * DTypeBytes(to_dtype));
   }
-}
-
-// A stored vector is [rows]; everything else has the slice's own shape.
-bool ShapeMatches(const TensorInfo& info, const TensorSlice& slice) {
-  if (info.shape.size() == 1) return slice.cols == 1 && info.shape[0] == slice.rows;
-  return info.shape.size() == 2 && info.shape[0] == slice.rows && info.shape[1] == slice.cols;
 }
 
 }  // namespace
@@ -94,46 +89,22 @@ absl::StatusOr<std::vector<WeightPiece>> CutIntoPieces(
 
 absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
                                               const TensorSlice& slice, bool takes_fp8) {
-  const std::vector<std::string>& files = checkpoint.files();
-  const TensorInfo* info = checkpoint.Find(slice.name);
-  std::string found = slice.name;
-  for (size_t i = 0; info == nullptr && i < slice.alternatives.size(); ++i) {
-    found = slice.alternatives[i];
-    info = checkpoint.Find(found);
-  }
-  if (info == nullptr) {
-    const std::string tried =
-        slice.alternatives.empty()
-            ? ""
-            : absl::StrCat(" (nor \"", absl::StrJoin(slice.alternatives, "\", \""), "\")");
-    const std::string where = files.empty() ? "the checkpoint"
-                              : files.size() == 1
-                                  ? files[0]
-                                  : absl::StrCat(files.size(), " files beside ", files[0]);
-    return absl::NotFoundError(absl::StrCat("tensor \"", slice.name, "\"", tried,
-                                            " is missing from ", where,
-                                            "; config.json asks for it"));
-  }
-  const std::string& file = files[info->file];
-  if (!ShapeMatches(*info, slice)) {
-    const std::string expected =
-        slice.cols == 1 ? absl::StrCat(slice.rows) : absl::StrCat(slice.rows, ", ", slice.cols);
-    return absl::InvalidArgumentError(absl::StrCat(file, ": tensor \"", found, "\" has shape [",
-                                                   absl::StrJoin(info->shape, ", "),
-                                                   "]; config.json asks for [", expected, "]"));
-  }
-  const bool taken = IsWeightDType(info->dtype) || (takes_fp8 && info->dtype == DType::kFloat8E4M3);
-  if (!info->loadable || !taken) {
+  const absl::StatusOr<const TensorInfo*> found = MatchTensor(checkpoint, slice);
+  if (!found.ok()) return found;
+  const TensorInfo& info = **found;
+  const std::string tensor =
+      absl::StrCat(checkpoint.files()[info.file], ": tensor \"", slice.name, "\"");
+  if (!IsWeightDType(info.dtype) && !(takes_fp8 && info.dtype == DType::kFloat8E4M3)) {
     return absl::InvalidArgumentError(
-        absl::StrCat(file, ": tensor \"", found, "\" is ", std::string(info->dtype_name),
+        absl::StrCat(tensor, " is ", std::string(info.dtype_name),
                      "; weights are read as float32, float16 and bfloat16"));
   }
-  const int64_t bytes = slice.rows * slice.cols * DTypeBytes(info->dtype);
-  if (static_cast<int64_t>(info->num_bytes) != bytes) {
-    return absl::InvalidArgumentError(absl::StrCat(file, ": tensor \"", found, "\" has ",
-                                                   info->num_bytes, " bytes, its shape ", bytes));
+  const int64_t bytes = slice.rows * slice.cols * DTypeBytes(info.dtype);
+  if (static_cast<int64_t>(info.num_bytes) != bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(tensor, " has ", info.num_bytes, " bytes, its shape ", bytes));
   }
-  return info;
+  return found;
 }
 
 absl::StatusOr<std::vector<float>> ReadScales(const Checkpoint& checkpoint,

@@ -49,8 +49,8 @@ absl::StatusOr<std::vector<WeightPiece>> CutIntoPieces(
     const ShardPlan& plan, absl::FunctionRef<DType(const LocalTensor&)> dtype_of,
     absl::FunctionRef<absl::StatusOr<const TensorInfo*>(const TensorSlice&)> find_info);
 
-// The stored tensor of a slice: NotFound / InvalidArgument name it and its file.
-// takes_fp8: float8_e4m3fn will do as well.
+// MatchTensor, of a dtype that weights are read from and as many bytes as its shape
+// has. takes_fp8: float8_e4m3fn will do as well.
 absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
                                               const TensorSlice& slice, bool takes_fp8 = false);
 
