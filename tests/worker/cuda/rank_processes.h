@@ -85,15 +85,15 @@ inline absl::Status Cuda(cudaError_t error, const char* what) {
   return absl::InternalError(absl::StrCat(what, ": ", cudaGetErrorString(error)));
 }
 
-#define RETURN_IF_CUDA_ERROR(call)                                             \
-  do {                                                                         \
-    const absl::Status cuda_status = ::lockstep::testing::Cuda((call), #call); \
-    if (!cuda_status.ok()) return cuda_status;                                 \
+#define RETURN_IF_CUDA_ERROR(call)                                       \
+  do {                                                                   \
+    absl::Status cuda_status = ::lockstep::testing::Cuda((call), #call); \
+    if (!cuda_status.ok()) return cuda_status;                           \
   } while (false)
-#define RETURN_IF_BAD(expression)                 \
-  do {                                            \
-    const absl::Status bad_status = (expression); \
-    if (!bad_status.ok()) return bad_status;      \
+#define RETURN_IF_BAD(expression)            \
+  do {                                       \
+    absl::Status bad_status = (expression);  \
+    if (!bad_status.ok()) return bad_status; \
   } while (false)
 #define RETURN_UNLESS(condition)                                                    \
   do {                                                                              \
