@@ -9,6 +9,8 @@ namespace {
 
 // A longer pause between two steps is a server without work.
 constexpr uint64_t kIdleWithoutWorkNs = 20'000'000;
+// A plan of so many rows is copied to the device; one of fewer it reads itself.
+constexpr int kCopiedRows = 256;
 
 }  // namespace
 
@@ -88,10 +90,12 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
     residual_ = buffers_.residual.get();
     Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
   }
+  kernels::StepIo io = io_.io();
+  if (!capturing_ && rows_ >= kCopiedRows && status_.ok()) status_ = io_.CopyInbox(stream_, &io);
   const int logit_rows = capturing_ ? rows_ : static_cast<int>(rows.size());
-  Check(kernels::PrepareStep({.stream = stream_, .pdl = false}, io_.io(), io_.arrays(), rows_,
-                             logit_rows),
-        "preparing a step");
+  Check(
+      kernels::PrepareStep({.stream = stream_, .pdl = false}, io, io_.arrays(), rows_, logit_rows),
+      "preparing a step");
   return false;
 }
 
@@ -118,7 +122,6 @@ absl::Status CudaBackend::Submit() {
   }
   if (replay_ != nullptr) Check(cudaGraphLaunch(replay_->exec, stream_), "launching a step");
   if (!status_.ok()) return status_;
-  collectives_.Touch();
   InFlight& step = in_flight_.emplace_back();
   step.number = io_.Submitted();
   step.collectives = replay_ != nullptr ? replay_->collectives : collectives_.stats();

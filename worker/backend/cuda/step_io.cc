@@ -32,6 +32,7 @@ absl::Status StepIo::Allocate(const BackendLimits& limits, int64_t max_logit_row
   const size_t table = static_cast<size_t>(seqs) * arrays_.table_stride;
 
   absl::Status status = inbox_.AllocatePinned(io_.inbox_layout.bytes * kStepRing, "step plans");
+  if (status.ok()) status = inbox_copy_.AllocateZeroed(inbox_.bytes(), "step plans");
   if (status.ok()) status = outbox_.AllocatePinned(outbox_bytes_ * kStepRing, "step results");
   if (status.ok()) status = staging_.AllocatePinned(kStagingBytes * kStepRing, "new sequences");
   if (status.ok()) {
@@ -153,6 +154,15 @@ void StepIo::Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow>
   staged_ = 0;
   std::memcpy(entry, &header, sizeof(header));
   std::atomic_thread_fence(std::memory_order_release);
+}
+
+absl::Status StepIo::CopyInbox(cudaStream_t stream, kernels::StepIo* io) {
+  *io = io_;
+  io->inbox = inbox_copy_.get();
+  const size_t at = submitted_ % kStepRing * io_.inbox_layout.bytes;
+  return ToStatus(cudaMemcpyAsync(inbox_copy_.get() + at, inbox_.get() + at, io_.inbox_layout.bytes,
+                                  cudaMemcpyHostToDevice, stream),
+                  "uploading a step's plan");
 }
 
 std::byte* StepIo::outbox_entry(uint64_t step) const {

@@ -38,6 +38,10 @@ class StepIo {
   // is in the midst of as two.
   void Write(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows, int cut);
 
+  // For a step of many rows: its entry copied to the device first, which reads mapped
+  // memory slowly. *io: where PrepareStep then finds it.
+  absl::Status CopyInbox(cudaStream_t stream, kernels::StepIo* io);
+
   // The step is enqueued; its number.
   uint64_t Submitted() { return ++submitted_; }
   bool IsDone(uint64_t step) const;
@@ -62,6 +66,7 @@ class StepIo {
 
   Buffer<std::byte> inbox_, outbox_;  // pinned
   Buffer<std::byte> staging_;         // pinned, kStepRing parts
+  Buffer<std::byte> inbox_copy_;      // on the device, of inbox_
   Buffer<int32_t> words_;             // the arrays that are int32
   Buffer<uint8_t> scores_;
   Buffer<kernels::PrefillSpan> spans_;
