@@ -114,7 +114,7 @@ class PeerWaiter {
       // Far away: a read by every warp of a full device takes milliseconds, in which
       // nothing else comes through. The threads of the grid take turns.
       const uint32_t turn = (tries >> 8) ^ (blockIdx.x * blockDim.x + threadIdx.x);
-      if (turn % 4096 == 0 && LoadWord(limits.abort) != 0) {
+      if (turn % 2048 == 0 && LoadWord(limits.abort) != 0) {
         *limits.aborted = 1;
         return 0;
       }

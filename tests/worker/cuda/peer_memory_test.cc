@@ -17,6 +17,10 @@
 namespace lockstep {
 namespace {
 
+// A kernel that is loaded when first launched waits for the device, which may be
+// waiting for a peer.
+[[maybe_unused]] const bool kLoadedEagerly = setenv("CUDA_MODULE_LOADING", "EAGER", 1) == 0;
+
 using kernels::ClearExchangeRegion;
 using kernels::ExchangeRegionBytes;
 using kernels::Launch;
