@@ -52,8 +52,8 @@ struct LoadClient::Lane {
 // One operation is under way at any time, so the call itself is the only tag.
 class LoadClient::Call {
  public:
-  Call(Lane* lane, const v1::GenerateRequest& request, int64_t due_ns, Done done)
-      : done_(std::move(done)) {
+  Call(Lane* lane, const v1::GenerateRequest& request, int64_t due_ns, Done done, Observe observe)
+      : done_(std::move(done)), observe_(std::move(observe)) {
     log_.arrivals.reserve(std::max(1u, request.sampling().max_tokens()));
     reader_ = lane->stub->PrepareAsyncGenerateStream(&context_, request, &lane->queue);
     log_.sent_ns = NowNs();
@@ -99,6 +99,7 @@ class LoadClient::Call {
   enum class State { kStarting, kReading, kEnding };
 
   void Note(int64_t now_ns) {
+    if (observe_) observe_(event_);
     if (event_.has_chunk()) {
       const auto tokens = static_cast<uint32_t>(event_.chunk().token_ids_size());
       if (tokens == 0) return;
@@ -111,6 +112,7 @@ class LoadClient::Call {
   }
 
   const Done done_;
+  const Observe observe_;
   grpc::ClientContext context_;
   std::unique_ptr<grpc::ClientAsyncReader<v1::GenerateEvent>> reader_;
   v1::GenerateEvent event_;
@@ -166,9 +168,10 @@ absl::Status LoadClient::Connect(int64_t timeout_ms) {
   return absl::OkStatus();
 }
 
-void LoadClient::Send(const v1::GenerateRequest& request, int64_t due_ns, Done done) {
+void LoadClient::Send(const v1::GenerateRequest& request, int64_t due_ns, Done done,
+                      Observe observe) {
   Lane* const lane = lanes_[next_lane_++ % lanes_.size()].get();
-  Call* const call = new Call(lane, request, due_ns, std::move(done));
+  Call* const call = new Call(lane, request, due_ns, std::move(done), std::move(observe));
   std::lock_guard lock(lane->mutex);
   lane->calls.insert(call);
   if (cancelled_) call->Cancel();  // before it can be answered

@@ -32,6 +32,8 @@ class LoadClient {
  public:
   // Called on the lane's thread once the stream has ended, however it did.
   using Done = std::function<void(RequestLog)>;
+  // Called on the lane's thread with every event of a stream, in order.
+  using Observe = std::function<void(const v1::GenerateEvent&)>;
 
   LoadClient(const std::string& address, int lanes);
   ~LoadClient();  // cancels what still runs
@@ -40,7 +42,7 @@ class LoadClient {
   absl::Status Connect(int64_t timeout_ms);
 
   // Starts a stream. due_ns: when it should have been sent; 0: now.
-  void Send(const v1::GenerateRequest& request, int64_t due_ns, Done done);
+  void Send(const v1::GenerateRequest& request, int64_t due_ns, Done done, Observe observe = {});
 
   // All at once; returns when all have ended, in their order.
   std::vector<RequestLog> RunAll(const std::vector<v1::GenerateRequest>& requests);
