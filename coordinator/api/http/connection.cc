@@ -32,7 +32,7 @@ using Parser = http::request_parser<http::string_body>;
 
 // Read while an exchange runs. A client that sends more behind an unanswered
 // request is cut off: unread, it could leave without anybody noticing.
-constexpr size_t kMaxPipelinedBytes = 64 * 1024;
+constexpr size_t kMaxPipelinedBytes = 16 * 1024;
 // At a time; every open connection holds as much.
 constexpr size_t kReadBytes = 4 * 1024;
 constexpr size_t kBodyReadBytes = 16 * 1024;
