@@ -17,8 +17,19 @@
 namespace lockstep {
 namespace {
 
+// A file's bytes come back in these: one line, of text that a terminal shows.
 absl::Status Bad(std::string_view message) {
-  return absl::InvalidArgumentError(std::string(message));
+  constexpr size_t kLongest = 1024;
+  std::string line;
+  for (const char c : message.substr(0, kLongest)) {
+    if (absl::ascii_isprint(static_cast<unsigned char>(c))) {
+      line += c;
+    } else {
+      absl::StrAppend(&line, "\\x", absl::Hex(static_cast<unsigned char>(c), absl::kZeroPad2));
+    }
+  }
+  if (message.size() > kLongest) line += "...";
+  return absl::InvalidArgumentError(line);
 }
 
 // "--max-model-len" of an option that has that long name.

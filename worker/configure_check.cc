@@ -37,8 +37,7 @@ absl::Status CheckConfigure(const worker::v1::Configure& c) {
                                                    " bytes, expected 1 to ", t.most));
   }
   if (c.load_format() != "auto" && c.load_format() != "dummy") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("Configure.load_format: \"", c.load_format(), "\": expected auto or dummy"));
+    return absl::InvalidArgumentError("Configure.load_format: expected auto or dummy");
   }
   return absl::OkStatus();
 }
