@@ -5,6 +5,7 @@
 #   lockstep_cc_binary(NAME n OUTPUT o SRCS ... DEPS ...)
 #   lockstep_cc_test(NAME n SRCS ... DEPS ... [LABELS ...] [DATA ...] [TIMEOUT s])
 #   lockstep_cc_benchmark(NAME n SRCS ... DEPS ...)
+#   lockstep_fuzz_target(NAME n DEPS ...)             n_fuzz.cc, and corpus/n as its test
 #   lockstep_proto_library(NAME n PROTOS ...)         generated code, warnings off
 #   lockstep_rust_library(NAME n CRATE dir ARCHIVE a SRCS ...)  static library through cargo
 #
@@ -52,7 +53,17 @@ elseif(LOCKSTEP_SANITIZE STREQUAL "thread")
 elseif(LOCKSTEP_SANITIZE)
   message(FATAL_ERROR "LOCKSTEP_SANITIZE=${LOCKSTEP_SANITIZE}: expected address, thread or nothing")
 endif()
-if(NOT LOCKSTEP_SANITIZE)
+if(LOCKSTEP_FUZZ)
+  if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang" OR LOCKSTEP_SANITIZE)
+    message(FATAL_ERROR "LOCKSTEP_FUZZ is libFuzzer with sanitizers of its own: "
+            "configure with -DCMAKE_CXX_COMPILER=clang++-14 -DCMAKE_C_COMPILER=clang-14 and no LOCKSTEP_SANITIZE")
+  endif()
+  add_compile_options(-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+  add_link_options(-fsanitize=address,undefined)
+  # As tools/lint has it: clang 14 has coroutines and does not say so.
+  add_compile_definitions(__cpp_impl_coroutine=201902L BOOST_ASIO_HAS_CO_AWAIT=1 BOOST_ASIO_HAS_STD_COROUTINE=1)
+endif()
+if(NOT LOCKSTEP_SANITIZE AND NOT LOCKSTEP_FUZZ)
   add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-U_FORTIFY_SOURCE> $<$<COMPILE_LANGUAGE:CXX>:-D_FORTIFY_SOURCE=2>)
 endif()
 add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fstack-protector-strong> $<$<COMPILE_LANGUAGE:CXX>:-fcf-protection>)
@@ -152,6 +163,31 @@ endfunction()
 function(lockstep_cc_benchmark)
   cmake_parse_arguments(A "" "NAME" "SRCS;DEPS" ${ARGN})
   lockstep_cc_binary(NAME ${A_NAME} OUTPUT ${A_NAME} SRCS ${A_SRCS} DEPS ${A_DEPS} benchmark::benchmark)
+endfunction()
+
+# A parser behind LLVMFuzzerTestOneInput: a libFuzzer program with LOCKSTEP_FUZZ,
+# otherwise one that replays files. The test runs the committed corpus.
+function(lockstep_fuzz_target)
+  cmake_parse_arguments(A "" "NAME" "DEPS" ${ARGN})
+  set(target lockstep_fuzz_target_${A_NAME})
+  _lockstep_deps(deps fuzz_input ${A_DEPS})
+  add_executable(${target} ${A_NAME}_fuzz.cc)
+  if(LOCKSTEP_FUZZ)
+    target_link_options(${target} PRIVATE -fsanitize=fuzzer)
+    set(replay -runs=0)
+  else()
+    target_sources(${target} PRIVATE replay_main.cc)
+    set(replay)
+  endif()
+  target_link_libraries(${target} PRIVATE ${deps})
+  _lockstep_own(${target})
+  target_compile_definitions(${target} PRIVATE LOCKSTEP_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+  set_target_properties(${target} PROPERTIES OUTPUT_NAME ${A_NAME}
+                        RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/fuzz)
+  add_test(NAME fuzz_${A_NAME}
+           COMMAND ${target} ${replay} ${CMAKE_CURRENT_SOURCE_DIR}/corpus/${A_NAME})
+  set_tests_properties(fuzz_${A_NAME} PROPERTIES LABELS fuzz)
+  lockstep_test_limits(fuzz_${A_NAME} 60)
 endfunction()
 
 # Generated code lives in one library, compiled once, warnings off.
