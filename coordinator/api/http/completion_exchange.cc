@@ -258,7 +258,7 @@ Exchange::Part CompletionExchange::StreamPart(std::string stream, bool last) {
   HttpReply head{.content_type = "text/event-stream; charset=utf-8",
                  .headers = {{"Cache-Control", "no-cache"}},
                  .body = std::move(stream)};
-  return {.head = finish_head_(std::move(head)), .body = {}, .last = last};
+  return {.head = finish_head_(std::move(head)), .body = {}, .last = last, .stream = true};
 }
 
 Exchange::Part CompletionExchange::WholePart() {

@@ -356,7 +356,7 @@ asio::awaitable<bool> Connection::Answer(Received received) {
     }
     const bool keep = keep_alive && !part->close && !closed_;
     std::string bytes;
-    if (part->head && part->last) {
+    if (part->head && part->last && !part->stream) {
       bytes = Received::FixedReply(*part->head, received, keep);
     } else if (part->head) {
       chunked = !received.http10;
@@ -367,12 +367,11 @@ asio::awaitable<bool> Connection::Answer(Received received) {
       AppendChunk(part->body, chunked, &bytes);
     }
     if (chunked && part->last) bytes += "0\r\n\r\n";
-    const bool is_stream = chunked || (received.http10 && !part->head);
     if (!co_await Write(std::move(bytes))) {
       if (!part->last) exchange->Abandon();
       co_return false;
     }
-    if (part->last) co_return keep && !(is_stream && received.http10);
+    if (part->last) co_return keep && !(streaming && received.http10);
     if (streaming) ping = Clock::now() + Ms(state_->options.ping_interval_ms);
   }
 }

@@ -42,6 +42,9 @@ class Exchange {
     std::optional<HttpReply> head;  // its body is the beginning
     std::string body;               // of later parts
     bool last = false;
+    // With the head: a stream, framed as one even where this is all of it, so that
+    // what a client sees does not hang on how fast the answer came.
+    bool stream = false;
     bool close = false;  // the connection too
   };
 

@@ -287,11 +287,25 @@ class SlowClients : public ::testing::Test, public HttpHandler {
     std::optional<Part> Next() override {
       const bool first = !std::exchange(begun_, true);
       Part part{.head = {}, .body = std::string(1 << 20, 'x')};
+    if (request.path == "/whole") return std::make_shared<WholeStream>();
       if (first) part.head = HttpReply{.content_type = "text/plain", .headers = {}, .body = {}};
       return part;
     }
     void SetWaker(std::function<void()>) override {}
     void Abandon() override { ++*abandoned_; }
+
+  // A stream that is complete before anybody asks for its first part.
+  class WholeStream : public Exchange {
+   public:
+    std::optional<Part> Next() override {
+      return Part{.head = HttpReply{.headers = {}, .body = "data: [DONE]\n\n"},
+                  .body = {},
+                  .last = true,
+                  .stream = true};
+    }
+    void SetWaker(std::function<void()>) override {}
+    void Abandon() override {}
+  };
 
    private:
     std::atomic<int>* const abandoned_;
@@ -322,6 +336,25 @@ TEST_F(SlowClients, ADrippedHeaderTimesOut) {
 }
 
 TEST_F(SlowClients, ADrippedBodyTimesOut) {
+TEST_F(SlowClients, AStreamIsFramedAsOneHoweverFastItCame) {
+  Open({});
+  RawClient client(port());
+  for (int i = 0; i < 2; ++i) {  // the connection is kept
+    client.Send("GET /whole HTTP/1.1\r\n\r\n");
+    const RawResponse response = client.Read();
+    EXPECT_EQ(response.headers.at("transfer-encoding"), "chunked");
+    EXPECT_FALSE(response.headers.contains("content-length"));
+    EXPECT_EQ(response.body, "data: [DONE]\n\n");
+  }
+  RawClient old(port());
+  old.Send("GET /whole HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
+  const RawResponse response = old.Read();
+  EXPECT_FALSE(response.headers.contains("transfer-encoding"));
+  EXPECT_FALSE(response.headers.contains("content-length"));
+  EXPECT_EQ(response.headers.at("connection"), "close");
+  EXPECT_EQ(response.body, "data: [DONE]\n\n");
+}
+
   Open({.body_timeout_ms = 200});
   RawClient client(port());
   client.Send("POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\nabc");

@@ -102,7 +102,7 @@ TEST_F(Protection, StreamsAndKeptConnectionsOverTls) {
   TlsClient client(http(), files_.Path("ca.pem"));
   for (int i = 0; i < 3; ++i) {
     client.Send(PostBytes("/v1/completions", R"({"prompt":"x","stream":true})"));
-    EXPECT_TRUE(client.WaitFor("data: [DONE]\n\n\r\n0\r\n\r\n"));
+    EXPECT_TRUE(client.Take("data: [DONE]\n\n\r\n0\r\n\r\n"));
     client.Send("GET /version HTTP/1.1\r\nx-request-id: v" + std::to_string(i) + "\r\n\r\n");
     EXPECT_TRUE(client.WaitFor("x-request-id: v" + std::to_string(i)));
   }

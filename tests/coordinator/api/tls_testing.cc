@@ -136,6 +136,12 @@ bool TlsClient::WaitFor(const std::string& text) {
   return true;
 }
 
+bool TlsClient::Take(const std::string& text) {
+  if (!WaitFor(text)) return false;
+  impl_->buffer.erase(0, impl_->buffer.find(text) + text.size());
+  return true;
+}
+
 std::string TlsClient::ReadToEnd(bool* orderly) {
   while (Fill()) {
   }

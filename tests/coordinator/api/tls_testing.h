@@ -50,6 +50,8 @@ class TlsClient {
   bool WaitFor(const std::string& text);
   // All until the server ends; whether it said so in TLS's own words.
   std::string ReadToEnd(bool* orderly = nullptr);
+  // The same, and forgets everything up to there.
+  bool Take(const std::string& text);
   void Close();
 
  private:
