@@ -10,6 +10,7 @@
 #include "absl/strings/cord.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "cli/open_channel.h"
 #include "proto/inference.grpc.pb.h"
 
 namespace lockstep {
@@ -70,7 +71,8 @@ struct Client::Impl {
   };
 };
 
-Client::Client(const std::string& address) : impl_(std::make_unique<Impl>()) {
+Client::Client(const std::string& address, const ServerAccess& access)
+    : impl_(std::make_unique<Impl>()) {
   grpc::ChannelArguments args;
   args.SetMaxReceiveMessageSize(kMaxMessageBytes);
   // A server that is just starting is found within a second, not after gRPC's default
@@ -78,8 +80,7 @@ Client::Client(const std::string& address) : impl_(std::make_unique<Impl>()) {
   // busy server needs more than a moment.)
   args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
-  impl_->stub = v1::Inference::NewStub(
-      grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), args));
+  impl_->stub = v1::Inference::NewStub(OpenChannel(address, access, args));
 }
 
 Client::~Client() = default;

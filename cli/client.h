@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "cli/server_access.h"
 #include "proto/inference.pb.h"
 
 namespace lockstep {
@@ -31,7 +32,7 @@ class CallHandle {
 class Client {
  public:
   // address: host:port or unix:path. Does not wait; see WaitReady.
-  explicit Client(const std::string& address);
+  explicit Client(const std::string& address, const ServerAccess& access = {});
   ~Client();
 
   // Polls GetModelInfo until the server is ready, at most timeout_ms.

@@ -30,6 +30,7 @@ void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags) {
       app->add_option("--address", flags->address, "Server to ask: host:port or unix:path")
           ->group(group)
           ->capture_default_str();
+  AddAccessFlags(app, &flags->access);
   app->add_option("--model", flags->model, "Serve this model directory just for this command")
       ->group(group)
       ->excludes(address);
@@ -55,7 +56,9 @@ absl::StatusOr<Connection> Connect(const ConnectionFlags& flags) {
     connection.server = std::move(*server);
     address = connection.server->address();
   }
-  connection.client = std::make_unique<Client>(address);
+  // A private server is on loopback and asks nobody who they are.
+  connection.client = std::make_unique<Client>(
+      address, connection.server == nullptr ? flags.access : ServerAccess{});
   absl::StatusOr<v1::GetModelInfoResponse> info = connection.client->WaitReady(kConnectTimeoutMs);
   if (!info.ok()) {
     return absl::Status(info.status().code(),

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "cli/client.h"
 #include "cli/local_server.h"
+#include "cli/server_access.h"
 
 namespace lockstep {
 
@@ -19,6 +20,7 @@ struct ConnectionFlags {
   std::string address = "127.0.0.1:50051";
   std::string model;
   uint32_t tensor_parallel_size = 1;
+  ServerAccess access;                   // to the address
   std::vector<std::string> serve_flags;  // further flags for the private server
 };
 

@@ -97,6 +97,7 @@ absl::Status LocalServer::WaitReady() {
       if (ports.is_object() && ports.contains("grpc_port")) {
         address_ = absl::StrCat("127.0.0.1:", ports["grpc_port"].get<int>());
         http_port_ = ports.value("http_port", 0);
+        admin_address_ = ports.value("admin_address", "");
         return absl::OkStatus();
       }
     }

@@ -23,6 +23,7 @@ class LocalServer {
   ~LocalServer();
 
   const std::string& address() const { return address_; }  // of the gRPC door
+  const std::string& admin_address() const { return admin_address_; }
   int http_port() const { return http_port_; }
   pid_t pid() const { return pid_; }  // of `lockstep serve`; 0 when it ended
   std::string Log() const;            // all it has said so far
@@ -42,7 +43,7 @@ class LocalServer {
   pid_t pid_ = 0;
   int status_ = 0;  // once pid_ is 0
   int http_port_ = 0;
-  std::string directory_, log_path_, port_file_, address_;
+  std::string directory_, log_path_, port_file_, address_, admin_address_;
 };
 
 }  // namespace lockstep

@@ -1,6 +1,7 @@
 // lockstep: serve a model, ask it, plan for it, look at the host.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <vector>
@@ -52,6 +53,8 @@ std::string Where(CLI::App* app, CLI::App* command) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // gRPC's own lines would come between ours; what it has to say is in our errors.
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
   CLI::App app{"Serves large language models split over several workers.", "lockstep"};
   app.set_version_flag("--version", std::string("lockstep ") + lockstep::kVersion);
   app.require_subcommand(0, 1);

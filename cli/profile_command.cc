@@ -18,7 +18,7 @@ namespace lockstep {
 namespace {
 
 struct ProfileFlags {
-  std::string address = "127.0.0.1:50051";
+  std::string address = "127.0.0.1:50053";
   std::string output;
   uint32_t steps = 50;
   double timeout_s = 30;
@@ -83,7 +83,7 @@ void AddProfileCommand(CLI::App* app, Command* chosen) {
   CLI::App* command =
       app->add_subcommand("profile", "Trace the next steps of a running server, every rank's");
   command->group("Look");
-  command->add_option("--address", flags->address, "HOST:PORT of its gRPC door; on this host")
+  command->add_option("--address", flags->address, "Its --admin-address: HOST:PORT or unix:PATH")
       ->capture_default_str();
   command->add_option("--steps", flags->steps, "Steps to trace")
       ->capture_default_str()

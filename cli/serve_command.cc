@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "CLI/CLI.hpp"
@@ -43,6 +44,12 @@ absl::Status PlanChildren(const CoordinatorOptions& options, const std::vector<s
       children->workers.back().push_back(absl::StrCat("--device=", rank));
     }
     if (options.insecure) children->workers.back().push_back("--insecure");
+    for (const auto& [name, file] : {std::pair("certfile", &options.worker_ssl_certfile),
+                                     std::pair("keyfile", &options.worker_ssl_keyfile),
+                                     std::pair("ca-certs", &options.worker_ssl_ca_certs)}) {
+      if (file->empty()) continue;
+      children->workers.back().push_back(absl::StrCat("--worker-ssl-", name, "=", *file));
+    }
   }
   return absl::OkStatus();
 }

@@ -6,16 +6,19 @@
 #include <CLI/CLI.hpp>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "common/flag_sources.h"
@@ -98,6 +101,9 @@ class Coordinator {
 
 absl::Status Coordinator::Start() {
   Clock::time_point began = Clock::now();
+  std::mutex ending_mutex_;
+  std::condition_variable ending_now_;
+  bool failed_ = false;  // guarded by ending_mutex_
   const auto phase = [&](const char* name) {
     phases_.emplace_back(name, SecondsSince(std::exchange(began, Clock::now())));
   };
@@ -114,13 +120,15 @@ absl::Status Coordinator::Start() {
   served->enable_prefix_caching = options_.enable_prefix_caching;
   phase("read tokenizer");
 
-  absl::StatusOr<std::unique_ptr<GrpcWorkerGroup>> group =
-      GrpcWorkerGroup::Listen(options_.worker_address, MakeGroupOptions(*plan, options_));
+  absl::StatusOr<std::unique_ptr<GrpcWorkerGroup>> group = GrpcWorkerGroup::Listen(
+      options_.worker_address, MakeGroupOptions(*plan, options_),
+      {options_.worker_ssl_certfile, options_.worker_ssl_keyfile, options_.worker_ssl_ca_certs});
   if (!group.ok()) {
     return absl::Status(group.status().code(),
                         absl::StrCat("--worker-address: ", std::string(group.status().message())));
   }
   worker_address_ = (*group)->address();
+    if (absl::StartsWith(group.status().message(), "--")) return group.status();
   ApiOptions api_options;
   api_options.host = options_.host;
   api_options.http_port = static_cast<int>(options_.http_port);
@@ -132,6 +140,7 @@ absl::Status Coordinator::Start() {
   api_options.allowed_origins = absl::StrSplit(options_.allowed_origins, ',', absl::SkipEmpty());
   api_ = std::make_unique<ApiServer>(api_options, *std::move(served));
   EngineOptions engine_options;
+  api_options.admin_address = AdminAddress(options_);
   engine_options.scheduler = plan->scheduler;
   engine_options.recovery_timeout_ms = static_cast<int64_t>(options_.recovery_timeout_s * 1000);
   engine_options.on_change = [this](const EngineInfo& info) {
@@ -166,6 +175,7 @@ absl::Status Coordinator::SayWhole(const EngineInfo& info) {
     if (absl::Status written = WritePortFile(options_.port_file, ports.dump()); !written.ok()) {
       return written;
     }
+                                  {"admin_address", api_->admin_address()},
   }
   std::puts("ready");
   std::fflush(stdout);
@@ -180,6 +190,12 @@ void Coordinator::Drain() {
   api_->Stop(kLastBytesMs);
   drained_ = true;
   events_.Wake();
+  if (options_.drain_grace_s > 0) {
+    api_->BeginLeaving();
+    std::unique_lock lock(ending_mutex_);
+    ending_now_.wait_for(lock, std::chrono::duration<double>(options_.drain_grace_s),
+                         [this] { return failed_; });
+  }
 }
 
 int Coordinator::Run() {
@@ -211,6 +227,11 @@ int Coordinator::Run() {
     api_->Stop(kLastBytesMs);
     engine_->Shutdown();
   }
+    {
+      const std::lock_guard lock(ending_mutex_);
+      failed_ = !failure.ok();
+    }
+    ending_now_.notify_all();
   return failure.ok() ? 0 : Fail(failure);
 }
 

@@ -81,6 +81,17 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* o) {
   option("--grpc-port", &o->grpc_port, "0: any free port", g);
   option("--worker-address", &o->worker_address,
          "Where workers dial in: HOST:PORT (port 0: any) or unix:PATH", g);
+  option("--worker-ssl-certfile", &o->worker_ssl_certfile,
+         "PEM certificate for the workers' plane, with lockstep-coordinator among its DNS names; "
+         "read again when it changes",
+         g);
+  option("--worker-ssl-keyfile", &o->worker_ssl_keyfile, "PEM key of --worker-ssl-certfile", g);
+  option("--worker-ssl-ca-certs", &o->worker_ssl_ca_certs,
+         "PEM certificates; workers need one that these signed, named lockstep-worker", g);
+  option("--admin-address", &o->admin_address,
+         "Where `lockstep profile` asks: HOST:PORT of loopback or unix:PATH; default: 127.0.0.1, "
+         "two above --grpc-port",
+         g);
   flag("--insecure", &o->insecure, "Serve in plain text beyond loopback", g);
   option("--ssl-certfile", &o->ssl_certfile,
          "PEM certificate of the doors, which then speak TLS; read again when it changes", g);
@@ -94,6 +105,8 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* o) {
   flag("--reflection", &o->reflection, "gRPC server reflection", g);
   option("--port-file", &o->port_file, "JSON file with the ports, written once ready", g);
   g = "Operations";
+  option("--drain-grace", &o->drain_grace_s,
+         "Seconds after SIGTERM in which the server is not ready but serves what still comes", g);
   option("--drain-timeout", &o->drain_timeout_s, "Seconds that running requests get at SIGTERM", g);
   option("--recovery-timeout", &o->recovery_timeout_s,
          "Seconds that requests wait for a broken group", g);
@@ -133,7 +146,8 @@ absl::Status ValidateOptions(const CoordinatorOptions& o) {
     return Bad(absl::StrCat("--gpu-memory-utilization ", o.gpu_memory_utilization,
                             ": expected more than 0 and at most 1"));
   }
-  for (const auto& [name, seconds] : {std::pair("--drain-timeout", o.drain_timeout_s),
+  for (const auto& [name, seconds] : {std::pair("--drain-grace", o.drain_grace_s),
+                                      std::pair("--drain-timeout", o.drain_timeout_s),
                                       std::pair("--recovery-timeout", o.recovery_timeout_s)}) {
     if (!(seconds >= 0 && seconds <= 86'400)) {
       return Bad(absl::StrCat(name, " ", seconds, ": expected 0 to 86400 seconds"));
@@ -146,18 +160,28 @@ absl::Status ValidateOptions(const CoordinatorOptions& o) {
   if (o.http_port != 0 && o.http_port == o.grpc_port) {
     return Bad(absl::StrCat("--http-port ", o.http_port, " is --grpc-port, too"));
   }
+  if (const std::string admin = AdminAddress(o); !IsLocalAddress(admin)) {
+    return Bad(absl::StrCat("--admin-address ", admin,
+                            ": never leaves this host; use 127.0.0.1:PORT or unix:PATH"));
+  }
   if (o.insecure) return absl::OkStatus();
   if (!IsLocalAddress(o.host) && o.ssl_certfile.empty()) {
     return Bad(absl::StrCat("--host ", o.host,
                             ": others could read the traffic; use loopback, --ssl-certfile, or "
                             "--insecure on a network you trust"));
   }
-  if (!IsLocalAddress(o.worker_address)) {
+  if (!IsLocalAddress(o.worker_address) && o.worker_ssl_certfile.empty()) {
     return Bad(absl::StrCat("--worker-address ", o.worker_address,
-                            ": others could read the traffic; use loopback, or --insecure on a "
-                            "network you trust"));
+                            ": others could read the traffic; use loopback, "
+                            "--worker-ssl-certfile, or --insecure on a network you trust"));
   }
   return absl::OkStatus();
+}
+
+std::string AdminAddress(const CoordinatorOptions& options) {
+  if (!options.admin_address.empty()) return options.admin_address;
+  const bool any = options.grpc_port == 0 || options.grpc_port > 65'533;
+  return absl::StrCat("127.0.0.1:", any ? 0 : options.grpc_port + 2);
 }
 
 bool IsLocalAddress(const std::string& address) {

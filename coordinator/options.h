@@ -51,6 +51,8 @@ struct CoordinatorOptions {
   uint32_t http_port = 8000;
   uint32_t grpc_port = 50051;
   std::string worker_address = "127.0.0.1:50052";
+  std::string worker_ssl_certfile, worker_ssl_keyfile, worker_ssl_ca_certs;
+  std::string admin_address;
   bool insecure = false;
   std::string ssl_certfile, ssl_keyfile, ssl_ca_certs;
   std::string api_key_file;
@@ -58,6 +60,7 @@ struct CoordinatorOptions {
   bool reflection = false;
   std::string port_file;
   // Operations
+  double drain_grace_s = 0;
   double drain_timeout_s = 30;
   double recovery_timeout_s = 60;
   std::string log_format = "text";
@@ -71,6 +74,9 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* options);
 
 // What can be said of the values before any file is read.
 absl::Status ValidateOptions(const CoordinatorOptions& options);
+
+// --admin-address, or its default: loopback, two above --grpc-port.
+std::string AdminAddress(const CoordinatorOptions& options);
 
 // Whether nothing but this host can reach `address` (HOST, HOST:PORT, unix:PATH).
 bool IsLocalAddress(const std::string& address);

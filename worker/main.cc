@@ -21,6 +21,7 @@
 #include "common/service_manager.h"
 #include "common/supervisor_link.h"
 #include "common/version.h"
+#include "wire/plane_tls.h"
 #include "worker/checkpoint_host.h"
 #include "worker/comm/gloo_communicator.h"
 #include "worker/device_info.h"
@@ -41,6 +42,7 @@ struct WorkerOptions {
   uint32_t threads = 0;
   int32_t preferred_rank = -1;
   std::string comm_address;
+  std::string worker_ssl_certfile, worker_ssl_keyfile, worker_ssl_ca_certs;
   bool insecure = false;
   std::string log_format = "text";
   std::string log_level = "info";
@@ -61,6 +63,16 @@ void AddFlags(CLI::App& app, WorkerOptions* o) {
   app.add_option(
          "--comm-address", o->comm_address,
          "Address of this host for the other ranks; default: the one that leads to the coordinator")
+      ->group(g);
+  app.add_option("--worker-ssl-certfile", o->worker_ssl_certfile,
+                 "PEM certificate to show the coordinator, with lockstep-worker among its DNS "
+                 "names; read at every dial")
+      ->group(g);
+  app.add_option("--worker-ssl-keyfile", o->worker_ssl_keyfile, "PEM key of --worker-ssl-certfile")
+      ->group(g);
+  app.add_option("--worker-ssl-ca-certs", o->worker_ssl_ca_certs,
+                 "PEM certificates; the coordinator needs one that these signed, named "
+                 "lockstep-coordinator")
       ->group(g);
   app.add_flag("--insecure", o->insecure, "Dial beyond this host in plain text")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
@@ -102,6 +114,10 @@ absl::Status Validate(const WorkerOptions& o) {
   if (o.coordinator.empty()) {
     return absl::InvalidArgumentError("--coordinator: expected HOST:PORT or unix:PATH");
   }
+TlsFiles PlaneTls(const WorkerOptions& o) {
+  return {o.worker_ssl_certfile, o.worker_ssl_keyfile, o.worker_ssl_ca_certs};
+}
+
   if (o.backend != "cpu" && o.backend != "cuda") {
     return absl::InvalidArgumentError(
         absl::StrCat("--backend ", o.backend, ": expected cpu or cuda"));
@@ -129,6 +145,7 @@ absl::Status Validate(const WorkerOptions& o) {
 }
 
 SessionOptions MakeSessionOptions(const WorkerOptions& o, Gpu* gpu) {
+  if (absl::Status tls = CheckPlaneTls(PlaneTls(o)); !tls.ok()) return tls;
   const DeviceInfo device = ReadDeviceInfo();
   SessionOptions options;
   worker::v1::Hello& hello = options.hello;
@@ -182,7 +199,8 @@ int Run(const WorkerOptions& o, const ProcessEvents& events, ServiceManager& ser
   std::unique_ptr<ModelHost> host =
       InjectFaults(*ParseFaults(o.inject), MakeCheckpointHost(o.threads, gpu.get()),
                    &options.runner.make_communicator);
-  Session session(std::move(options), MakeGrpcPlane(o.coordinator, o.insecure), std::move(host));
+  Session session(std::move(options), MakeGrpcPlane(o.coordinator, o.insecure, PlaneTls(o)),
+                  std::move(host));
   std::thread signals([&] {
     ProcessEvents::Event event;
     do {

@@ -63,7 +63,8 @@ absl::StatusOr<std::unique_ptr<BenchSession>> BenchSession::Open(const BenchFlag
   if (!target.ok()) return target.status();
   std::unique_ptr<BenchSession> session(new BenchSession(flags, *std::move(target)));
   session->client_ = std::make_unique<LoadClient>(
-      session->target_.address, LanesFor(std::max(needs.sequences, needs.requests)));
+      session->target_.address, LanesFor(std::max(needs.sequences, needs.requests)),
+      session->target_.access);
   if (absl::Status status = session->client_->Connect(kConnectTimeoutMs); !status.ok()) {
     return status;
   }

@@ -119,6 +119,7 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags) {
   std::string group = "Server";
   app->add_option("--server,--address", flags->server, "Measure this one: host:port or unix:path")
       ->group(group);
+  AddAccessFlags(app, &flags->access);
   app->add_option("--model", flags->model,
                   "Serve this directory just for the measurement; with --server: where its "
                   "config.json is, for the floor")
@@ -165,6 +166,7 @@ absl::StatusOr<BenchTarget> OpenBenchTarget(const BenchFlags& flags, const Serve
   }
   BenchTarget target;
   target.address = flags.server;
+  if (!flags.server.empty()) target.access = flags.access;
   target.seed = flags.seed != 0 ? flags.seed : std::random_device()();
   if (flags.server.empty()) {
     std::fprintf(stderr, "starting %s at tp %u\n", flags.model.c_str(), flags.tensor_parallel_size);
@@ -177,7 +179,7 @@ absl::StatusOr<BenchTarget> OpenBenchTarget(const BenchFlags& flags, const Serve
     target.started_s = static_cast<double>(NowNs() - begin_ns) * 1e-9;
   }
   absl::StatusOr<v1::GetModelInfoResponse> info =
-      Client(target.address).WaitReady(kConnectTimeoutMs);
+      Client(target.address, target.access).WaitReady(kConnectTimeoutMs);
   if (!info.ok()) {
     return absl::Status(info.status().code(),
                         absl::StrCat("--server: no server answers at ", target.address, " (",

@@ -13,14 +13,16 @@
 #include "absl/status/statusor.h"
 #include "cli/bench/floor.h"
 #include "cli/local_server.h"
+#include "cli/server_access.h"
 #include "nlohmann/json.hpp"
 #include "proto/inference.pb.h"
 
 namespace lockstep {
 
 struct BenchFlags {
-  std::string server;  // host:port or unix:path
-  std::string model;   // to serve; with `server`: where its config.json is, for the floor
+  std::string server;   // host:port or unix:path
+  ServerAccess access;  // to it
+  std::string model;    // to serve; with `server`: where its config.json is, for the floor
   uint32_t tensor_parallel_size = 1;
   std::string backend, dtype, load_format, quantization;  // empty: as serve has it
   std::vector<std::string> serve_flags;                   // after --
@@ -37,6 +39,7 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags);
 struct BenchTarget {
   std::unique_ptr<LocalServer> local;  // null when `server` was given
   std::string address;
+  ServerAccess access;  // none where it was started here
   v1::GetModelInfoResponse info;
   std::optional<Floor> floor;
   double started_s = 0;  // from the start of `lockstep serve` until it answered; 0: it ran already

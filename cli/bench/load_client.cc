@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "cli/open_channel.h"
 #include "proto/inference.grpc.pb.h"
 
 namespace lockstep {
@@ -19,14 +20,15 @@ namespace {
 constexpr int kStreamsPerLane = 32;
 constexpr int kMaxMessageBytes = 64 << 20;
 
-std::shared_ptr<grpc::Channel> OwnConnection(const std::string& address) {
+std::shared_ptr<grpc::Channel> OwnConnection(const std::string& address,
+                                             const ServerAccess& access) {
   grpc::ChannelArguments args;
   args.SetMaxReceiveMessageSize(kMaxMessageBytes);
   // Channels to one address share a connection unless told not to.
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   // What a retry would need is kept ready at a cost on every message.
   args.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), args);
+  return OpenChannel(address, access, args);
 }
 
 }  // namespace
@@ -137,10 +139,10 @@ void LoadClient::Lane::Loop() {
   }
 }
 
-LoadClient::LoadClient(const std::string& address, int lanes) {
+LoadClient::LoadClient(const std::string& address, int lanes, const ServerAccess& access) {
   for (int i = 0; i < std::max(lanes, 1); ++i) {
     auto lane = std::make_unique<Lane>();
-    lane->channel = OwnConnection(address);
+    lane->channel = OwnConnection(address, access);
     lane->stub = v1::Inference::NewStub(lane->channel);
     lane->thread = std::thread([lane = lane.get()] { lane->Loop(); });
     lanes_.push_back(std::move(lane));

@@ -21,6 +21,7 @@
 
 #include "absl/status/status.h"
 #include "cli/bench/request_log.h"
+#include "cli/server_access.h"
 #include "proto/inference.pb.h"
 
 namespace lockstep {
@@ -35,7 +36,7 @@ class LoadClient {
   // Called on the lane's thread with every event of a stream, in order.
   using Observe = std::function<void(const v1::GenerateEvent&)>;
 
-  LoadClient(const std::string& address, int lanes);
+  LoadClient(const std::string& address, int lanes, const ServerAccess& access = {});
   ~LoadClient();  // cancels what still runs
 
   // Waits for every lane's connection: set-up is no part of a latency.

@@ -17,6 +17,7 @@ void AddCompareCommand(CLI::App* app, Command* chosen) {
   std::string group = "Configurations";
   command->add_option("--server-a", flags->a.server, "The reference: host:port")->group(group);
   command->add_option("--server-b", flags->b.server, "What is compared to it")->group(group);
+  AddAccessFlags(command, &flags->access);
   command->add_option("--model", flags->model, "Served in turn, where no server is given")
       ->group(group);
   command

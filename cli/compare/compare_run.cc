@@ -41,19 +41,20 @@ absl::Status Prefix(const std::string& where, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(where, ": ", std::string(status.message())));
 }
 
-absl::StatusOr<OpenSide> Open(const CompareSide& side, const std::string& model) {
+absl::StatusOr<OpenSide> Open(const CompareSide& side, const CompareFlags& flags) {
   OpenSide open;
   std::string address = side.server;
   if (address.empty()) {
     std::vector<std::string> args = CLI::detail::split_up(side.flags);
-    if (!model.empty())
-      args.insert(args.begin(), {"--model", model});  // the side's own comes later
+    if (!flags.model.empty())
+      args.insert(args.begin(), {"--model", flags.model});  // the side's own comes later
     absl::StatusOr<std::unique_ptr<LocalServer>> local = LocalServer::Start(args);
     if (!local.ok()) return local.status();
     open.local = *std::move(local);
     address = open.local->address();
   }
-  open.client = std::make_unique<Client>(address);
+  open.client =
+      std::make_unique<Client>(address, open.local == nullptr ? flags.access : ServerAccess{});
   absl::StatusOr<v1::GetModelInfoResponse> info = open.client->WaitReady(kConnectTimeoutMs);
   if (!info.ok()) return Prefix(address, info.status());
   open.info = *std::move(info);
@@ -250,13 +251,13 @@ absl::Status RunCompare(const CompareFlags& flags) {
   std::string described_a;
   {
     std::fprintf(stderr, "A: answering\n");
-    absl::StatusOr<OpenSide> a = Open(flags.a, flags.model);
+    absl::StatusOr<OpenSide> a = Open(flags.a, flags);
     if (!a.ok()) return Prefix("A", a.status());
     described_a = Describe(flags.a, a->info);
     if (absl::Status status = comparison.AskA(*a); !status.ok()) return Prefix("A", status);
   }
   std::fprintf(stderr, "B: answering, and scoring A's answers\n");
-  absl::StatusOr<OpenSide> b = Open(flags.b, flags.model);
+  absl::StatusOr<OpenSide> b = Open(flags.b, flags);
   if (!b.ok()) return Prefix("B", b.status());
   if (absl::Status status = comparison.AskB(*b); !status.ok()) return Prefix("B", status);
   return Report(flags, described_a, Describe(flags.b, b->info), Compare(comparison.prompts()));

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "cli/server_access.h"
 
 namespace lockstep {
 
@@ -18,6 +19,7 @@ struct CompareSide {
 
 struct CompareFlags {
   CompareSide a, b;
+  ServerAccess access;  // to the sides that run already
   std::string model;    // for the sides that are started and name none of their own
   std::string prompts;  // JSON lines as `lockstep batch` reads them; empty: random tokens
   uint32_t random_prompts = 16, random_tokens = 64;

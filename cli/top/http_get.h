@@ -6,13 +6,14 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "cli/server_access.h"
 
 namespace lockstep {
 
 // The body of a 200 answer. address: host:port; [::1]:port for IPv6.
 // Unavailable: no connection, no answer in time or another status, in one line.
-absl::StatusOr<std::string> HttpGet(const std::string& address, const std::string& path,
-                                    int64_t timeout_ms);
+absl::StatusOr<std::string> HttpGet(const std::string& address, const ServerAccess& access,
+                                    const std::string& path, int64_t timeout_ms);
 
 }  // namespace lockstep
 

@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "cli/commands.h"
+#include "cli/server_access.h"
 #include "cli/terminal.h"
 #include "cli/top/frame.h"
 #include "cli/top/http_get.h"
@@ -29,6 +30,7 @@ constexpr int64_t kTimeoutMs = 5'000;
 
 struct TopFlags {
   std::string server = "127.0.0.1:8000";
+  ServerAccess access;
   double interval_s = 1;
   uint64_t frames = 0;  // 0: until interrupted
   bool once = false;
@@ -39,12 +41,14 @@ struct Scrape {
   Clock::time_point at;
 };
 
-absl::StatusOr<Scrape> ScrapeNow(const std::string& server) {
-  const absl::StatusOr<std::string> body = HttpGet(server, "/metrics", kTimeoutMs);
+absl::StatusOr<Scrape> ScrapeNow(const TopFlags& flags) {
+  const absl::StatusOr<std::string> body =
+      HttpGet(flags.server, flags.access, "/metrics", kTimeoutMs);
   if (!body.ok()) return body.status();
   Scrape scrape{MetricsText::Parse(*body), Clock::now()};
   if (!scrape.text.Samples("lockstep_build_info").empty()) return scrape;
-  return absl::UnavailableError(absl::StrCat(server, ": its /metrics are not a Lockstep server's"));
+  return absl::UnavailableError(
+      absl::StrCat(flags.server, ": its /metrics are not a Lockstep server's"));
 }
 
 // The terminal's other screen, with keys that arrive at once; as it was before
@@ -104,7 +108,7 @@ bool WaitFor(double seconds, const Screen& screen, const std::atomic<bool>& stop
 }
 
 int RunTop(const TopFlags& flags) {
-  absl::StatusOr<Scrape> before = ScrapeNow(flags.server);
+  absl::StatusOr<Scrape> before = ScrapeNow(flags);
   if (!before.ok()) {
     std::fprintf(stderr, "lockstep top: --server %s\n",
                  std::string(before.status().message()).c_str());
@@ -116,7 +120,7 @@ int RunTop(const TopFlags& flags) {
   Screen screen(isatty(STDOUT_FILENO) == 1 && frames != 1);
   for (uint64_t shown = 0; frames == 0 || shown < frames; ++shown) {
     if (!WaitFor(flags.interval_s, screen, stop)) return 0;
-    absl::StatusOr<Scrape> now = ScrapeNow(flags.server);
+    absl::StatusOr<Scrape> now = ScrapeNow(flags);
     if (!now.ok()) {
       // It may come back: what was seen before stays the base.
       screen.Show(absl::StrCat("lockstep top   ", std::string(now.status().message()), "\n"));
@@ -137,6 +141,7 @@ void AddTopCommand(CLI::App* app, Command* chosen) {
   command->group("Look");
   command->add_option("--server,--address", flags->server, "HTTP door: host:port")
       ->capture_default_str();
+  AddAccessFlags(command, &flags->access);
   command->add_option("--interval", flags->interval_s, "Seconds a frame covers")
       ->check(CLI::Range(0.05, 3600.0))
       ->capture_default_str();

@@ -17,7 +17,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/address.h"
-#include "coordinator/api/admin_service.h"
 #include "coordinator/api/grpc_service.h"
 #include "coordinator/api/limits.h"
 #include "proto/health.pb.h"
@@ -92,7 +91,6 @@ std::shared_ptr<grpc::ServerCredentials> Credentials(const TlsFiles& tls) {
 struct GrpcDoor::Impl {
   RequestPath* path;
   std::unique_ptr<grpc::Service> service;
-  std::unique_ptr<grpc::Service> admin;  // null: not offered
   int port = 0;
   std::mutex mutex;
   std::unique_ptr<grpc::Server> server;  // guarded by mutex
@@ -105,8 +103,6 @@ GrpcDoor::GrpcDoor(RequestPath* path, ApiKeys* keys) : impl_(std::make_unique<Im
 
 GrpcDoor::~GrpcDoor() { Stop(0); }
 
-void GrpcDoor::OfferAdmin(GroupWatch* watch) { impl_->admin = MakeAdminService(watch); }
-
 absl::Status GrpcDoor::Start(const std::string& host, int port, const TlsFiles& tls,
                              bool reflection) {
   // gRPC only says that it failed; a bind of our own says why.
@@ -117,7 +113,6 @@ absl::Status GrpcDoor::Start(const std::string& host, int port, const TlsFiles& 
   SetLimits(&builder);
   builder.SetOption(std::make_unique<ReflectionOption>(reflection));
   builder.RegisterService(impl_->service.get());
-  if (impl_->admin != nullptr) builder.RegisterService(impl_->admin.get());
   int bound = 0;
   builder.AddListeningPort(HostPort(host, port), Credentials(tls), &bound);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();

@@ -9,10 +9,9 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "common/tls_files.h"
 #include "coordinator/api/api_keys.h"
 #include "coordinator/api/request_path.h"
-#include "coordinator/api/tls_files.h"
-#include "coordinator/group_watch.h"
 
 namespace lockstep {
 
@@ -22,8 +21,6 @@ class GrpcDoor {
   GrpcDoor(RequestPath* path, ApiKeys* keys);
   ~GrpcDoor();  // Stop(0)
 
-  // Before Start: lockstep.v1.Admin as well. `watch` outlives the door.
-  void OfferAdmin(GroupWatch* watch);
   // port 0 picks one. Unavailable, one line, when the address cannot be had.
   absl::Status Start(const std::string& host, int port, const TlsFiles& tls, bool reflection);
   int port() const;

@@ -45,7 +45,11 @@ class RequestPath {
   // Counts a refusal that a door made by itself, and returns it.
   absl::Status Refuse(absl::Status status);
 
-  void BeginDrain() { draining_ = true; }
+  // Not ready any more, for whoever sends requests here; what comes is admitted.
+  void BeginLeaving() { leaving_ = true; }
+  void BeginDrain() { leaving_ = draining_ = true; }
+  // Whether new requests should be sent here.
+  bool IsReady() const { return !leaving_ && Info().state == EngineState::kReady; }
   // The engine's state, with our own draining in it.
   EngineInfo Info() const;
   // Waits for queued work; the doors are shut by now.
@@ -63,7 +67,7 @@ class RequestPath {
   Metrics* const metrics_;
   const std::shared_ptr<WorkPool> text_pool_;
   WorkPool intake_pool_;
-  std::atomic<bool> draining_ = false;
+  std::atomic<bool> leaving_ = false, draining_ = false;
   const std::shared_ptr<std::atomic<size_t>> held_bytes_ = std::make_shared<std::atomic<size_t>>(0);
   mutable std::mutex mutex_;
   Phases startup_;  // guarded by mutex_

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/address.h"
+#include "coordinator/api/admin_door.h"
 #include "coordinator/api/api_keys.h"
 #include "coordinator/api/grpc_door.h"
 #include "coordinator/api/http/http_server.h"
@@ -37,12 +38,13 @@ struct ApiServer::Impl {
   std::unique_ptr<GrpcDoor> grpc;
   std::unique_ptr<Routes> routes;
   std::unique_ptr<HttpServer> http;
+  std::unique_ptr<AdminDoor> admin;
 };
 
 // Health follows the state as it is now, not as it was when the news was sent.
 void ApiServer::Impl::FollowState() {
   const std::lock_guard lock(mutex);
-  if (grpc != nullptr) grpc->SetServing(path->Info().state == EngineState::kReady);
+  if (grpc != nullptr) grpc->SetServing(path->IsReady());
 }
 
 ApiServer::ApiServer(ApiOptions options, ServedModel model)
@@ -86,10 +88,14 @@ absl::Status ApiServer::Start(EngineClient* engine) {
   std::unique_ptr<GrpcDoor> grpc;
   if (options.grpc_port >= 0) {
     grpc = std::make_unique<GrpcDoor>(path.get(), keys.get());
-    if (impl_->watch != nullptr) grpc->OfferAdmin(impl_->watch);
     absl::Status status =
         grpc->Start(options.host, options.grpc_port, options.tls, options.reflection);
     if (!status.ok()) return status;
+  }
+  std::unique_ptr<AdminDoor> admin;
+  if (impl_->watch != nullptr && !options.admin_address.empty()) {
+    admin = std::make_unique<AdminDoor>(impl_->watch);
+    if (absl::Status status = admin->Start(options.admin_address); !status.ok()) return status;
   }
   std::unique_ptr<Routes> routes;
   std::unique_ptr<HttpServer> http;
@@ -112,6 +118,7 @@ absl::Status ApiServer::Start(EngineClient* engine) {
     impl_->grpc = std::move(grpc);
     impl_->routes = std::move(routes);
     impl_->http = std::move(http);
+    impl_->admin = std::move(admin);
   }
   impl_->FollowState();
   return absl::OkStatus();
@@ -125,6 +132,20 @@ int ApiServer::http_port() const {
 int ApiServer::grpc_port() const {
   const std::lock_guard lock(impl_->mutex);
   return impl_->grpc == nullptr ? -1 : impl_->grpc->port();
+}
+
+std::string ApiServer::admin_address() const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->admin == nullptr ? "" : impl_->admin->address();
+}
+
+void ApiServer::BeginLeaving() {
+  {
+    const std::lock_guard lock(impl_->mutex);
+    if (impl_->path == nullptr) return;
+    impl_->path->BeginLeaving();
+  }
+  impl_->FollowState();
 }
 
 void ApiServer::BeginDrain() {
@@ -144,8 +165,10 @@ void ApiServer::Stop(int64_t grace_ms) {
   std::unique_ptr<GrpcDoor> grpc;
   std::unique_ptr<Routes> routes;
   std::unique_ptr<HttpServer> http;
+  std::unique_ptr<AdminDoor> admin;
   {
     const std::lock_guard lock(impl_->mutex);
+    admin = std::move(impl_->admin);
     keys = std::move(impl_->keys);
     path = std::move(impl_->path);
     grpc = std::move(impl_->grpc);
@@ -154,6 +177,7 @@ void ApiServer::Stop(int64_t grace_ms) {
   }
   if (path == nullptr) return;
   path->BeginDrain();
+  if (admin != nullptr) admin->Stop();
   if (http != nullptr) http->Stop(grace_ms);
   const auto left =
       std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();

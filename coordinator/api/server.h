@@ -7,6 +7,7 @@
 //   RETURN_IF_ERROR(api.Start(&engine));   // answers from here on: 503 / UNAVAILABLE until ready
 //   engine.Start();
 //   ...                                    // SIGTERM:
+//   api.BeginLeaving();                    // not ready, so that no more is sent here; still serves
 //   api.BeginDrain();                      // new work gets 503 / UNAVAILABLE, ports stay open
 //   engine.Drain(drain_timeout_ms);        // running streams finish
 //   api.Stop(grace_ms);                    // last bytes go out, ports close
@@ -23,9 +24,9 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "common/tls_files.h"
 #include "coordinator/api/limits.h"
 #include "coordinator/api/served_model.h"
-#include "coordinator/api/tls_files.h"
 #include "coordinator/engine.h"
 #include "coordinator/engine_client.h"
 #include "coordinator/group_watch.h"
@@ -42,6 +43,8 @@ struct ApiOptions {
   std::string api_key_file;                  // "": everybody may ask
   std::vector<std::string> allowed_origins;  // of pages in browsers; "*" is all of them
   uint32_t max_http_connections = 1024;
+  // Where lockstep.v1.Admin answers: loopback or unix:PATH; "" for nowhere.
+  std::string admin_address;
   int64_t ping_interval_ms = limits::kSsePingSeconds * 1000;
   int text_threads = 2;
 };
@@ -53,8 +56,8 @@ class ApiServer {
 
   // For the engine: feeds the metrics.
   std::shared_ptr<EngineObserver> observer();
-  // Before Start: metrics of the devices, and lockstep.v1.Admin. `watch` outlives
-  // Stop.
+  // Before Start: metrics of the devices, and what lockstep.v1.Admin asks. `watch`
+  // outlives Stop.
   void Watch(GroupWatch* watch);
   // For EngineOptions::on_change: the health service follows the state.
   void OnEngineChange(const EngineInfo& info);
@@ -67,6 +70,11 @@ class ApiServer {
   int http_port() const;  // the bound ones
   int grpc_port() const;
 
+  std::string admin_address() const;  // "" where it is shut
+
+  // /ready and the health service say no from here on, so that balancers turn
+  // away; what still comes is served.
+  void BeginLeaving();
   // No new work from here on; what runs goes on.
   void BeginDrain();
   // Waits at most grace_ms for open answers to be written, then closes both

@@ -2,12 +2,8 @@
 
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/impl/server_builder_option.h>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <unistd.h>
 
 #include <chrono>
-#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -18,8 +14,10 @@
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
+#include "common/log.h"
+#include "common/unix_socket.h"
 #include "proto/worker.grpc.pb.h"
+#include "wire/plane_tls.h"
 #include "wire/protocol.h"
 
 namespace lockstep {
@@ -148,6 +146,16 @@ class Stream final : public RawReactor, public std::enable_shared_from_this<Stre
   bool done_ = false;      // context_ is gone
 };
 
+constexpr char kNotAWorker[] =
+    "the certificate is not a worker's: it needs lockstep-worker among its DNS names";
+
+// The end of a call whose certificate is good and of another role.
+class Refused final : public RawReactor {
+ public:
+  Refused() { Finish({grpc::StatusCode::PERMISSION_DENIED, kNotAWorker}); }
+  void OnDone() override { delete this; }
+};
+
 // Whatever is linked in offers itself to every server of the process (reflection
 // does): here there is the worker plane and nothing else.
 class NoPlugins final : public grpc::ServerBuilderOption {
@@ -157,20 +165,6 @@ class NoPlugins final : public grpc::ServerBuilderOption {
     plugins->clear();
   }
 };
-
-// gRPC removes a socket file that is in the way, even one in use.
-bool UnixSocketIsServed(const std::string& path) {
-  sockaddr_un address{};
-  if (path.size() >= sizeof(address.sun_path)) return false;
-  address.sun_family = AF_UNIX;
-  std::memcpy(address.sun_path, path.data(), path.size());
-  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd < 0) return false;
-  const bool served =
-      connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
-  close(fd);
-  return served;
-}
 
 }  // namespace
 
@@ -186,9 +180,13 @@ struct AttachServer::Impl {
     Impl* const impl_;
   };
 
-  explicit Impl(Handler* h) : handler(h), service(this) {}
+  Impl(Handler* h, bool t) : handler(h), tls(t), service(this) {}
 
   RawReactor* Accept(grpc::CallbackServerContext* context) {
+    if (tls && !IsWorker(*context->auth_context())) {
+      LogWarning(absl::StrCat("workers' plane: ", context->peer(), ": ", kNotAWorker));
+      return new Refused();
+    }
     std::shared_ptr<Stream> stream;
     {
       const std::lock_guard lock(mutex);
@@ -210,6 +208,7 @@ struct AttachServer::Impl {
   }
 
   Handler* const handler;
+  const bool tls;
   std::mutex mutex;
   std::unordered_map<StreamId, std::shared_ptr<Stream>> streams;  // guarded by mutex
   StreamId next_id = 1;                                           // guarded by mutex
@@ -219,20 +218,12 @@ struct AttachServer::Impl {
 };
 
 absl::StatusOr<std::unique_ptr<AttachServer>> AttachServer::Listen(const std::string& address,
-                                                                   Handler* handler) {
-  auto impl = std::make_unique<Impl>(handler);
+                                                                   Handler* handler,
+                                                                   const TlsFiles& tls) {
+  auto impl = std::make_unique<Impl>(handler, tls.enabled());
   const bool is_unix = absl::StartsWith(address, "unix:");
-  if (is_unix) {
-    const std::string path(absl::StripPrefix(address, "unix:"));
-    if (path.empty() || path.size() >= sizeof(sockaddr_un{}.sun_path)) {
-      return absl::InvalidArgumentError(absl::StrCat(address, ": a unix socket path has 1 to ",
-                                                     sizeof(sockaddr_un{}.sun_path) - 1,
-                                                     " characters"));
-    }
-    if (UnixSocketIsServed(path)) {
-      return absl::AlreadyExistsError(absl::StrCat(address, " is in use by another process"));
-    }
-  }
+  if (absl::Status free = CheckUnixSocketIsFree(address); !free.ok()) return free;
+  if (absl::Status checked = CheckPlaneTls(tls); !checked.ok()) return checked;
   grpc::ServerBuilder builder;
   // Without this, a second coordinator would share the port instead of failing.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
@@ -240,7 +231,7 @@ absl::StatusOr<std::unique_ptr<AttachServer>> AttachServer::Listen(const std::st
   builder.SetMaxReceiveMessageSize(wire::kMaxMessageBytes);
   builder.SetMaxSendMessageSize(wire::kMaxMessageBytes);
   int port = 0;
-  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
+  builder.AddListeningPort(address, PlaneServerCredentials(tls), &port);
   builder.RegisterService(&impl->service);
   impl->server = builder.BuildAndStart();
   if (impl->server == nullptr || port == 0) {

@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "common/tls_files.h"
 #include "coordinator/group/group_port.h"
 #include "proto/worker.pb.h"
 
@@ -32,9 +33,10 @@ class AttachServer {
 
   // `address`: HOST:PORT (port 0: any) or unix:PATH. `handler` outlives the
   // server and may be called before Listen returns. An address that is taken or
-  // unusable is an error naming it.
+  // unusable is an error naming it. With `tls`, only workers' certificates pass.
   static absl::StatusOr<std::unique_ptr<AttachServer>> Listen(const std::string& address,
-                                                              Handler* handler);
+                                                              Handler* handler,
+                                                              const TlsFiles& tls = {});
   ~AttachServer();  // cuts what is still open; no call of the handler afterwards
 
   // As bound: with the real port. What a worker on this host dials.

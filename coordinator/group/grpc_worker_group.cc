@@ -187,11 +187,13 @@ struct GrpcWorkerGroup::Impl final : public GroupPort, public AttachServer::Hand
 };
 
 absl::StatusOr<std::unique_ptr<GrpcWorkerGroup>> GrpcWorkerGroup::Listen(const std::string& address,
-                                                                         GroupOptions options) {
+                                                                         GroupOptions options,
+                                                                         const TlsFiles& tls) {
   auto impl = std::make_unique<Impl>(std::move(options));
   // Held until the server is known to the machine's port: a worker may be there already.
   std::unique_lock lock(impl->mutex);
-  absl::StatusOr<std::unique_ptr<AttachServer>> server = AttachServer::Listen(address, impl.get());
+  absl::StatusOr<std::unique_ptr<AttachServer>> server =
+      AttachServer::Listen(address, impl.get(), tls);
   if (!server.ok()) return server.status();
   impl->owned_server = *std::move(server);
   impl->server = impl->owned_server.get();

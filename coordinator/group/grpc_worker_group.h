@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "common/tls_files.h"
 #include "coordinator/group/group_options.h"
 #include "coordinator/group_watch.h"
 #include "coordinator/worker_group.h"
@@ -17,8 +18,10 @@ namespace lockstep {
 class GrpcWorkerGroup final : public WorkerGroup, public GroupWatch {
  public:
   // Listens on `address` (HOST:PORT or unix:PATH) at once; events wait for Start.
+  // With `tls` (wire/plane_tls.h) both sides show certificates.
   static absl::StatusOr<std::unique_ptr<GrpcWorkerGroup>> Listen(const std::string& address,
-                                                                 GroupOptions options);
+                                                                 GroupOptions options,
+                                                                 const TlsFiles& tls = {});
   ~GrpcWorkerGroup() override;
 
   // What workers dial, with the real port.

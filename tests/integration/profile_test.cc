@@ -65,8 +65,8 @@ class ProfileTest : public ::testing::Test {
     path_ = ::testing::TempDir() + "/trace.json";
   }
   Shell Run(const std::string& flags) {
-    return Profile(
-        absl::StrCat("--address ", server_->server().address(), " --output ", path_, " ", flags));
+    return Profile(absl::StrCat("--address ", server_->server().admin_address(), " --output ",
+                                path_, " ", flags));
   }
   json Trace() {
     std::ifstream file(path_);
@@ -145,8 +145,8 @@ TEST_F(ProfileTest, EndsWithTheEpoch) {
   });
   // Refused once the first one runs.
   EXPECT_TRUE(Eventually([&] {
-    return Profile(absl::StrCat("--address ", server_->server().address(), " --output ", path_,
-                                ".other --steps 1 --timeout 0.001"))
+    return Profile(absl::StrCat("--address ", server_->server().admin_address(), " --output ",
+                                path_, ".other --steps 1 --timeout 0.001"))
                .out.find("running already") != std::string::npos;
   }));
   StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", 150));

@@ -12,9 +12,9 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "common/tls_files.h"
 #include "coordinator/api/http/exchange.h"
 #include "coordinator/api/limits.h"
-#include "coordinator/api/tls_files.h"
 
 namespace lockstep {
 

@@ -277,11 +277,13 @@ std::shared_ptr<Exchange> Routes::Health(HttpRequest&&, const Caller& caller) {
 
 std::shared_ptr<Exchange> Routes::ReadyState(HttpRequest&&, const Caller& caller) {
   const EngineInfo info = path_->Info();
-  if (info.state == EngineState::kReady) {
+  if (path_->IsReady()) {
     return Reply({.headers = {}, .body = "{\"status\":\"ready\"}"}, caller);
   }
   absl::Status why = RefusalOf(info);
-  if (why.ok()) {
+  if (why.ok() && info.state == EngineState::kReady) {
+    why = absl::UnavailableError("the server is about to end; send requests elsewhere");
+  } else if (why.ok()) {
     why = absl::UnavailableError(absl::StrCat("recovering: ", info.failure.message()));
   }
   return Reply(ErrorReply(why), caller);

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "absl/status/status.h"
-#include "coordinator/api/tls_files.h"
+#include "common/tls_files.h"
 #include "coordinator/api/watched_file.h"
 
 namespace lockstep {

@@ -202,6 +202,19 @@ TEST_F(Lifecycle, RecoveringRequestsWait) {
   EXPECT_EQ(Complete({{"prompt", "x"}}).status, 200);
 }
 
+TEST_F(Lifecycle, LeavingIsNotReadyAndServesStill) {
+  AnswerWith("hi");
+  server_->BeginLeaving();
+  const RawResponse ready = Get(http(), "/ready");
+  EXPECT_EQ(ready.status, 503);
+  EXPECT_EQ(ready.error()["message"], "the server is about to end; send requests elsewhere");
+  EXPECT_EQ(ready.headers.at("retry-after"), "1");
+  EXPECT_EQ(Get(http(), "/health").status, 200);
+  EXPECT_EQ(Complete({{"prompt", "x"}}).status, 200);
+  server_->BeginDrain();
+  EXPECT_EQ(Complete({{"prompt", "x"}}).status, 503);
+}
+
 TEST_F(Lifecycle, DrainingRefusesNewWorkAndFinishesOld) {
   engine_.Hold();
   AnswerWith("to the end");
@@ -274,25 +287,12 @@ class SlowClients : public ::testing::Test, public HttpHandler {
  protected:
   std::shared_ptr<Exchange> Handle(HttpRequest request) override {
     if (request.path == "/endless") return std::make_shared<Endless>(&abandoned_);
+    if (request.path == "/whole") return std::make_shared<WholeStream>();
     return std::make_shared<ReadyExchange>(HttpReply{.headers = {}, .body = request.body});
   }
   HttpReply RefuseMalformed(int status, const std::string& message) override {
     return {.status = status, .headers = {}, .body = message};
   }
-
-  // Always has more to say.
-  class Endless : public Exchange {
-   public:
-    explicit Endless(std::atomic<int>* abandoned) : abandoned_(abandoned) {}
-    std::optional<Part> Next() override {
-      const bool first = !std::exchange(begun_, true);
-      Part part{.head = {}, .body = std::string(1 << 20, 'x')};
-    if (request.path == "/whole") return std::make_shared<WholeStream>();
-      if (first) part.head = HttpReply{.content_type = "text/plain", .headers = {}, .body = {}};
-      return part;
-    }
-    void SetWaker(std::function<void()>) override {}
-    void Abandon() override { ++*abandoned_; }
 
   // A stream that is complete before anybody asks for its first part.
   class WholeStream : public Exchange {
@@ -306,6 +306,19 @@ class SlowClients : public ::testing::Test, public HttpHandler {
     void SetWaker(std::function<void()>) override {}
     void Abandon() override {}
   };
+
+  // Always has more to say.
+  class Endless : public Exchange {
+   public:
+    explicit Endless(std::atomic<int>* abandoned) : abandoned_(abandoned) {}
+    std::optional<Part> Next() override {
+      const bool first = !std::exchange(begun_, true);
+      Part part{.head = {}, .body = std::string(1 << 20, 'x')};
+      if (first) part.head = HttpReply{.content_type = "text/plain", .headers = {}, .body = {}};
+      return part;
+    }
+    void SetWaker(std::function<void()>) override {}
+    void Abandon() override { ++*abandoned_; }
 
    private:
     std::atomic<int>* const abandoned_;
@@ -323,19 +336,6 @@ class SlowClients : public ::testing::Test, public HttpHandler {
   std::unique_ptr<HttpServer> server_;
 };
 
-TEST_F(SlowClients, ADrippedHeaderTimesOut) {
-  Open({.header_timeout_ms = 200});
-  RawClient client(port());
-  client.Send("GET / HTTP/1.1\r\n");
-  const Clock::time_point began = Clock::now();
-  while (!client.Readable(5) && Clock::now() - began < std::chrono::seconds(20)) {
-    client.Send("X: y\r\n");
-  }
-  EXPECT_EQ(client.Read().status, 408);
-  EXPECT_LT(Clock::now() - began, std::chrono::seconds(10));
-}
-
-TEST_F(SlowClients, ADrippedBodyTimesOut) {
 TEST_F(SlowClients, AStreamIsFramedAsOneHoweverFastItCame) {
   Open({});
   RawClient client(port());
@@ -355,6 +355,19 @@ TEST_F(SlowClients, AStreamIsFramedAsOneHoweverFastItCame) {
   EXPECT_EQ(response.body, "data: [DONE]\n\n");
 }
 
+TEST_F(SlowClients, ADrippedHeaderTimesOut) {
+  Open({.header_timeout_ms = 200});
+  RawClient client(port());
+  client.Send("GET / HTTP/1.1\r\n");
+  const Clock::time_point began = Clock::now();
+  while (!client.Readable(5) && Clock::now() - began < std::chrono::seconds(20)) {
+    client.Send("X: y\r\n");
+  }
+  EXPECT_EQ(client.Read().status, 408);
+  EXPECT_LT(Clock::now() - began, std::chrono::seconds(10));
+}
+
+TEST_F(SlowClients, ADrippedBodyTimesOut) {
   Open({.body_timeout_ms = 200});
   RawClient client(port());
   client.Send("POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\nabc");

@@ -44,10 +44,10 @@ void CertificateFolder::MakeAuthority(const std::string& name) const {
 }
 
 void CertificateFolder::MakeCertificate(const std::string& name, const std::string& authority,
-                                        int days) const {
+                                        int days, const std::string& names) const {
   Run("req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=" + name + " -keyout " +
       name + ".key -out " + name + ".csr");
-  Write("names", "subjectAltName=IP:127.0.0.1,DNS:localhost\n");
+  Write("names", "subjectAltName=" + names + "\n");
   Run("x509 -req -in " + name + ".csr -CA " + authority + ".pem -CAkey " + authority +
       ".key -CAcreateserial -extfile names -days " + std::to_string(days) + " -out " + name +
       ".pem");

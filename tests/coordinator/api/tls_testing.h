@@ -6,7 +6,7 @@
 #include <memory>
 #include <string>
 
-#include "coordinator/api/tls_files.h"
+#include "common/tls_files.h"
 
 namespace lockstep {
 
@@ -23,8 +23,10 @@ class CertificateFolder {
   std::string Read(const std::string& name) const;
   // NAME.pem and NAME.key: an authority.
   void MakeAuthority(const std::string& name) const;
-  // NAME.pem and NAME.key: for 127.0.0.1 and localhost, signed by `authority`.
-  void MakeCertificate(const std::string& name, const std::string& authority, int days = 1) const;
+  // NAME.pem and NAME.key: signed by `authority`, for 127.0.0.1 and localhost
+  // unless other names are given.
+  void MakeCertificate(const std::string& name, const std::string& authority, int days = 1,
+                       const std::string& names = "IP:127.0.0.1,DNS:localhost") const;
   // Renames copies of FROM over TO, the way certificates are renewed.
   void Replace(const std::string& from, const std::string& to) const;
 
@@ -48,10 +50,10 @@ class TlsClient {
   bool Send(const std::string& bytes);
   // Until `text` has come, the end, or 20 s.
   bool WaitFor(const std::string& text);
-  // All until the server ends; whether it said so in TLS's own words.
-  std::string ReadToEnd(bool* orderly = nullptr);
   // The same, and forgets everything up to there.
   bool Take(const std::string& text);
+  // All until the server ends; whether it said so in TLS's own words.
+  std::string ReadToEnd(bool* orderly = nullptr);
   void Close();
 
  private:

@@ -1,4 +1,4 @@
-#include "coordinator/api/tls_files.h"
+#include "common/tls_files.h"
 
 #include <openssl/err.h>
 #include <openssl/pem.h>
@@ -23,7 +23,7 @@ struct FileCloser {
 };
 using File = std::unique_ptr<std::FILE, FileCloser>;
 
-absl::Status Bad(const char* flag, const std::string& path, const char* what) {
+absl::Status Bad(const std::string& flag, const std::string& path, const std::string& what) {
   ERR_clear_error();
   return absl::InvalidArgumentError(absl::StrCat(flag, " ", path, ": ", what));
 }
@@ -31,7 +31,7 @@ absl::Status Bad(const char* flag, const std::string& path, const char* what) {
 // A server has nobody to type a passphrase.
 int NoPassphrase(char*, int, int, void*) { return 0; }
 
-absl::Status ReadCertificate(const char* flag, const std::string& path, Certificate* out) {
+absl::Status ReadCertificate(const std::string& flag, const std::string& path, Certificate* out) {
   const File file(std::fopen(path.c_str(), "re"));
   if (file == nullptr) return Bad(flag, path, "cannot be read");
   out->reset(PEM_read_X509(file.get(), nullptr, NoPassphrase, nullptr));
@@ -44,31 +44,32 @@ absl::Status ReadCertificate(const char* flag, const std::string& path, Certific
 
 }  // namespace
 
-absl::Status CheckTlsFiles(const TlsFiles& files) {
+absl::Status CheckTlsFiles(const TlsFiles& files, std::string_view flags) {
+  const std::string prefix(flags);
+  const std::string certificate_flag = prefix + "-certfile", key_flag = prefix + "-keyfile",
+                    ca_flag = prefix + "-ca-certs";
   if (!files.enabled()) {
     if (files.key.empty() && files.client_ca.empty()) return absl::OkStatus();
-    return absl::InvalidArgumentError(
-        absl::StrCat(files.key.empty() ? "--ssl-ca-certs" : "--ssl-keyfile",
-                     ": needs --ssl-certfile and --ssl-keyfile"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        files.key.empty() ? ca_flag : key_flag, ": needs ", certificate_flag, " and ", key_flag));
   }
   if (files.key.empty()) {
-    return absl::InvalidArgumentError("--ssl-certfile: needs --ssl-keyfile as well");
+    return absl::InvalidArgumentError(
+        absl::StrCat(certificate_flag, ": needs ", key_flag, " as well"));
   }
   Certificate certificate;
-  absl::Status status = ReadCertificate("--ssl-certfile", files.certificate, &certificate);
+  absl::Status status = ReadCertificate(certificate_flag, files.certificate, &certificate);
   if (!status.ok()) return status;
   const File file(std::fopen(files.key.c_str(), "re"));
-  if (file == nullptr) return Bad("--ssl-keyfile", files.key, "cannot be read");
+  if (file == nullptr) return Bad(key_flag, files.key, "cannot be read");
   const PrivateKey key(PEM_read_PrivateKey(file.get(), nullptr, NoPassphrase, nullptr));
-  if (key == nullptr) {
-    return Bad("--ssl-keyfile", files.key, "no PEM key without a passphrase in it");
-  }
+  if (key == nullptr) return Bad(key_flag, files.key, "no PEM key without a passphrase in it");
   if (X509_check_private_key(certificate.get(), key.get()) != 1) {
-    return Bad("--ssl-keyfile", files.key, "is not the key of --ssl-certfile");
+    return Bad(key_flag, files.key, absl::StrCat("is not the key of ", certificate_flag));
   }
   if (files.client_ca.empty()) return absl::OkStatus();
   Certificate authority;
-  return ReadCertificate("--ssl-ca-certs", files.client_ca, &authority);
+  return ReadCertificate(ca_flag, files.client_ca, &authority);
 }
 
 }  // namespace lockstep
