@@ -43,13 +43,13 @@ absl::Status PlanChildren(const CoordinatorOptions& options, const std::vector<s
     if (options.backend == "cuda") {
       children->workers.back().push_back(absl::StrCat("--device=", rank));
     }
-    if (options.insecure) children->workers.back().push_back("--insecure");
     for (const auto& [name, file] : {std::pair("certfile", &options.worker_ssl_certfile),
                                      std::pair("keyfile", &options.worker_ssl_keyfile),
                                      std::pair("ca-certs", &options.worker_ssl_ca_certs)}) {
       if (file->empty()) continue;
       children->workers.back().push_back(absl::StrCat("--worker-ssl-", name, "=", *file));
     }
+    if (options.insecure) children->workers.back().push_back("--insecure");
   }
   return absl::OkStatus();
 }

@@ -97,13 +97,13 @@ class Coordinator {
   std::unique_ptr<ApiServer> api_;
   std::unique_ptr<Engine> engine_;
   std::atomic<bool> drained_ = false;
+  std::mutex ending_mutex_;
+  std::condition_variable ending_now_;
+  bool failed_ = false;  // guarded by ending_mutex_
 };
 
 absl::Status Coordinator::Start() {
   Clock::time_point began = Clock::now();
-  std::mutex ending_mutex_;
-  std::condition_variable ending_now_;
-  bool failed_ = false;  // guarded by ending_mutex_
   const auto phase = [&](const char* name) {
     phases_.emplace_back(name, SecondsSince(std::exchange(began, Clock::now())));
   };
@@ -124,11 +124,11 @@ absl::Status Coordinator::Start() {
       options_.worker_address, MakeGroupOptions(*plan, options_),
       {options_.worker_ssl_certfile, options_.worker_ssl_keyfile, options_.worker_ssl_ca_certs});
   if (!group.ok()) {
+    if (absl::StartsWith(group.status().message(), "--")) return group.status();
     return absl::Status(group.status().code(),
                         absl::StrCat("--worker-address: ", std::string(group.status().message())));
   }
   worker_address_ = (*group)->address();
-    if (absl::StartsWith(group.status().message(), "--")) return group.status();
   ApiOptions api_options;
   api_options.host = options_.host;
   api_options.http_port = static_cast<int>(options_.http_port);
@@ -136,11 +136,11 @@ absl::Status Coordinator::Start() {
   api_options.insecure = options_.insecure;
   api_options.reflection = options_.reflection;
   api_options.tls = {options_.ssl_certfile, options_.ssl_keyfile, options_.ssl_ca_certs};
+  api_options.admin_address = AdminAddress(options_);
   api_options.api_key_file = options_.api_key_file;
   api_options.allowed_origins = absl::StrSplit(options_.allowed_origins, ',', absl::SkipEmpty());
   api_ = std::make_unique<ApiServer>(api_options, *std::move(served));
   EngineOptions engine_options;
-  api_options.admin_address = AdminAddress(options_);
   engine_options.scheduler = plan->scheduler;
   engine_options.recovery_timeout_ms = static_cast<int64_t>(options_.recovery_timeout_s * 1000);
   engine_options.on_change = [this](const EngineInfo& info) {
@@ -171,11 +171,11 @@ absl::Status Coordinator::SayWhole(const EngineInfo& info) {
   if (!options_.port_file.empty()) {
     const nlohmann::json ports = {{"http_port", api_->http_port()},
                                   {"grpc_port", api_->grpc_port()},
+                                  {"admin_address", api_->admin_address()},
                                   {"worker_address", worker_address_}};
     if (absl::Status written = WritePortFile(options_.port_file, ports.dump()); !written.ok()) {
       return written;
     }
-                                  {"admin_address", api_->admin_address()},
   }
   std::puts("ready");
   std::fflush(stdout);
@@ -185,17 +185,17 @@ absl::Status Coordinator::SayWhole(const EngineInfo& info) {
 
 // On a thread of its own, so that a second signal is heard.
 void Coordinator::Drain() {
-  api_->BeginDrain();
-  engine_->Drain(static_cast<int64_t>(options_.drain_timeout_s * 1000));
-  api_->Stop(kLastBytesMs);
-  drained_ = true;
-  events_.Wake();
   if (options_.drain_grace_s > 0) {
     api_->BeginLeaving();
     std::unique_lock lock(ending_mutex_);
     ending_now_.wait_for(lock, std::chrono::duration<double>(options_.drain_grace_s),
                          [this] { return failed_; });
   }
+  api_->BeginDrain();
+  engine_->Drain(static_cast<int64_t>(options_.drain_timeout_s * 1000));
+  api_->Stop(kLastBytesMs);
+  drained_ = true;
+  events_.Wake();
 }
 
 int Coordinator::Run() {
@@ -222,16 +222,16 @@ int Coordinator::Run() {
     }
   }
   if (drain.joinable()) {
-    drain.join();
-  } else {
-    api_->Stop(kLastBytesMs);
-    engine_->Shutdown();
-  }
     {
       const std::lock_guard lock(ending_mutex_);
       failed_ = !failure.ok();
     }
     ending_now_.notify_all();
+    drain.join();
+  } else {
+    api_->Stop(kLastBytesMs);
+    engine_->Shutdown();
+  }
   return failure.ok() ? 0 : Fail(failure);
 }
 

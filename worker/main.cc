@@ -110,14 +110,14 @@ int Fail(const absl::Status& status, int code) {
   return code;
 }
 
-absl::Status Validate(const WorkerOptions& o) {
-  if (o.coordinator.empty()) {
-    return absl::InvalidArgumentError("--coordinator: expected HOST:PORT or unix:PATH");
-  }
 TlsFiles PlaneTls(const WorkerOptions& o) {
   return {o.worker_ssl_certfile, o.worker_ssl_keyfile, o.worker_ssl_ca_certs};
 }
 
+absl::Status Validate(const WorkerOptions& o) {
+  if (o.coordinator.empty()) {
+    return absl::InvalidArgumentError("--coordinator: expected HOST:PORT or unix:PATH");
+  }
   if (o.backend != "cpu" && o.backend != "cuda") {
     return absl::InvalidArgumentError(
         absl::StrCat("--backend ", o.backend, ": expected cpu or cuda"));
@@ -141,11 +141,11 @@ TlsFiles PlaneTls(const WorkerOptions& o) {
     return absl::InvalidArgumentError(
         absl::StrCat("--log-level: ", std::string(level.status().message())));
   }
+  if (absl::Status tls = CheckPlaneTls(PlaneTls(o)); !tls.ok()) return tls;
   return ParseFaults(o.inject).status();
 }
 
 SessionOptions MakeSessionOptions(const WorkerOptions& o, Gpu* gpu) {
-  if (absl::Status tls = CheckPlaneTls(PlaneTls(o)); !tls.ok()) return tls;
   const DeviceInfo device = ReadDeviceInfo();
   SessionOptions options;
   worker::v1::Hello& hello = options.hello;
