@@ -57,22 +57,7 @@ int main(int argc, char** argv) {
       if (scenario == Scenario::kOverloaded && s % 10 != 0) continue;
       if (scenario == Scenario::kPoisoned && s % 2 != 0) continue;
       if (!run({.seed = s, .scenario = scenario}, &report)) return 1;
-      sum.events += report.events;
-      sum.steps += report.steps;
-      sum.received += report.received;
-      sum.completed += report.completed;
-      sum.failed += report.failed;
-      sum.cancelled += report.cancelled;
-      sum.rejected += report.rejected;
-      sum.preemptions += report.preemptions;
-      sum.deaths += report.deaths;
-      sum.lies += report.lies;
-      sum.stops += report.stops;
-      sum.cache_hits += report.cache_hits;
-      sum.quarantined += report.quarantined;
-      if (report.most_preemptions > sum.most_preemptions) {
-        sum.most_preemptions = report.most_preemptions;
-      }
+      sum.Add(report);
     }
   }
   const double seconds =

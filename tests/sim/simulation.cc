@@ -443,6 +443,23 @@ const char* FlagOf(Scenario scenario) {
   return "";
 }
 
+void RunReport::Add(const RunReport& other) {
+  events += other.events;
+  steps += other.steps;
+  received += other.received;
+  completed += other.completed;
+  failed += other.failed;
+  cancelled += other.cancelled;
+  rejected += other.rejected;
+  preemptions += other.preemptions;
+  deaths += other.deaths;
+  lies += other.lies;
+  stops += other.stops;
+  cache_hits += other.cache_hits;
+  quarantined += other.quarantined;
+  most_preemptions = std::max(most_preemptions, other.most_preemptions);
+}
+
 RunReport Simulate(const RunOptions& options) { return Run(options).Go(); }
 
 }  // namespace lockstep::sim

@@ -39,6 +39,9 @@ struct RunReport {
   uint64_t received = 0, completed = 0, failed = 0, cancelled = 0, rejected = 0;
   uint64_t preemptions = 0, deaths = 0, lies = 0, stops = 0, cache_hits = 0, quarantined = 0;
   int most_preemptions = 0;  // of one sequence
+
+  // Counts the other run in; violation, trace and hash stay.
+  void Add(const RunReport& other);
 };
 
 RunReport Simulate(const RunOptions& options);

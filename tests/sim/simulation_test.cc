@@ -18,16 +18,7 @@ TEST(SimulationTest, KeepsEveryInvariantWhateverHappens) {
   for (uint64_t seed = FirstSeed(); seed < FirstSeed() + 400; ++seed) {
     const RunReport report = Simulate({.seed = seed});
     ASSERT_EQ(report.violation, "") << "replay: sim --seed " << seed << " --trace";
-    sum.completed += report.completed;
-    sum.failed += report.failed;
-    sum.cancelled += report.cancelled;
-    sum.rejected += report.rejected;
-    sum.preemptions += report.preemptions;
-    sum.deaths += report.deaths;
-    sum.lies += report.lies;
-    sum.stops += report.stops;
-    sum.cache_hits += report.cache_hits;
-    sum.quarantined += report.quarantined;
+    sum.Add(report);
   }
   // It met everything that it is there to survive.
   EXPECT_GT(sum.completed, 100u);
