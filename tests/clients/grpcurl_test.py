@@ -48,7 +48,7 @@ def main():
         assert "prompt" in events[0] and events[-1]["finish"]["reason"] == "FINISH_REASON_STOP"
         assert "".join(e.get("chunk", {}).get("text", "") for e in events) == case["text"], events
         assert json.loads(ask(server, "grpc.health.v1.Health/Check"))["status"] == "SERVING"
-        assert json.loads(ask(server, f"{SERVICE}/GetModelInfo", data={}))["tpSize"] == 2
+        assert json.loads(ask(server, f"{SERVICE}/GetModelInfo", data={}))["tp_size"] == 2
         bad = refused(server, f"{SERVICE}/Generate", data={"text": "x", "sampling": {"temperature": 3}})
         assert "InvalidArgument" in bad and "temperature" in bad, bad
         late = refused(
