@@ -33,6 +33,7 @@ absl::Status PlanChildren(const CoordinatorOptions& options, const std::vector<s
   if (!coordinator.ok()) return coordinator.status();
   absl::StatusOr<std::string> worker = SiblingProgram("lockstep-worker");
   if (!worker.ok()) return worker.status();
+  children->log_json = options.log_format == "json";
   children->coordinator = {*coordinator};
   children->coordinator.insert(children->coordinator.end(), args.begin(), args.end());
   children->coordinator.push_back(absl::StrCat("--worker-address=", worker_address));

@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "cli/child_output.h"
 #include "cli/child_process.h"
+#include "common/log.h"
 #include "common/service_manager.h"
 #include "common/supervisor_link.h"
 
@@ -31,7 +32,13 @@ int64_t NowMs() {
 
 constexpr int kBadCommandLine = 2;  // the daemons' exit code for it
 
-void Say(const std::string& line) { std::fprintf(stderr, "serve: %s\n", line.c_str()); }
+void Say(const std::string& line) {
+  if (LogsJson()) {
+    LogWarning(line);
+  } else {
+    std::fprintf(stderr, "serve: %s\n", line.c_str());
+  }
+}
 
 struct Child {
   std::string name;
@@ -131,7 +138,10 @@ class Supervisor {
         if (note == static_cast<char>(SupervisorNote::kServed)) child.quick_deaths = 0;
         child.was_ready = child.pid != 0;
       };
-      if (note == static_cast<char>(SupervisorNote::kReady)) service_.Ready();
+      if (note == static_cast<char>(SupervisorNote::kOpen)) {
+        service_.Ready();
+        continue;
+      }
       apply(coordinator_);
       for (Child& worker : workers_) apply(worker);
     }
@@ -319,6 +329,7 @@ class Supervisor {
 
 int RunSupervisor(const SupervisorOptions& options) {
   ServiceManager service;
+  if (options.log_json) InitLog({.json = true, .source = "serve"});
   return Supervisor(options, service).Run();
 }
 

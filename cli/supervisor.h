@@ -20,6 +20,7 @@ namespace lockstep {
 struct SupervisorOptions {
   std::vector<std::string> coordinator;           // argv
   std::vector<std::vector<std::string>> workers;  // argv of each
+  bool log_json = false;                          // its own lines on stderr, as --log-format has it
   int64_t young_ms = 2'000;                       // a life shorter than this is a quick death
   int crash_loop_deaths = 6;                      // quick deaths with no step served between
   int64_t max_pause_ms = 5'000;                   // between restarts

@@ -18,6 +18,7 @@ struct State {
   std::mutex mutex;
   bool json = false;  // guarded by mutex, as everything here
   std::string source;
+  int rank = -1;  // none
   std::shared_ptr<spdlog::logger> logger;
 };
 
@@ -105,13 +106,20 @@ void InitLog(const LogOptions& options) {
                                          : "%Y-%m-%dT%H:%M:%S.%e %l %v");
 }
 
-void SetLogSource(std::string_view source) {
+void SetLogRank(int rank) {
   State& state = TheState();
   const std::lock_guard lock(state.mutex);
-  state.source = std::string(source);
+  state.rank = rank;
+  state.source = absl::StrCat("rank ", rank);
 }
 
-void Log(LogLevel level, std::string_view message) {
+bool LogsJson() {
+  State& state = TheState();
+  const std::lock_guard lock(state.mutex);
+  return state.json;
+}
+
+void Log(LogLevel level, std::string_view message, std::initializer_list<LogField> fields) {
   State& state = TheState();
   const std::lock_guard lock(state.mutex);
   if (!state.logger->should_log(ToSpdlog(level))) return;
@@ -120,10 +128,17 @@ void Log(LogLevel level, std::string_view message) {
     if (!state.source.empty()) {
       line = absl::StrCat("\"source\":", JsonString(state.source), ",");
     }
+    if (state.rank >= 0) absl::StrAppend(&line, "\"rank\":", state.rank, ",");
+    for (const LogField& field : fields) {
+      absl::StrAppend(&line, JsonString(field.name), ":", JsonString(field.value), ",");
+    }
     absl::StrAppend(&line, "\"message\":", JsonString(message));
   } else {
     if (!state.source.empty()) line = absl::StrCat("[", EscapeControl(state.source), "] ");
     line += EscapeControl(message);
+    for (const LogField& field : fields) {
+      line += " " + std::string(field.name) + "=" + EscapeControl(field.value);
+    }
   }
   state.logger->log(ToSpdlog(level), "{}", line);
 }

@@ -8,6 +8,7 @@
 #ifndef LOCKSTEP_COMMON_LOG_H_
 #define LOCKSTEP_COMMON_LOG_H_
 
+#include <initializer_list>
 #include <string>
 #include <string_view>
 
@@ -26,14 +27,24 @@ struct LogOptions {
 };
 
 void InitLog(const LogOptions& options);
-// Changes the source alone: a worker learns its rank late.
-void SetLogSource(std::string_view source);
+// A worker learns its rank late. The source is "rank 1" from here on; in JSON there
+// is also the field "rank", a number.
+void SetLogRank(int rank);
 
-void Log(LogLevel level, std::string_view message);
+// A name of our own and a value of anybody's: a member of the object in JSON, "name=value"
+// after the message in text.
+struct LogField {
+  std::string_view name, value;
+};
+
+void Log(LogLevel level, std::string_view message, std::initializer_list<LogField> fields = {});
 inline void LogDebug(std::string_view message) { Log(LogLevel::kDebug, message); }
 inline void LogInfo(std::string_view message) { Log(LogLevel::kInfo, message); }
 inline void LogWarning(std::string_view message) { Log(LogLevel::kWarning, message); }
 inline void LogError(std::string_view message) { Log(LogLevel::kError, message); }
+
+// Whether lines are JSON: what a main says last is then one too.
+bool LogsJson();
 
 // `text` with control characters as \xNN.
 std::string EscapeControl(std::string_view text);

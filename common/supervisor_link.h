@@ -15,6 +15,7 @@ inline constexpr char kProgressBarsVariable[] = "LOCKSTEP_PROGRESS_BARS";
 
 enum class SupervisorNote : char {
   kReady = 'r',   // every worker is part of a whole group
+  kOpen = 'o',    // once: the doors answer, the port file is written
   kServed = 's',  // that group has done its first step
 };
 

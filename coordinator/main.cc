@@ -48,8 +48,12 @@ double SecondsSince(Clock::time_point start) {
 }
 
 int Fail(const absl::Status& status) {
-  std::fprintf(stderr, "lockstep-coordinator: %s\n",
-               EscapeControl(std::string(status.message())).c_str());
+  const std::string said(status.message());
+  if (LogsJson()) {
+    LogError(said);
+  } else {
+    std::fprintf(stderr, "lockstep-coordinator: %s\n", EscapeControl(said).c_str());
+  }
   return 1;
 }
 
@@ -180,6 +184,7 @@ absl::Status Coordinator::SayWhole(const EngineInfo& info) {
   std::puts("ready");
   std::fflush(stdout);
   service_.Ready();
+  supervisor_.Tell(SupervisorNote::kOpen);
   return absl::OkStatus();
 }
 

@@ -297,7 +297,7 @@ void EpochRunner::Release(Epoch& epoch) {
 }
 
 void EpochRunner::Start(Epoch& epoch) {
-  SetLogSource(absl::StrCat("rank ", epoch.configure.rank()));
+  SetLogRank(static_cast<int>(epoch.configure.rank()));
   const Clock::time_point start = Clock::now();
   WorkerMessage message;
   worker::v1::Ready* ready = message.mutable_ready();

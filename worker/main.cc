@@ -105,8 +105,12 @@ void AddFlags(CLI::App& app, WorkerOptions* o) {
 }
 
 int Fail(const absl::Status& status, int code) {
-  std::fprintf(stderr, "lockstep-worker: %s\n",
-               EscapeControl(std::string(status.message())).c_str());
+  const std::string said(status.message());
+  if (LogsJson()) {
+    LogError(said);
+  } else {
+    std::fprintf(stderr, "lockstep-worker: %s\n", EscapeControl(said).c_str());
+  }
   return code;
 }
 

@@ -32,8 +32,11 @@ bool IsTraceparent(std::string_view value) {
 }
 
 void LogTrace(std::string_view request_id, std::string_view traceparent) {
-  if (!IsTraceparent(traceparent)) return;
-  LogInfo("request " + std::string(request_id) + ": traceparent " + std::string(traceparent));
+  if (!IsTraceparent(traceparent)) {
+    Log(LogLevel::kDebug, "request", {{"request_id", request_id}});
+    return;
+  }
+  Log(LogLevel::kInfo, "request", {{"request_id", request_id}, {"traceparent", traceparent}});
 }
 
 }  // namespace lockstep

@@ -11,8 +11,8 @@ namespace lockstep {
 // versions may have more.
 bool IsTraceparent(std::string_view value);
 
-// One line at info level when there is one; what is not one is no error, as the
-// standard has it.
+// A line with the request's id: at info level with a traceparent, else at debug
+// level. What is not one is no error, as the standard has it.
 void LogTrace(std::string_view request_id, std::string_view traceparent);
 
 }  // namespace lockstep
