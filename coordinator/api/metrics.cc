@@ -67,6 +67,19 @@ const char* RejectionReason(const absl::Status& status) {
   }
 }
 
+// The rank that the others waited for: it waited least, and another one longer by a
+// twentieth of the step. -1: none.
+int StragglerOf(const std::vector<StepTiming>& timings, double step_seconds) {
+  const auto waits_less = [](const StepTiming& a, const StepTiming& b) {
+    return a.collective_wait_ns < b.collective_wait_ns;
+  };
+  const auto [least, most] = std::minmax_element(timings.begin(), timings.end(), waits_less);
+  if (least == timings.end()) return -1;
+  const double skew_ns = static_cast<double>(most->collective_wait_ns - least->collective_wait_ns);
+  if (skew_ns == 0 || skew_ns < 0.05 * step_seconds * 1e9) return -1;
+  return static_cast<int>(least - timings.begin());
+}
+
 // A step of single tokens is decoding; longer spans are prompts.
 const char* StepKind(const StepPlan& plan) {
   bool decode = false, prefill = false;
@@ -225,6 +238,11 @@ struct Metrics::Impl {
                                                       .Name("lockstep_collective_bytes_total")
                                                       .Help("Bytes a rank put into collectives.")
                                                       .Register(registry);
+  prometheus::Family<Counter>& straggler_steps =
+      prometheus::BuildCounter()
+          .Name("lockstep_straggler_steps_total")
+          .Help("Steps in which the other ranks waited for this one, for 5 % of the step or more.")
+          .Register(registry);
   Labels cache_labels;
 };
 
@@ -253,9 +271,11 @@ void Metrics::OnStep(const StepPlan& plan, const GroupStep& step, double plan_se
                      double step_seconds) {
   impl_->step_seconds.Add({{"kind", StepKind(plan)}}, kStepBuckets).Observe(step_seconds);
   impl_->plan_seconds.Observe(plan_seconds);
+  const int straggler = StragglerOf(step.timings, step_seconds);
   for (size_t rank = 0; rank < step.timings.size(); ++rank) {
     const Labels labels = {{"rank", absl::StrCat(rank)}};
     const StepTiming& timing = step.timings[rank];
+    impl_->straggler_steps.Add(labels).Increment(static_cast<int>(rank) == straggler ? 1 : 0);
     impl_->collective_wait.Add(labels, kStepBuckets)
         .Observe(static_cast<double>(timing.collective_wait_ns) * 1e-9);
     impl_->collective_transfer.Add(labels, kStepBuckets)

@@ -265,6 +265,10 @@ def step():
                    " - on (instance) group_right ()"
                    " sum by (instance, rank) (lockstep:collective_wait_seconds:mean5m{SELECT})")
 
+    d.lines("Steps that waited for a rank", "By 5 % of the step or more.", "short",
+            ("rate(lockstep_straggler_steps_total{SELECT}[R])", "{{instance}} rank {{rank}}"),
+            width=24)
+
     d.row("The devices (NVML; absent where a driver does not tell)")
     d.lines("SM active", "Share of the multiprocessors that were busy.", "percentunit",
             ("lockstep_gpu_sm_active{SELECT}", "{{instance}} rank {{rank}}"))

@@ -33,6 +33,33 @@ GPU_METRICS = {
 }
 
 
+# What routers, autoscalers and dashboards of others read.
+PROMISED_VLLM = [
+    "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info",
+    "num_preemptions_total", "prompt_tokens_total", "generation_tokens_total",
+    "prefix_cache_queries_total", "prefix_cache_hits_total", "request_success_total",
+    *(f"{histogram}_{part}" for part in ("bucket", "sum", "count") for histogram in (
+        "time_to_first_token_seconds", "inter_token_latency_seconds",
+        "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
+        "request_queue_time_seconds", "request_prefill_time_seconds",
+        "request_decode_time_seconds"))]
+# Our own, with the values of labels that two ranks on the cpu backend must show.
+RANKS = {"rank": {"0", "1"}}
+PROMISED = {
+    "step_seconds_count": {"kind": {"decode", "prefill"}},
+    "rank_step_seconds_count": {**RANKS, "kind": {"compute", "sampling", "total"}},
+    "collective_wait_seconds_count": RANKS, "collective_transfer_seconds_count": RANKS,
+    "collective_bytes_total": RANKS, "straggler_steps_total": RANKS, "plan_seconds_count": {},
+    "kv_blocks": {"state": {"free", "cached", "active", "pending"}},
+    "rejections_total": {"reason": {"invalid", "full", "unavailable", "not_found"}},
+    "load_phase_seconds": {**RANKS, "phase": {"load", "communicator"}},
+    "startup_phase_seconds": {"phase": {"read config"}},
+    "weight_bytes": RANKS, "predicted_weight_bytes": RANKS, "kv_bytes": RANKS,
+    "worker_up": RANKS, "ready": {}, "epoch": {}, "build_info": {},
+    "requests_total": {"outcome": {"completed"}}, "http_responses_total": {"code": {"200", "400"}},
+}
+
+
 def plain(expression):
     """A panel's query without Grafana's variables."""
     expression = expression.replace("$__rate_interval", "1m")
@@ -144,6 +171,18 @@ class LiveMetricsTest(unittest.TestCase):
         self.assertEqual(found, [], "\n".join(["", *found]))
         present = [name for name in GPU_METRICS if name in emitted]
         self.assertEqual(present, [], "emitted without a GPU: take it off GPU_METRICS")
+
+    def test_what_is_promised_is_emitted_and_carries_its_labels(self):
+        emitted = promql.read_exposition(harness.request(self.port, "GET", "/metrics")[1])
+        for name in PROMISED_VLLM:
+            self.assertIn(f"vllm:{name}", emitted)
+            for sample in emitted[f"vllm:{name}"]:
+                self.assertEqual((sample["model_name"], sample["engine"]), ("demo", "0"), name)
+        for name, labels in PROMISED.items():
+            self.assertIn(f"lockstep_{name}", emitted)
+            for label, values in labels.items():
+                seen = {sample[label] for sample in emitted[f"lockstep_{name}"]}
+                self.assertLessEqual(values, seen, f"{name}: {label}")
 
     def test_metrics_of_gpus_are_in_the_source(self):
         source = "".join(path.read_text() for path in (

@@ -186,6 +186,30 @@ TEST_F(MetricsTest, StepsAreTimedByKindAndRank) {
   EXPECT_EQ(series["lockstep_plan_seconds_count"], 3);
 }
 
+TEST_F(MetricsTest, TheRankThatTheOthersWaitForIsCounted) {
+  const std::shared_ptr<EngineObserver> observer = server_->observer();
+  StepPlan plan;
+  plan.spans = {{Slot(0), 1}};
+  GroupStep step;
+  step.timings.resize(3);
+  const auto run = [&](std::vector<uint64_t> waits_ns) {
+    for (size_t rank = 0; rank < 3; ++rank) step.timings[rank].collective_wait_ns = waits_ns[rank];
+    observer->OnStep(plan, step, 1e-5, 0.001);
+  };
+  run({400'000, 100'000, 300'000});
+  run({400'000, 340'000, 300'000});
+  run({400'000, 380'000, 360'000});  // less than a twentieth of the step: nobody's fault
+  run({0, 0, 0});                    // as where a backend does not tell
+  run({0, 0, 900'000});              // two that are late alike: the first
+  auto series = Scrape();
+  const std::vector<double> expected = {1, 1, 1};
+  for (int rank = 0; rank < 3; ++rank) {
+    EXPECT_EQ(series["lockstep_straggler_steps_total{rank=\"" + std::to_string(rank) + "\"}"],
+              expected[static_cast<size_t>(rank)])
+        << rank;
+  }
+}
+
 // What dashboards and autoscalers ask for is there before the first request.
 TEST_F(MetricsTest, FixedNamesExistFromTheStart) {
   const auto series = Scrape();
