@@ -294,18 +294,34 @@ class ManifestTest(EveryValueSet):
                 for container in template["spec"]["containers"]:
                     paths = [mount["mountPath"] for mount in container["volumeMounts"]]
                     for word in container["args"]:
-                        if word.startswith(("--ssl-", "--api-key-file")):
+                        if word.startswith(("--ssl-", "--worker-ssl-", "--api-key-file")):
                             found += 1
                             path = word.split("=")[1]
                             self.assertIn(path.rsplit("/", 1)[0], paths, name)
-        self.assertEqual(found, 3)
+        self.assertEqual(found, 9)
 
     def test_plain_text_is_asked_for_only_where_it_is_spoken(self):
         for value_set, documents in self.sets():
-            args = [template["spec"]["containers"][0]["args"] for _, template in templates(
+            containers = [template["spec"]["containers"][0] for _, template in templates(
                 documents)]
-            insecure = ["--insecure" in each for each in args]
-            self.assertEqual(insecure, [value_set != "host"] * len(args), value_set)
+            insecure = {each["name"]: "--insecure" in each["args"] for each in containers}
+            self.assertEqual(insecure, {
+                "single": {"serve": True}, "cpu": {"serve": True}, "host": {"serve": False},
+                "split": {"coordinator": True, "workers": True},
+                # The doors have no certificate in this set; the plane has.
+                "multinode": {"coordinator": True, "workers": False}}[value_set], value_set)
+
+    def test_each_side_of_the_plane_has_a_certificate_of_its_own(self):
+        secrets = {}
+        for name, template in templates(chart.committed("multinode")):
+            volume = [v for v in template["spec"]["volumes"] if v["name"] == "plane"][0]
+            container = template["spec"]["containers"][0]
+            secrets[container["name"]] = volume["secret"]["secretName"]
+            for flag, file in (("certfile", "tls.crt"), ("keyfile", "tls.key"),
+                               ("ca-certs", "ca.crt")):
+                self.assertIn(f"--worker-ssl-{flag}=/etc/lockstep/plane/{file}",
+                              container["args"], name)
+        self.assertEqual(secrets, {"coordinator": "plane-coordinator", "workers": "plane-worker"})
 
     def test_flags_exist(self):
         known = {"serve": harness.known_flags("lockstep", "serve"),
@@ -400,6 +416,7 @@ class HelmTest(EveryValueSet):
                 ("single", "nodes=2", "only multinode spreads"),
                 ("multinode", "tensorParallelSize=15", "does not divide"),
                 ("split", "privatePlane.allowPlaintext=false", "plain text"),
+                ("split", "privatePlane.tls.workerSecret=only", "needed together"),
                 ("split", "replicaCount=2", "one coordinator and one group"),
                 ("single", "fetch.enabled=true", "image and command"),
                 ("cpu", "replicaCount=2", "ReadWriteMany"),

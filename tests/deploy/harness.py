@@ -20,6 +20,12 @@ DEMO_MODEL = ROOT / "deploy/demo/model"
 PROGRAMS = ("lockstep", "lockstep-coordinator", "lockstep-worker")
 
 
+def installed():
+    """The files that a host or an image gets: a static build has a plug-in beside the programs."""
+    plugin = BIN / "liblockstep-gloo.so"
+    return [BIN / program for program in PROGRAMS] + ([plugin] if plugin.exists() else [])
+
+
 def find_tool(name, what_is_lost, *more_folders):
     """A program's path. None, said loudly, where there is none."""
     found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *more_folders]))

@@ -28,6 +28,23 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def shut_in(root):
+    """Makes of a command what runs it as a container would: in the root, read-only, as nobody.
+
+    None, said loudly, where this user may not.
+    """
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0:
+        print("\n*** NOT CHECKED: no mount namespaces for this user: programs in a root of their "
+              "own (run as root)\n", flush=True)
+        return None
+    at = shlex.quote(str(root))
+    return lambda command: ["unshare", "-m", "sh", "-ec", (
+        f"mount --bind {at} {at}; mount --bind {harness.DEMO_MODEL} {at}/models; "
+        f"mount -t tmpfs -o mode=1777 tmpfs {at}/tmp; mount -t proc proc {at}/proc; "
+        f"mount --rbind /dev {at}/dev; mount -o remount,bind,ro {at}; "
+        f"exec chroot --userspec={NOBODY} {at} {command}")]
+
+
 class RootTest(unittest.TestCase):
     """The root that an image is made of, without a container engine."""
 
@@ -39,29 +56,14 @@ class RootTest(unittest.TestCase):
 
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp"}
 
-    def can_shut_in(self):
-        if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0:
-            return True
-        print("\n*** NOT CHECKED: no mount namespaces for this user: programs in the image's "
-              "root (run as root)\n", flush=True)
-        return False
-
-    def shut_in(self, command):
-        """What runs `command` as a container would: in the root, read-only, as nobody."""
-        root = shlex.quote(str(self.root))
-        return ["unshare", "-m", "sh", "-ec", (
-            f"mount --bind {root} {root}; mount --bind {harness.DEMO_MODEL} {root}/models; "
-            f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp; mount -t proc proc {root}/proc; "
-            f"mount --rbind /dev {root}/dev; mount -o remount,bind,ro {root}; "
-            f"exec chroot --userspec={NOBODY} {root} {command}")]
-
     def test_serves_from_a_read_only_root_as_nobody(self):
-        done = collect(self.root, *(harness.BIN / program for program in harness.PROGRAMS))
+        done = collect(self.root, *harness.installed())
         self.assertEqual(done.returncode, 0, done.stderr)
-        if not self.can_shut_in():
+        inside = shut_in(self.root)
+        if inside is None:
             return
         port = free_port()
-        serve = self.shut_in(
+        serve = inside(
             f"/usr/local/bin/lockstep serve --model /models --served-model-name demo "
             f"--tensor-parallel-size 2 --cpu-threads 1 --http-port {port} --grpc-port 0")
         log = self.root / "log"
@@ -91,9 +93,10 @@ class RootTest(unittest.TestCase):
         done = collect(self.root, harness.BIN / "lockstep-worker",
                        CONTAINER / "lockstep-worker-group", *(f"/bin/{tool}" for tool in tools))
         self.assertEqual(done.returncode, 0, done.stderr)
-        if not self.can_shut_in():
+        inside = shut_in(self.root)
+        if inside is None:
             return
-        ran = subprocess.run(self.shut_in(
+        ran = subprocess.run(inside(
             "/usr/local/bin/lockstep-worker-group --count 1 -- --backend none"),
             capture_output=True, text=True, env=self.environment, timeout=60)
         self.assertEqual(ran.returncode, 2, ran.stderr)
@@ -207,9 +210,12 @@ class UnitTest(unittest.TestCase):
     def test_the_workers_settings_are_variables_it_reads(self):
         done = subprocess.run(
             [harness.BIN / "lockstep-worker", "--print-config"], capture_output=True, text=True,
-            env={"LOCKSTEP_COORDINATOR": "head:50052", "LOCKSTEP_INSECURE": "true"})
-        self.assertIn("coordinator = head:50052", done.stdout, done.stderr)
-        self.assertIn("insecure = true", done.stdout)
+            env={"LOCKSTEP_COORDINATOR": "head:50052", "LOCKSTEP_INSECURE": "true",
+                 "LOCKSTEP_WORKER_SSL_CERTFILE": "/c.pem", "LOCKSTEP_WORKER_SSL_KEYFILE": "/k.pem",
+                 "LOCKSTEP_WORKER_SSL_CA_CERTS": "/ca.pem"})
+        for line in ("coordinator = head:50052", "insecure = true", "worker-ssl-certfile = /c.pem",
+                     "worker-ssl-keyfile = /k.pem", "worker-ssl-ca-certs = /ca.pem"):
+            self.assertIn(line, done.stdout, done.stderr)
 
     def test_systemd_accepts_them(self):
         program = harness.find_tool("systemd-analyze", "the units as systemd reads them")

@@ -100,8 +100,12 @@ annotations:
 {{- if mod (int $v.tensorParallelSize) (int $v.nodes) }}
 {{- fail (printf "tensorParallelSize: %d does not divide over nodes: %d; every pod gets as many GPUs" (int $v.tensorParallelSize) (int $v.nodes)) }}
 {{- end }}
-{{- if and (ne $v.topology "pod") (not $v.privatePlane.allowPlaintext) }}
-{{- fail (printf "privatePlane.allowPlaintext: topology %s puts tokens on the pod network in plain text; set it to true where that network is trusted or encrypted, or use topology pod" $v.topology) }}
+{{- $plane := $v.privatePlane.tls }}
+{{- if ne (empty $plane.coordinatorSecret) (empty $plane.workerSecret) }}
+{{- fail "privatePlane.tls: coordinatorSecret and workerSecret are needed together: each side asks for the other's certificate" }}
+{{- end }}
+{{- if and (ne $v.topology "pod") (not $v.privatePlane.allowPlaintext) (not $plane.workerSecret) }}
+{{- fail (printf "privatePlane.allowPlaintext: topology %s puts tokens on the pod network in plain text; name the Secrets of privatePlane.tls, set it to true where that network is trusted or encrypted, or use topology pod" $v.topology) }}
 {{- end }}
 {{- if and (eq $v.topology "split") (or $v.autoscaling.enabled (ne (int $v.replicaCount) 1)) }}
 {{- fail "topology: split is one coordinator and one group of workers; for replicas or autoscaling use pod or multinode" }}
@@ -150,7 +154,7 @@ annotations:
 {{- if $v.apiKeys.existingSecret }}
 - --api-key-file=/etc/lockstep/api-keys/{{ $v.apiKeys.key }}
 {{- end }}
-{{- if or (not $v.tls.existingSecret) (ne $v.topology "pod") }}
+{{- if or (not $v.tls.existingSecret) (and (ne $v.topology "pod") (not $v.privatePlane.tls.coordinatorSecret)) }}
 # What has no certificate of its own speaks plain text.
 - --insecure
 {{- end }}
@@ -164,9 +168,20 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/* The same names on both sides. */}}
+{{- define "lockstep.planeArgs" -}}
+- --worker-ssl-certfile=/etc/lockstep/plane/tls.crt
+- --worker-ssl-keyfile=/etc/lockstep/plane/tls.key
+- --worker-ssl-ca-certs=/etc/lockstep/plane/ca.crt
+{{- end }}
+
 {{- define "lockstep.workerArgs" -}}
 - --backend={{ .Values.backend }}
+{{- if .Values.privatePlane.tls.workerSecret }}
+{{ include "lockstep.planeArgs" . }}
+{{- else }}
 - --insecure
+{{- end }}
 - --threads={{ int .Values.engine.cpuThreads }}
 - --log-format={{ .Values.engine.logFormat }}
 - --log-level={{ .Values.engine.logLevel }}
@@ -219,7 +234,7 @@ readinessProbe:
 {{- end }}
 {{- end }}
 
-{{/* Secrets are for who answers: workers see none. */}}
+{{/* Secrets of the doors are for who answers: workers see none. */}}
 {{- define "lockstep.secretMounts" -}}
 {{- if .Values.tls.existingSecret }}
 - {name: tls, mountPath: /etc/lockstep/tls, readOnly: true}
@@ -272,6 +287,9 @@ command: [lockstep-coordinator]
 args:
   {{- include "lockstep.serverArgs" . | nindent 2 }}
   - --worker-address=0.0.0.0:50052
+  {{- if .Values.privatePlane.tls.coordinatorSecret }}
+  {{- include "lockstep.planeArgs" . | nindent 2 }}
+  {{- end }}
 ports:
   {{- include "lockstep.doorPorts" . | nindent 2 }}
   - {name: workers, containerPort: 50052}
@@ -284,6 +302,9 @@ resources:
   {{- toYaml .Values.coordinator.resources | nindent 2 }}
 volumeMounts:
   {{- include "lockstep.mounts" . | nindent 2 }}
+  {{- if .Values.privatePlane.tls.coordinatorSecret }}
+  - {name: plane, mountPath: /etc/lockstep/plane, readOnly: true}
+  {{- end }}
   {{- with include "lockstep.secretMounts" . }}
   {{- . | nindent 2 }}
   {{- end }}
@@ -312,6 +333,9 @@ resources:
   {{- include "lockstep.computeResources" .root | nindent 2 }}
 volumeMounts:
   {{- include "lockstep.mounts" .root | nindent 2 }}
+  {{- if $v.privatePlane.tls.workerSecret }}
+  - {name: plane, mountPath: /etc/lockstep/plane, readOnly: true}
+  {{- end }}
   - {name: shm, mountPath: /dev/shm}
 {{- end }}
 
@@ -379,6 +403,10 @@ volumes:
   {{- if and .answers $v.apiKeys.existingSecret }}
   - name: api-keys
     secret: {secretName: {{ $v.apiKeys.existingSecret }}, defaultMode: 0440}
+  {{- end }}
+  {{- if and (ne $v.topology "pod") $v.privatePlane.tls.workerSecret }}
+  - name: plane
+    secret: {secretName: {{ ternary $v.privatePlane.tls.coordinatorSecret $v.privatePlane.tls.workerSecret .answers }}, defaultMode: 0440}
   {{- end }}
   {{- with $v.extraVolumes }}
   {{- toYaml . | nindent 2 }}
