@@ -76,7 +76,8 @@ std::string WhyRefused(const std::shared_ptr<grpc::Channel>& channel, bool tls) 
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + kDialTimeout);
   const std::string why = WorkerPlane::NewStub(channel)->Attach(&context)->Finish().error_message();
-  for (const char* handshake : {"handshake", "Handshake", "Socket closed", "SETTINGS", "reset"}) {
+  for (const char* handshake :
+       {"handshake", "Handshake", "Peer name", "Socket closed", "SETTINGS", "reset"}) {
     if (!absl::StrContains(why, handshake)) continue;
     return tls ? absl::StrCat(
                      "the certificates of the two sides do not fit: each needs one that "
@@ -86,7 +87,7 @@ std::string WhyRefused(const std::shared_ptr<grpc::Channel>& channel, bool tls) 
                : absl::StrCat("it does not talk in plain text; it may want --worker-ssl-certfile (",
                               why, ")");
   }
-  return "nothing answers there";
+  return absl::StrCat("nothing answers there (", why, ")");
 }
 
 class GrpcPlane final : public Plane {
