@@ -3,6 +3,7 @@
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -85,6 +86,14 @@ std::string EscapeControl(std::string_view text) {
     }
   }
   return out;
+}
+
+std::string OneLine(std::string_view text, size_t most_bytes) {
+  size_t end = std::min(text.size(), most_bytes);
+  while (end > 0 && end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) {
+    --end;
+  }
+  return EscapeControl(text.substr(0, end)) + (end < text.size() ? "..." : "");
 }
 
 absl::StatusOr<LogLevel> ParseLogLevel(std::string_view name) {

@@ -8,6 +8,7 @@
 #ifndef LOCKSTEP_COMMON_LOG_H_
 #define LOCKSTEP_COMMON_LOG_H_
 
+#include <cstddef>
 #include <initializer_list>
 #include <string>
 #include <string_view>
@@ -48,6 +49,9 @@ bool LogsJson();
 
 // `text` with control characters as \xNN.
 std::string EscapeControl(std::string_view text);
+// The same of the first `most_bytes` of `text` and "..." for the rest; a character
+// of UTF-8 is never cut.
+std::string OneLine(std::string_view text, size_t most_bytes);
 
 }  // namespace lockstep
 

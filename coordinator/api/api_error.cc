@@ -1,7 +1,5 @@
 #include "coordinator/api/api_error.h"
 
-#include <algorithm>
-
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "absl/types/optional.h"
@@ -61,14 +59,7 @@ std::optional<int> RetrySeconds(const absl::Status& status) {
   return GetRetryDelay(status).value_or(1);
 }
 
-std::string Echo(std::string_view value) {
-  size_t end = std::min(value.size(), limits::kEchoedCharacters);
-  // Never inside a UTF-8 character.
-  while (end > 0 && end < value.size() && (static_cast<unsigned char>(value[end]) & 0xC0) == 0x80) {
-    --end;
-  }
-  return absl::StrCat(EscapeControl(value.substr(0, end)), end < value.size() ? "..." : "");
-}
+std::string Echo(std::string_view value) { return OneLine(value, limits::kEchoedCharacters); }
 
 absl::Status CheckIdentifier(std::string_view field, std::string_view value) {
   if (value.size() > limits::kIdentifierBytes) {

@@ -13,10 +13,17 @@ namespace lockstep {
 
 using worker::v1::CoordinatorMessage;
 
+namespace {
+constexpr size_t kLongestName = 256;  // bytes of a name that a worker gives itself
+}  // namespace
+
 void GroupMachine::OnHello(StreamId stream, Peer& peer, const worker::v1::Hello& hello,
                            int64_t now_ms) {
   if (peer.role != Role::kUnknown) return Refuse(stream, peer, "a second Hello on one stream");
   peer.hello = hello;
+  // They become part of errors and of metrics.
+  peer.hello.set_host(OneLine(hello.host(), kLongestName));
+  peer.hello.set_device(OneLine(hello.device(), kLongestName));
   if (phase_ == Phase::kFatal) return Refuse(stream, peer, fatal_reason_);
   if (hello.protocol_version() != wire::kProtocolVersion) {
     return Refuse(
@@ -26,8 +33,8 @@ void GroupMachine::OnHello(StreamId stream, Peer& peer, const worker::v1::Hello&
   }
   if (hello.backend() != options_.backend) {
     return Refuse(stream, peer,
-                  absl::StrCat("backend ", hello.backend(), ": this group runs on ",
-                               options_.backend, " (--backend)"));
+                  absl::StrCat("backend ", OneLine(hello.backend(), kLongestName),
+                               ": this group runs on ", options_.backend, " (--backend)"));
   }
   // The same process on a second stream: the first one is broken, whether or not
   // its end has been seen.
@@ -46,8 +53,8 @@ void GroupMachine::OnHello(StreamId stream, Peer& peer, const worker::v1::Hello&
   }
   peer.role = Role::kSpare;
   peer.preferred_rank = hello.preferred_rank();
-  LogInfo(
-      absl::StrCat("worker ", hello.host(), ":", hello.pid(), " (", hello.device(), ") attached"));
+  LogInfo(absl::StrCat("worker ", peer.hello.host(), ":", hello.pid(), " (", peer.hello.device(),
+                       ") attached"));
   TryForm(now_ms);
 }
 

@@ -15,6 +15,10 @@ namespace lockstep {
 using worker::v1::CoordinatorMessage;
 using worker::v1::WorkerMessage;
 
+namespace {
+constexpr size_t kLongestReason = 2048;  // bytes of a worker's own words that go on to clients
+}  // namespace
+
 GroupMachine::GroupMachine(GroupOptions options, std::string nonce, GroupPort* port)
     : options_(std::move(options)),
       nonce_(std::move(nonce)),
@@ -165,7 +169,8 @@ void GroupMachine::OnResult(StreamId stream, const Peer& peer, const worker::v1:
 void GroupMachine::OnFailure(StreamId stream, const Peer& peer, const worker::v1::Failure& failure,
                              int64_t now_ms) {
   if (!IsMember(peer) || !EpochOpen() || failure.epoch() != epoch_) return;
-  const std::string what = absl::StrCat(Name(peer), ": ", failure.message());
+  const std::string what =
+      absl::StrCat(Name(peer), ": ", OneLine(failure.message(), kLongestReason));
   const int rank = static_cast<int>(peer.rank);
   if (!failure.recoverable()) {
     const bool fatal = phase_ == Phase::kLoading;

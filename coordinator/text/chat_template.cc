@@ -165,7 +165,7 @@ absl::StatusOr<std::string> ChatTemplate::RenderAt(absl::Span<const ChatMessage>
       impl_->handle, json.data(), json.size(), unix_seconds,
       kBaseSteps + kStepsPerMessage * messages.size(),
       kBaseOutputBytes + kOutputPerContextByte * json.size(), text.out(), error.out());
-  if (status == LOCKSTEP_TEXT_RAISED) return absl::InvalidArgumentError(error.str());
+  if (status == LOCKSTEP_TEXT_RAISED) return ffi::ToStatus(status, "", error);
   if (status != LOCKSTEP_TEXT_OK) return ffi::ToStatus(status, "chat template", error);
   return text.str();
 }

@@ -66,6 +66,16 @@ TEST_F(GroupMachineTest, NamesTheSilentRankWhenACollectiveFails) {
   (void)b;
 }
 
+TEST_F(GroupMachineTest, WhatAWorkerSaysIsOneBoundedLineOfTheReason) {
+  const auto [a, b] = FormTwo();
+  SayFailure(a, absl::StatusCode::kInternal, "gone\nERROR forged " + std::string(100'000, 'x'),
+             true);
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_THAT(Reason(), AllOf(HasSubstr("gone\\x0aERROR forged xx"), HasSubstr("x...")));
+  EXPECT_LT(Reason().size(), 4096u);
+  (void)b;
+}
+
 TEST_F(GroupMachineTest, AFailedCollectiveWithoutACauseIsItsOwnCause) {
   const auto [a, b] = FormTwo();
   SendPlan(1);

@@ -87,6 +87,8 @@ TEST(ChatTemplateTest, RaiseExceptionIsTheClientsError) {
       "%}"
       "{% set s %}{{ m() }}{% endset %}");
   EXPECT_EQ(std::string(status.message()), "deep 1");
+  status = RenderError("{{ raise_exception('no role \x01\x7f') }}");
+  EXPECT_EQ(std::string(status.message()), "no role \\x01\\x7f");
 }
 
 TEST(ChatTemplateTest, ErrorsNameTheLine) {
