@@ -369,9 +369,31 @@ class ValuesTest(unittest.TestCase):
                         {"model": {"subPath": "a/../b"}}, {"engine": {"maxNumSeq": 4}},
                         {"gpu": {"memoryUtilization": 1.5}}, {"drain": {"preStopSeconds": 0}},
                         {"engine": {"extraArgs": ["reflection"]}},
+                        {"cors": {"allowedOrigins": ["a.example,b.example"]}},
                         {"image": {"digest": "sha256:12"}}):
             with self.assertRaises(jsonschema.ValidationError, msg=mistake):
                 self.check(mistake)
+
+    # Flags that the chart has no value for, and why.
+    LEFT_OUT = {
+        "--help": "not for servers", "--version": "not for servers",
+        "--print-config": "not for servers",
+        "--config": "the chart is the configuration",
+        "--no-enable-prefix-caching": "the other half of one that it has",
+        "--drain-grace": "preStop is the grace: the Service stops sending meanwhile",
+        "--ssl-ca-certs": "the kubelet's probes have no certificate",
+        "--admin-address": "stays on the pod's loopback",
+        "--port-file": "ports are fixed", "--exit-with-parent": "for `lockstep serve`",
+        "--device": "lockstep-worker-group's", "--preferred-rank": "lockstep-worker-group's",
+        "--comm-address": "a pod has one address",
+    }
+
+    def test_every_flag_of_the_daemons_has_a_value_or_a_reason(self):
+        text = (chart.CHART / "templates/_helpers.tpl").read_text()
+        carried = set(re.findall(r"--[a-z][a-z-]+", text))
+        known = harness.known_flags("lockstep-coordinator") | harness.known_flags("lockstep-worker")
+        self.assertEqual(sorted(known - carried - set(self.LEFT_OUT)), [])
+        self.assertEqual(sorted(set(self.LEFT_OUT) - known), [], "no such flag any more")
 
     def test_every_default_is_read_by_a_template(self):
         text = "".join(path.read_text() for path in (chart.CHART / "templates").iterdir())

@@ -13,7 +13,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BIN = pathlib.Path(os.environ.get("LOCKSTEP_BIN", ROOT / "build/dev/bin"))
+BIN = pathlib.Path(os.environ.get("LOCKSTEP_BIN", ROOT / "build/dev/bin")).absolute()
 # What deploy/setup --kube builds: helm, kubeconform, etcd, kube-apiserver.
 KUBE_BIN = os.environ.get("LOCKSTEP_KUBE_BIN", str(ROOT / "build/kube/bin"))
 DEMO_MODEL = ROOT / "deploy/demo/model"

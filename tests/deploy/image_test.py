@@ -148,6 +148,7 @@ class ContainerfileTest(unittest.TestCase):
 
 class ComposeTest(unittest.TestCase):
     services = yaml.safe_load((harness.ROOT / "deploy/compose/compose.yaml").read_text())["services"]
+    tls = yaml.safe_load((harness.ROOT / "deploy/compose/tls.yaml").read_text())["services"]["lockstep"]
 
     def test_flags_exist(self):
         command = self.services["lockstep"]["command"]
@@ -155,6 +156,19 @@ class ComposeTest(unittest.TestCase):
         known = harness.known_flags("lockstep", "serve")
         for word in command[1:]:
             self.assertIn(word.split("=")[0], known)
+
+    def test_variables_are_flags(self):
+        known = harness.known_flags("lockstep", "serve")
+        for word in self.services["lockstep"]["environment"] + self.tls["environment"]:
+            name = word.split("=")[0].removeprefix("LOCKSTEP_")
+            self.assertIn("--" + name.lower().replace("_", "-"), known)
+
+    def test_with_tls_every_secret_is_in_the_folder_that_is_mounted(self):
+        (mount,) = self.tls["volumes"]
+        self.assertIs(mount["read_only"], True)
+        for word in self.tls["environment"]:
+            if "=" in word:
+                self.assertTrue(word.split("=")[1].startswith(mount["target"] + "/"), word)
 
     def test_services_are_shut_in(self):
         for name, service in self.services.items():

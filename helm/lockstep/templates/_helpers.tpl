@@ -154,6 +154,9 @@ annotations:
 {{- if $v.apiKeys.existingSecret }}
 - --api-key-file=/etc/lockstep/api-keys/{{ $v.apiKeys.key }}
 {{- end }}
+{{- with $v.cors.allowedOrigins }}
+- --allowed-origins={{ join "," . }}
+{{- end }}
 {{- if or (not $v.tls.existingSecret) (and (ne $v.topology "pod") (not $v.privatePlane.tls.coordinatorSecret)) }}
 # What has no certificate of its own speaks plain text.
 - --insecure
