@@ -111,6 +111,20 @@ class StaticTest(unittest.TestCase):
             needed = set(re.findall(r"NEEDED.*\[(.*)\]", readelf(harness.BIN / program, "-d")))
             self.assertLessEqual(needed, self.C_LIBRARY, program)
 
+    def test_several_ranks_without_gloos_plug_in_say_what_they_need(self):
+        if not self.static:
+            return
+        with tempfile.TemporaryDirectory(prefix="lockstep-static-test.") as folder:
+            for program in harness.PROGRAMS:
+                shutil.copy(harness.BIN / program, folder)
+            done = subprocess.run(
+                [f"{folder}/lockstep", "serve", "--model", harness.DEMO_MODEL, "--http-port", "0",
+                 "--tensor-parallel-size", "2", "--grpc-port", "0"], env={}, timeout=60,
+                capture_output=True, text=True)
+            self.assertEqual(done.returncode, 1, done.stderr)
+            self.assertRegex(done.stderr.splitlines()[-1],
+                             "cpu backend need liblockstep-gloo.so beside lockstep-worker")
+
     def test_they_serve_where_nothing_else_is(self):
         if not self.static:
             return
