@@ -31,6 +31,12 @@ int64_t DeadlineMs(const grpc::CallbackServerContext& context, const EngineClien
   return engine.NowMs() + std::max<int64_t>(left.count(), 0);
 }
 
+// What every call begins with: whether it may ask, and the id it goes by.
+struct Caller {
+  absl::Status allowed;
+  std::string request_id;
+};
+
 // What streaming and unary generation share. The call owns itself from Begin
 // to OnDone; wakers hold it weakly, because a text thread may be late.
 //
@@ -39,12 +45,13 @@ template <typename Reactor>
 class GenerateCall : public Reactor, public std::enable_shared_from_this<GenerateCall<Reactor>> {
  public:
   // The message is read here: a call that is cancelled early takes it away.
-  // What `allowed` refuses is not read.
-  GenerateCall(RequestPath* path, absl::Status allowed, grpc::CallbackServerContext* context,
+  // What may not ask is not read.
+  GenerateCall(RequestPath* path, const Caller& caller, grpc::CallbackServerContext* context,
                const v1::GenerateRequest& request)
-      : path_(path), context_(context), allowed_(std::move(allowed)) {
+      : path_(path), context_(context), allowed_(caller.allowed) {
     if (allowed_.ok()) held_ = path->HoldMessage(request.ByteSizeLong());
     if (allowed_.ok() && held_.ok()) client_ = FromProto(request);
+    client_.request_id = caller.request_id;
     client_.deadline_ms = DeadlineMs(*context, path->engine());
   }
 
@@ -185,9 +192,9 @@ class StreamCall final : public GenerateCall<grpc::ServerWriteReactor<v1::Genera
 
 class UnaryCall final : public GenerateCall<grpc::ServerUnaryReactor> {
  public:
-  UnaryCall(RequestPath* path, absl::Status allowed, grpc::CallbackServerContext* context,
+  UnaryCall(RequestPath* path, const Caller& caller, grpc::CallbackServerContext* context,
             const v1::GenerateRequest& request, v1::GenerateResponse* response)
-      : GenerateCall(path, std::move(allowed), context, request), response_(response) {}
+      : GenerateCall(path, caller, context, request), response_(response) {}
 
  private:
   void Pump() override {
@@ -214,7 +221,8 @@ class InferenceService final : public v1::Inference::CallbackService {
 
   grpc::ServerWriteReactor<v1::GenerateEvent>* GenerateStream(
       grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override {
-    const auto call = std::make_shared<StreamCall>(path_, Allowed(context), context, *request);
+    const auto call = std::make_shared<StreamCall>(path_, Meet(context, request->request_id()),
+                                                   context, *request);
     call->Begin();
     return call.get();
   }
@@ -222,8 +230,8 @@ class InferenceService final : public v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* Generate(grpc::CallbackServerContext* context,
                                      const v1::GenerateRequest* request,
                                      v1::GenerateResponse* response) override {
-    const auto call =
-        std::make_shared<UnaryCall>(path_, Allowed(context), context, *request, response);
+    const auto call = std::make_shared<UnaryCall>(path_, Meet(context, request->request_id()),
+                                                  context, *request, response);
     call->Begin();
     return call.get();
   }
@@ -256,7 +264,7 @@ class InferenceService final : public v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* GetModelInfo(grpc::CallbackServerContext* context,
                                          const v1::GetModelInfoRequest*,
                                          v1::GetModelInfoResponse* response) override {
-    const absl::Status allowed = Allowed(context);
+    const absl::Status allowed = Meet(context).allowed;
     if (allowed.ok()) *response = DescribeModel(*path_);
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
     reactor->Finish(ToGrpcStatus(allowed, context));
@@ -264,8 +272,10 @@ class InferenceService final : public v1::Inference::CallbackService {
   }
 
  private:
-  // Every call begins with it. Also where its trace, if it has one, is logged.
-  absl::Status Allowed(grpc::CallbackServerContext* context) {
+  // Every call begins with it. The id is the message's own, which is checked with
+  // the rest of it, or the metadata's, or a fresh one; it goes back as metadata and
+  // to the log beside the call's trace.
+  Caller Meet(grpc::CallbackServerContext* context, const std::string& id_of_message = "") {
     const auto& metadata = context->client_metadata();
     const auto value = [&metadata](const char* name) {
       const auto found = metadata.find(name);
@@ -274,11 +284,20 @@ class InferenceService final : public v1::Inference::CallbackService {
     };
     if (keys_ != nullptr) {
       absl::Status allowed = path_->Refuse(keys_->Check(value("authorization")));
-      if (!allowed.ok()) return allowed;
+      if (!allowed.ok()) return {std::move(allowed), ""};
     }
-    const std::string_view id = value("x-request-id");
-    LogTrace(CheckIdentifier("x-request-id", id).ok() ? id : "", value("traceparent"));
-    return absl::OkStatus();
+    std::string id = id_of_message;
+    if (id.empty()) {
+      id = std::string(value("x-request-id"));
+      absl::Status named = path_->Refuse(CheckIdentifier("x-request-id", id));
+      if (!named.ok()) return {std::move(named), ""};
+    }
+    if (id.empty()) id = MakeRequestId();
+    if (CheckIdentifier("request_id", id).ok()) {
+      context->AddInitialMetadata("x-request-id", id);
+      LogTrace(id, value("traceparent"));
+    }
+    return {absl::OkStatus(), std::move(id)};
   }
 
   // Runs `work` on a message of `bytes` on an intake thread and finishes with what
@@ -286,7 +305,7 @@ class InferenceService final : public v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* Later(grpc::CallbackServerContext* context, size_t bytes,
                                   std::function<absl::Status()> work) {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    absl::Status posted = Allowed(context);
+    absl::Status posted = Meet(context).allowed;
     absl::StatusOr<std::shared_ptr<void>> held = std::shared_ptr<void>();
     if (posted.ok()) held = path_->HoldMessage(bytes);
     if (posted.ok()) posted = held.status();

@@ -149,6 +149,45 @@ TEST_F(GrpcDoorTest, UnaryEqualsTheStreamJoined) {
 
 // One request, described to either door, is the same request to the engine and
 // gives the same answer.
+TEST_F(GrpcDoorTest, TheRequestsIdComesBack) {
+  struct Seen {
+    grpc::Status status;
+    std::string in_metadata, in_answer;
+  };
+  const auto ask = [&](const std::string& metadata, const std::string& field) {
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
+    if (!metadata.empty()) context.AddMetadata("x-request-id", metadata);
+    v1::GenerateRequest request;
+    request.set_text("ab");
+    request.set_request_id(field);
+    request.mutable_sampling()->set_max_tokens(2);
+    v1::GenerateResponse response;
+    Seen seen{stub_->Generate(&context, request, &response), "", response.prompt().request_id()};
+    const auto& initial = context.GetServerInitialMetadata();
+    if (const auto found = initial.find("x-request-id"); found != initial.end()) {
+      seen.in_metadata = std::string(found->second.data(), found->second.size());
+    }
+    return seen;
+  };
+  Seen seen = ask("from-a-proxy", "");
+  EXPECT_TRUE(seen.status.ok()) << seen.status.error_message();
+  EXPECT_EQ(seen.in_metadata, "from-a-proxy");
+  EXPECT_EQ(seen.in_answer, "from-a-proxy");
+
+  seen = ask("from-a-proxy", "my own");
+  EXPECT_EQ(seen.in_metadata, "my own");
+  EXPECT_EQ(seen.in_answer, "my own");
+
+  seen = ask("", "");
+  EXPECT_EQ(seen.in_metadata.size(), 32u);
+  EXPECT_EQ(seen.in_answer, seen.in_metadata);
+
+  seen = ask(std::string(129, 'x'), "");
+  EXPECT_EQ(seen.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(seen.status.error_message(), HasSubstr("x-request-id"));
+}
+
 TEST_F(GrpcDoorTest, BothDoorsAreOnePath) {
   AnswerWith("It is stop of the \xe2\x9c\x93 line.");
   v1::GenerateRequest request = Ask("Where?", 33);
