@@ -9,7 +9,9 @@
 #include <limits>
 #include <map>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "common/log.h"
 #include "nlohmann/json.hpp"
 
 namespace lockstep {
@@ -73,12 +75,11 @@ absl::Status ReadStop(const json& value, v1::SamplingParams* params) {
 absl::Status ReadLogitBias(const json& value, v1::SamplingParams* params) {
   if (!value.is_object()) return Bad("logit_bias", "an object of token id to number");
   for (const auto& [key, bias] : value.items()) {
-    char* end = nullptr;
-    const unsigned long id = std::strtoul(key.c_str(), &end, 10);
-    if (key.empty() || *end != '\0' || !bias.is_number()) {
+    uint32_t id;
+    if (!absl::SimpleAtoi(key, &id) || !bias.is_number()) {
       return Bad("logit_bias", "an object of token id to number");
     }
-    (*params->mutable_logit_bias())[static_cast<uint32_t>(id)] = bias.get<float>();
+    (*params->mutable_logit_bias())[id] = bias.get<float>();
   }
   return absl::OkStatus();
 }
@@ -164,7 +165,7 @@ absl::Status FillRequest(const json& object, v1::GenerateRequest* request) {
     if (key == "custom_id") continue;
     const auto field = Fields().find(key);
     if (field == Fields().end()) {
-      return absl::InvalidArgumentError(absl::StrCat(key.substr(0, 64), ": unknown field"));
+      return absl::InvalidArgumentError(absl::StrCat(OneLine(key, 64), ": unknown field"));
     }
     if (absl::Status status = field->second(value, request); !status.ok()) return status;
   }

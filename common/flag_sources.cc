@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <set>
 #include <utility>
 
@@ -63,27 +64,76 @@ void Append(std::string_view name, const std::string& value, std::vector<std::st
   }
 }
 
+// A value that begins and ends with `quote`. Between double ones \", \\, \n and \r
+// stand for the character; any other backslash is itself. `rest` begins behind the
+// first quote and ends up behind the last one; false without a last one.
+bool TakeQuoted(char quote, std::string_view* rest, std::string* value) {
+  static constexpr std::string_view kEscaped = "\"\\nr", kMeant = "\"\\\n\r";
+  for (size_t i = 0; i < rest->size(); ++i) {
+    char c = (*rest)[i];
+    if (c == quote) {
+      rest->remove_prefix(i + 1);
+      return true;
+    }
+    const size_t escape = quote == '"' && c == '\\' && i + 1 < rest->size()
+                              ? kEscaped.find((*rest)[i + 1])
+                              : kEscaped.npos;
+    if (escape != kEscaped.npos) {
+      c = kMeant[escape];
+      ++i;
+    }
+    *value += c;
+  }
+  return false;
+}
+
+std::string Quoted(const std::string& value) {
+  return absl::StrCat(
+      "\"",
+      absl::StrReplaceAll(value, {{"\\", "\\\\"}, {"\"", "\\\""}, {"\n", "\\n"}, {"\r", "\\r"}}),
+      "\"");
+}
+
+// "value", "value # comment", "\"any value\" # comment"; false: not one value.
+bool TakeValue(std::string_view text, std::string* value) {
+  if (!text.empty() && (text.front() == '"' || text.front() == '\'')) {
+    const char quote = text.front();
+    text.remove_prefix(1);
+    if (!TakeQuoted(quote, &text, value)) return false;
+    const std::string behind(text);
+    const auto more = absl::StripLeadingAsciiWhitespace(behind);
+    return more.empty() || (more.front() == '#' && more.size() < behind.size());
+  }
+  const size_t comment = std::min(text.find(" #"), text.find("\t#"));
+  *value = std::string(absl::StripAsciiWhitespace(std::string(text.substr(0, comment))));
+  return value->empty() || value->front() != '#';
+}
+
 absl::Status AppendFile(const CLI::App& app, const std::string& path,
                         std::vector<std::string>* args) {
   if (!std::filesystem::is_regular_file(path)) {
     return Bad(absl::StrCat("--config ", path, ": no such file"));
   }
-  std::vector<CLI::ConfigItem> items;
-  try {
-    items = app.get_config_formatter()->from_file(path);
-  } catch (const std::exception& e) {
-    return Bad(absl::StrCat("--config ", path, ": ", e.what()));
-  }
-  for (const CLI::ConfigItem& item : items) {
-    const CLI::Option* option = app.get_option_no_throw(absl::StrCat("--", item.name));
-    if (option == nullptr || !item.parents.empty() || item.name == "config") {
-      return Bad(absl::StrCat("--config ", path, ": unknown key '", item.fullname(),
+  std::ifstream file(path);
+  if (!file) return Bad(absl::StrCat("--config ", path, ": cannot read"));
+  for (std::string raw; std::getline(file, raw);) {
+    const std::string line(absl::StripAsciiWhitespace(raw));
+    if (line.empty() || line.front() == '#' || line.front() == ';') continue;
+    const size_t equals = line.find('=');
+    const std::string key(absl::StripTrailingAsciiWhitespace(line.substr(0, equals)));
+    if (key.empty() || key == "config" || app.get_option_no_throw("--" + key) == nullptr) {
+      return Bad(absl::StrCat("--config ", path, ": unknown key '", key,
                               "': keys are flag names without dashes"));
     }
-    if (item.inputs.size() != 1) {
-      return Bad(absl::StrCat("--config ", path, ": ", item.name, ": expected one value"));
+    std::string value = "true";  // a key alone
+    if (equals != line.npos) {
+      const std::string text(absl::StripLeadingAsciiWhitespace(line.substr(equals + 1)));
+      value.clear();
+      if (!TakeValue(text, &value)) {
+        return Bad(absl::StrCat("--config ", path, ": ", key, ": expected one value"));
+      }
     }
-    Append(item.name, item.inputs.front(), args);
+    Append(key, value, args);
   }
   return absl::OkStatus();
 }
@@ -158,7 +208,7 @@ std::string PrintConfig(const CLI::App& app) {
     const bool plain = !value.empty() && std::all_of(value.begin(), value.end(), [](char c) {
       return absl::ascii_isalnum(static_cast<unsigned char>(c)) || std::strchr("._:/+-", c);
     });
-    absl::StrAppend(&text, name, " = ", plain ? value : absl::StrCat("\"", value, "\""), "\n");
+    absl::StrAppend(&text, name, " = ", plain ? value : Quoted(value), "\n");
   }
   return text;
 }

@@ -83,6 +83,9 @@ TEST_F(BatchJobTest, NamesWhatIsWrongWithALine) {
   EXPECT_THAT(ErrorOf(R"({"prompt":"a","ignore_eos":1})"), HasSubstr("ignore_eos"));
   EXPECT_THAT(ErrorOf(R"({"prompt":["a"]})"), HasSubstr("prompt"));
   EXPECT_THAT(ErrorOf(R"({"prompt":"a","logit_bias":{"x":1}})"), HasSubstr("logit_bias"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","logit_bias":{"4294967301":1}})"), HasSubstr("logit_bias"));
+  EXPECT_THAT(ErrorOf(R"({"prompt":"a","logit_bias":{"-1":1}})"), HasSubstr("logit_bias"));
+  EXPECT_THAT(ErrorOf("{\"prompt\":\"a\",\"s\x7ft\":1}"), HasSubstr("s\\x7ft: unknown field"));
   EXPECT_THAT(ErrorOf(R"({"messages":[{"role":"user"}]})"), HasSubstr("messages"));
 }
 

@@ -109,8 +109,10 @@ TEST_F(OptionsTest, TheLastOfARepeatedFlagWins) {
 
 TEST_F(OptionsTest, BadInputIsOneLineThatNamesIt) {
   EXPECT_THAT(Error({"--frobnicate", "3"}), HasSubstr("--frobnicate"));
-  EXPECT_THAT(Error({"--block-size", "many"}), HasSubstr("--block-size"));
-  EXPECT_THAT(Error({"--block-size", "-1"}), HasSubstr("--block-size"));
+  EXPECT_EQ(Error({"--block-size", "many"}), "--block-size 'many': expected a whole number from 0");
+  EXPECT_EQ(Error({"--block-size", "-1"}), "--block-size '-1': expected a whole number from 0");
+  EXPECT_EQ(Error({"--drain-timeout", "soon"}), "--drain-timeout 'soon': expected a number");
+  EXPECT_EQ(Error({"--model"}), "--model: expected a value");
   EXPECT_THAT(Error({"--http-port", "99999", "--model", "m"}),
               AllOf(HasSubstr("--http-port"), HasSubstr("65535")));
   EXPECT_THAT(Error({}), HasSubstr("--model"));
@@ -163,13 +165,36 @@ TEST_F(OptionsTest, HelpIsGroupedAndIsNoError) {
   }
 }
 
+TEST_F(OptionsTest, AValueOfAFileIsWhatItSays) {
+  const std::string file = File(
+      "# all of it\n\n"
+      "model = /models/a#2  # not /models/a\n"
+      "served-model-name = \"a \\\"b\\\" # c\"  # d\n"
+      "worker-address = [::1]:50052\n"
+      "admin-address = 'unix:C:\\x'\r\n"
+      "insecure\n"
+      "host =\n");
+  ASSERT_TRUE(Parse({"--config", file}).ok());
+  EXPECT_EQ(options_.model, "/models/a#2");
+  EXPECT_EQ(options_.served_model_name, "a \"b\" # c");
+  EXPECT_EQ(options_.worker_address, "[::1]:50052");
+  EXPECT_EQ(options_.admin_address, "unix:C:\\x");
+  EXPECT_TRUE(options_.insecure);
+  EXPECT_EQ(options_.host, "");
+  for (const char* bad : {"model = \"a", "model = \"a\" b", "model = \"a\"b", "[model]", "= a"}) {
+    EXPECT_THAT(Error({"--config", File(bad)}), HasSubstr("--config ")) << bad;
+  }
+}
+
 TEST_F(OptionsTest, PrintedConfigurationReadsBackAsItself) {
   ASSERT_TRUE(Parse({"--model", "some dir/m", "--no-enable-prefix-caching", "--block-size", "8",
-                     "--gpu-memory-utilization", "0.5", "--reflection"})
+                     "--served-model-name", "a\"b\\ [#'\n", "--gpu-memory-utilization", "0.5",
+                     "--reflection"})
                   .ok());
   const std::string printed = PrintConfig(*app_);
   ASSERT_TRUE(Parse({"--config", File(printed)}).ok()) << printed;
   EXPECT_EQ(options_.model, "some dir/m");
+  EXPECT_EQ(options_.served_model_name, "a\"b\\ [#'\n");
   EXPECT_FALSE(options_.enable_prefix_caching);
   EXPECT_TRUE(options_.reflection);
   EXPECT_FALSE(options_.insecure);

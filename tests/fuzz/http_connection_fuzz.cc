@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <memory>
 #include <string>
 #include <utility>
@@ -72,6 +73,7 @@ void RequireHeads(const std::string& answer, int replies) {
 bool Send(int fd, std::string_view bytes) {
   while (!bytes.empty()) {
     const ssize_t n = send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL);
+    if (n < 0 && errno == EINTR) continue;
     if (n <= 0) return false;
     bytes.remove_prefix(static_cast<size_t>(n));
   }
@@ -95,8 +97,13 @@ void Talk(Server* server, Input input) {
   std::string answer;
   for (char buffer[4096];;) {
     pollfd readable{fd, POLLIN, 0};
-    LOCKSTEP_CHECK(poll(&readable, 1, 20'000) == 1);  // else the server forgot the connection
+    int ready;
+    // The fuzzer's own alarm interrupts.
+    while ((ready = poll(&readable, 1, 20'000)) < 0 && errno == EINTR) {
+    }
+    LOCKSTEP_CHECK(ready == 1);  // else the server forgot the connection
     const ssize_t n = recv(fd, buffer, sizeof(buffer), 0);
+    if (n < 0 && errno == EINTR) continue;
     if (n < 0) break;  // reset: what it had sent may be lost
     if (n == 0) {
       RequireHeads(answer, server->handler.replies);

@@ -7,9 +7,25 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/api/api_error.h"
 #include "coordinator/api/limits.h"
+#include "coordinator/text/utf8.h"
 
 namespace lockstep {
 namespace {
+
+// `text` as valid UTF-8, which what the parser stumbled over need not be.
+std::string Shown(const std::string& text) {
+  if (IsValidUtf8(text)) return text;
+  std::string shown;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x80) {
+      shown += c;
+    } else {
+      absl::StrAppend(&shown, "\\x", absl::Hex(byte));
+    }
+  }
+  return shown;
+}
 
 // Builds the value while the limits hold; a false return ends the parse.
 class StrictBuilder : public nlohmann::json_sax<Json> {
@@ -43,7 +59,8 @@ class StrictBuilder : public nlohmann::json_sax<Json> {
   }
   bool parse_error(std::size_t position, const std::string& last_token,
                    const nlohmann::detail::exception&) override {
-    return Fail(absl::StrCat("not JSON at byte ", position, ", near '", Echo(last_token), "'"));
+    return Fail(
+        absl::StrCat("not JSON at byte ", position, ", near '", Echo(Shown(last_token)), "'"));
   }
 
  private:

@@ -63,6 +63,7 @@ TEST_F(HostileHttp, BodiesThatAreNotJson) {
                                            "{\"prompt\":}",
                                            "{\"prompt\":\"x\",}",
                                            "{'prompt':'x'}",
+                                           "{\"prompt\":\xd6",
                                            "{prompt:\"x\"}",
                                            "{\"prompt\":\"x\"}x",
                                            "{\"prompt\":\"x\"}{}",
