@@ -2,7 +2,9 @@
 // (every launch of a graph reads another layer's), with and without dependent
 // launch, and prefill of one prompt. Prints microseconds a launch, and GB/s of
 // KV read or TFLOP/s (causal half only). Arguments, in any order: decode or
-// prefill alone; splits=N; context=N, only that one; max=N, the bound on it.
+// prefill alone; splits=N; context=N, only that one; max=N, the bound on it;
+// order=1, blocks of a sequence one after another; spread=GIB, layers as far
+// apart as in a cache of that size.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -86,7 +88,7 @@ float Time(int count, int replays, Enqueue enqueue) {
 }
 
 struct Options {
-  int splits = 0, context = 0, max_context = 131072;
+  int splits = 0, context = 0, max_context = 131072, order = 0, spread = 0;
   bool decode = true, prefill = true;
 };
 
@@ -97,11 +99,15 @@ struct Shape {
 constexpr Shape kShapes[] = {{"8B tp1", 32, 8}, {"8B tp4", 8, 2}, {"70B tp4", 16, 2}};
 constexpr int kDim = 128, kBlock = 16;
 constexpr int64_t kPoolBytes = int64_t{9} << 30;
+int64_t PoolBytes(const Options& options) {
+  return options.spread > 0 ? int64_t{options.spread} << 30 : kPoolBytes;
+}
 
 // Blocks of a sequence are scattered over its layer's cache.
-std::vector<int32_t> Scattered(int slots, int per_slot) {
+std::vector<int32_t> Scattered(int slots, int per_slot, bool in_order = false) {
   std::vector<int32_t> table(static_cast<size_t>(slots) * per_slot);
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+  if (in_order) return table;
   uint32_t state = 1;
   for (size_t i = table.size(); i > 1; --i) {
     state = state * 1664525u + 1013904223u;
@@ -119,14 +125,18 @@ void BenchDecode(const Options& options, char* pool) {
   CHECK_CUDA(cudaMalloc(&workspace, 1 << 20));
   CHECK_CUDA(cudaMemset(workspace, 0, 1 << 20));
   for (const Shape& shape : kShapes) {
-    for (const int context : {1024, 8192, 32768, 131072}) {
+    for (const int context : {1024, 1104, 8192, 32768, 131072}) {
       for (const int batch : {1, 16, 64, 256}) {
         const int per_slot = context / kBlock;
         const int64_t half = int64_t{batch} * per_slot * shape.kv_heads * kBlock * kDim * 2;
-        if (2 * half > kPoolBytes || (context > 32768 && batch > 1)) continue;
+        if (2 * half > PoolBytes(options) || (context > 32768 && batch > 1)) continue;
         if (options.context > 0 && context != options.context) continue;
-        const int layers = static_cast<int>(std::min<int64_t>(32, kPoolBytes / (2 * half)));
-        int32_t* table = Upload(Scattered(batch, per_slot));
+        const int layers = options.spread > 0
+                               ? 32
+                               : static_cast<int>(std::min<int64_t>(32, kPoolBytes / (2 * half)));
+        const int64_t stride = options.spread > 0 ? PoolBytes(options) / 64 : half;
+        if (stride < half) continue;
+        int32_t* table = Upload(Scattered(batch, per_slot, options.order != 0));
         std::vector<int32_t> slots(batch), positions(batch, context - 1);
         for (int i = 0; i < batch; ++i) slots[i] = i;
         int32_t* slot = Upload(slots);
@@ -149,8 +159,8 @@ void BenchDecode(const Options& options, char* pool) {
           const float us = Time(
               layers, 2 * half * layers > (int64_t{1} << 30) ? 3 : 10, [&](cudaStream_t stream) {
                 for (int i = 0; i < layers; ++i) {
-                  char* base = pool + int64_t{i} * 2 * half;
-                  args.kv = {base, base + half, Type::kBF16, shape.kv_heads, kBlock, kDim};
+                  char* base = pool + int64_t{i} * 2 * stride;
+                  args.kv = {base, base + stride, Type::kBF16, shape.kv_heads, kBlock, kDim};
                   CHECK_CUDA(DecodeAttention({stream, mode > 0}, args));
                 }
               });
@@ -213,10 +223,12 @@ void Main(int argc, char** argv) {
     std::sscanf(argv[i], "splits=%d", &options.splits);
     std::sscanf(argv[i], "context=%d", &options.context);
     std::sscanf(argv[i], "max=%d", &options.max_context);
+    std::sscanf(argv[i], "order=%d", &options.order);
+    std::sscanf(argv[i], "spread=%d", &options.spread);
   }
   CHECK_CUDA(InitDecodeAttention());
   CHECK_CUDA(InitPrefillAttention());
-  char* pool = reinterpret_cast<char*>(Random(kPoolBytes / 2, 3));
+  char* pool = reinterpret_cast<char*>(Random(PoolBytes(options) / 2, 3));
   if (options.decode) BenchDecode(options, pool);
   if (options.prefill) BenchPrefill(pool);
   CHECK_CUDA(cudaFree(pool));

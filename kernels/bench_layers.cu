@@ -272,7 +272,7 @@ class Layers {
     Norm();
     Run(Product(Qkv(layer), qkv_width(), kHidden, normed_, qkv_));
   }
-  Launch launch() const { return {.stream = stream_, .pdl = true}; }
+  Launch launch() const { return {.stream = stream_, .pdl = true, .brief = true}; }
 
   const int rows_;
   const bool fp8_, cluster_;

@@ -75,10 +75,10 @@ cudaError_t LaunchKernel(const Launch& launch, void (*kernel)(Params...), dim3 g
   config.dynamicSmemBytes = shared_bytes;
   config.stream = launch.stream;
   cudaLaunchAttribute attributes[3];
-  // An SM that changes how it divides its memory between two kernels first runs empty,
-  // and the next kernel's blocks could not come early: all divide it as the large ones.
-  attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-  attributes[config.numAttrs++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  if (launch.brief) {
+    attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[config.numAttrs++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  }
   if (launch.pdl) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;

@@ -32,9 +32,13 @@ enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu, kRelu };
 // Where a kernel is enqueued. pdl: it may start before the kernel ahead of it in
 // the stream has ended (programmatic dependent launch); each kernel waits for
 // that one itself before it reads or overwrites anything of it.
+// brief: among kernels of a few microseconds. An SM that divides its memory anew
+// between two kernels first runs empty, so all of these divide it as the largest
+// do. A kernel that streams for long needs the L1 for loads in flight more.
 struct Launch {
   cudaStream_t stream = nullptr;
   bool pdl = false;
+  bool brief = false;
 };
 
 // The KV cache of one layer on one rank: k and v are each

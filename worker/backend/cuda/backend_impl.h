@@ -36,6 +36,8 @@ namespace lockstep::cuda {
 
 // A product of so few rows streams its weights; see kernels/gemv.h.
 inline constexpr int kMaxSkinnyRows = 16;
+// Of a step whose kernels are brief; see kernels::Launch.
+inline constexpr int kMaxBriefRows = 256;
 
 class CudaBackend final : public Backend {
  public:
@@ -152,7 +154,9 @@ class CudaBackend final : public Backend {
     quantized_from_ = made;
     return {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
   }
-  kernels::Launch launch() const { return {.stream = stream_, .pdl = !halved_}; }
+  kernels::Launch launch() const {
+    return {.stream = stream_, .pdl = !halved_, .brief = part_.rows <= kMaxBriefRows};
+  }
   // Where the part's rows of [rows][width] begin.
   std::byte* Rows(const Buffer<std::byte>& buffer, int width) const {
     return buffer.get() + size_t(part_.first) * width * kernels::TypeBytes(type_);
