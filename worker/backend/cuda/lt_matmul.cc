@@ -111,6 +111,10 @@ absl::Status LtMatmul::Impl::Describe(const MatmulArgs& args, Plan* plan) {
     status = set(CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, int32_t{args.multiprocessors});
   }
   if (args.type == Type::kE4M3) {
+    // The tensor cores' own accumulators all the way, as other servers do too: e4m3's
+    // rounding is far coarser than theirs.
+    const int8_t fast = 1;
+    if (status == 0) status = set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, fast);
     const cublasLtMatmulMatrixScale_t per_row = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
     if (status == 0) status = set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, per_row);
     if (status == 0) status = set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, per_row);
