@@ -9,6 +9,7 @@
 #include "CLI/CLI.hpp"
 #include "cli/commands.h"
 #include "cli/suggest.h"
+#include "common/flag_sources.h"
 #include "common/version.h"
 
 namespace {
@@ -77,7 +78,8 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     CLI::App* command = Chosen(&app);
     const std::vector<std::string> extras = app.remaining(/*recurse=*/true);
-    const std::string text = extras.empty() ? error.what() : ExplainUnknown(command, extras[0]);
+    const std::string text = extras.empty() ? lockstep::FlagErrorLine(*command, error.what())
+                                            : ExplainUnknown(command, extras[0]);
     std::fprintf(stderr, "%s: %s\n", Where(&app, command).c_str(), text.c_str());
     return 2;
   }

@@ -51,6 +51,13 @@ absl::StatusOr<Question> Understand(const PlanOptions& options) {
   Question question;
   const absl::StatusOr<int64_t> memory = ParseByteSize(options.gpu_memory);
   if (!memory.ok()) return Flag("gpu-memory", memory.status());
+  // Whoever writes 80 means 80 GiB.
+  constexpr int64_t kLeastMemory = int64_t{1} << 20;
+  if (*memory < kLeastMemory) {
+    return Flag("gpu-memory", absl::InvalidArgumentError(absl::StrCat(
+                                  options.gpu_memory, " is ", FormatBytes(*memory),
+                                  "; expected at least 1 MiB, with a unit, as in 80GiB")));
+  }
   question.memory_bytes = *memory;
   if (options.backend != "cuda" && options.backend != "cpu") {
     return Flag("backend", absl::InvalidArgumentError(absl::StrCat(

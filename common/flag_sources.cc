@@ -138,11 +138,12 @@ absl::Status AppendFile(const CLI::App& app, const std::string& path,
   return absl::OkStatus();
 }
 
-// CLI11 throws; its message may have several lines and does not always name
-// the flag first.
-std::string OneLine(const std::string& text) {
-  const std::string line = text.substr(0, text.find('\n'));
-  return line.empty() ? "bad command line" : line;
+// What a value of CLI11's type name may be; "" where it says nothing more.
+std::string_view Expected(const std::string& type) {
+  if (absl::StartsWith(type, "UINT")) return "a whole number from 0";
+  if (absl::StartsWith(type, "INT")) return "a whole number";
+  if (absl::StartsWith(type, "FLOAT")) return "a number";
+  return "";
 }
 
 }  // namespace
@@ -182,7 +183,7 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
     return Bad(absl::StrCat("unknown argument ", absl::StrJoin(app.remaining(), " "),
                             ": --help lists what there is"));
   } catch (const CLI::ParseError& e) {
-    std::string line = OneLine(e.what());
+    std::string line = FlagErrorLine(app, e.what());
     for (const std::string& name : from_environment) {
       if (absl::StrContains(line, absl::StrCat("--", name))) {
         absl::StrAppend(&line, " (", Variable(name), " is set)");
@@ -194,6 +195,27 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
     return Bad(line);
   }
   return absl::OkStatus();
+}
+
+std::string FlagErrorLine(const CLI::App& command, const std::string& what) {
+  constexpr std::string_view kConvert = "Could not convert: ";
+  const std::string line = what.substr(0, what.find('\n'));
+  if (line.empty()) return "bad command line";
+  if (absl::StartsWith(line, std::string(kConvert))) {
+    const size_t equals = line.find(" = ", kConvert.size());
+    const std::string name = line.substr(kConvert.size(), equals - kConvert.size());
+    const CLI::Option* option = command.get_option_no_throw(name);
+    const std::string_view expected = option == nullptr ? "" : Expected(option->get_type_name());
+    if (equals != std::string::npos && !expected.empty()) {
+      return absl::StrCat(name, " '", line.substr(equals + 3), "': expected ",
+                          std::string(expected));
+    }
+  }
+  const size_t missing = line.find(": 1 required ");
+  if (missing != std::string::npos && absl::EndsWith(line, " missing")) {
+    return absl::StrCat(line.substr(0, missing), ": expected a value");
+  }
+  return line;
 }
 
 std::string PrintConfig(const CLI::App& app) {

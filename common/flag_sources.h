@@ -19,6 +19,10 @@ namespace lockstep {
 // NotFound with the text to print: --help or --version was asked for.
 absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& args);
 
+// What CLI11 says (the text of a ParseError) in our words, on one line:
+// "--max-tokens 'abc': expected a whole number". `command` has the flags.
+std::string FlagErrorLine(const CLI::App& command, const std::string& what);
+
 // The configuration as a file that --config reads.
 std::string PrintConfig(const CLI::App& app);
 

@@ -136,6 +136,7 @@ TEST(PlanCommandTest, BadInputIsOneLineThatNamesIt) {
     return outcome.err;
   };
   EXPECT_THAT(error([](PlanOptions& o) { o.gpu_memory = "80G"; }), HasSubstr("--gpu-memory"));
+  EXPECT_THAT(error([](PlanOptions& o) { o.gpu_memory = "80"; }), HasSubstr("as in 80GiB"));
   EXPECT_THAT(error([](PlanOptions& o) { o.backend = "tpu"; }), HasSubstr("--backend"));
   EXPECT_THAT(error([](PlanOptions& o) { o.dtype = "int8"; }), HasSubstr("--dtype"));
   EXPECT_THAT(error([](PlanOptions& o) { o.quantization = "int4"; }), HasSubstr("int4"));
