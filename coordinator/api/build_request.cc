@@ -133,9 +133,16 @@ size_t TokenizeLimit(const ServedModel& model) {
   return std::max<size_t>(size_t{2} * model.max_model_len, limits::kTokenizeTokens);
 }
 
+absl::Status CheckDetokenize(size_t tokens, const ServedModel& model, const char* field) {
+  if (tokens <= TokenizeLimit(model)) return absl::OkStatus();
+  return FieldError(field,
+                    absl::StrCat(tokens, " tokens are too many; allowed: ", TokenizeLimit(model)));
+}
+
 absl::StatusOr<std::string> DecodeTokens(const std::vector<TokenId>& ids, const ServedModel& model,
                                          const char* field) {
-  absl::Status status = CheckPromptIds(ids, model.vocab_size, field);
+  absl::Status status = CheckDetokenize(ids.size(), model, field);
+  if (status.ok()) status = CheckPromptIds(ids, model.vocab_size, field);
   if (!status.ok()) return status;
   return model.tokenizer->Decode(ids, /*skip_special_tokens=*/false);
 }

@@ -72,11 +72,13 @@ absl::StatusOr<Request> BuildRequest(const ClientRequest& client, const ServedMo
 absl::StatusOr<std::vector<TokenId>> EncodePrompt(const ClientRequest& client,
                                                   const ServedModel& model,
                                                   const char* prompt_field, size_t max_tokens);
-// What the Tokenize calls take: more than any prompt that could be served.
+// What the Tokenize calls take: more than any prompt that could be served. And
+// what the Detokenize calls take, of which a door may ask before it reads the ids.
 size_t TokenizeLimit(const ServedModel& model);
+absl::Status CheckDetokenize(size_t tokens, const ServedModel& model, const char* field);
 
-// The text of ids as a whole text, special tokens kept; InvalidArgument for an
-// id outside the vocabulary.
+// The text of ids as a whole text, special tokens kept; InvalidArgument for too
+// many or for an id outside the vocabulary.
 absl::StatusOr<std::string> DecodeTokens(const std::vector<TokenId>& ids, const ServedModel& model,
                                          const char* field);
 

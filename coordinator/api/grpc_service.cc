@@ -253,6 +253,9 @@ class InferenceService final : public v1::Inference::CallbackService {
                                        const v1::DetokenizeRequest* request,
                                        v1::DetokenizeResponse* response) override {
     return Later(context, request->ByteSizeLong(), [this, request, response]() -> absl::Status {
+      const auto count = static_cast<size_t>(request->token_ids_size());
+      absl::Status fits = CheckDetokenize(count, path_->model(), "token_ids");
+      if (!fits.ok()) return fits;
       const std::vector<TokenId> ids(request->token_ids().begin(), request->token_ids().end());
       absl::StatusOr<std::string> text = DecodeTokens(ids, path_->model(), "token_ids");
       if (!text.ok()) return text.status();

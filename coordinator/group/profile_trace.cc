@@ -115,7 +115,8 @@ absl::Status ProfileTrace::Add(uint32_t rank, const ProfilePart& part) {
   }
   for (const ProfileStep& step : part.steps()) {
     if (step.begin_ns() < to.last_end_ns || step.end_ns() < step.begin_ns() ||
-        step.end_ns() > uint64_t{std::numeric_limits<int64_t>::max() / 2}) {
+        step.end_ns() > uint64_t{std::numeric_limits<int64_t>::max() / 2} ||
+        step.submitted_ns() > uint64_t{std::numeric_limits<int64_t>::max() / 2}) {
       return Broken(rank, absl::StrCat("step ", step.step(), " is out of order"));
     }
     to.last_end_ns = step.end_ns();

@@ -2,6 +2,7 @@
 
 #include <malloc.h>
 
+#include <algorithm>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/post.hpp>
@@ -37,6 +38,8 @@ constexpr size_t kMaxPipelinedBytes = 16 * 1024;
 constexpr size_t kReadBytes = 4 * 1024;
 constexpr size_t kBodyReadBytes = 16 * 1024;
 constexpr size_t kLargeBodyBytes = 512 * 1024;
+// What so many connections held in small pieces goes back when the last has left.
+constexpr size_t kCrowd = 64;
 // After an early refusal the rest of the request is read away, so that the
 // client sees the refusal and not a reset.
 constexpr size_t kMaxLingerBytes = 32 * 1024 * 1024;
@@ -201,12 +204,20 @@ Connection::Connection(tcp::socket socket, std::shared_ptr<ServerState> state,
   if (context_ != nullptr) tls_.emplace(socket_, *context_);
   const std::lock_guard lock(state_->mutex);
   state_->connections.insert(this);
+  state_->most_connections = std::max(state_->most_connections, state_->connections.size());
 }
 
 Connection::~Connection() {
-  const std::lock_guard lock(state_->mutex);
-  state_->connections.erase(this);
-  state_->changed.notify_all();
+  bool crowd_left = false;
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->connections.erase(this);
+    state_->changed.notify_all();
+    if (state_->connections.empty()) {
+      crowd_left = std::exchange(state_->most_connections, 0) >= kCrowd;
+    }
+  }
+  if (crowd_left) malloc_trim(0);
 }
 
 void Connection::Start() {

@@ -39,6 +39,7 @@ struct ServerState {
   std::mutex mutex;
   std::condition_variable changed;
   std::set<Connection*> connections;  // guarded by mutex, as what follows
+  size_t most_connections = 0;        // since memory was last given back
   size_t exchanges = 0;
 };
 

@@ -60,6 +60,7 @@ absl::StatusOr<std::string> DetokenizeBody(const std::string& body, const Served
                                     ? std::string("missing; send token ids")
                                     : absl::StrCat("expected an array, got ", EchoJson(*tokens)));
   }
+  if (absl::Status fits = CheckDetokenize(tokens->size(), model, "tokens"); !fits.ok()) return fits;
   const absl::StatusOr<std::vector<TokenId>> ids = ReadTokenIds(*tokens, "tokens");
   if (!ids.ok()) return ids.status();
   absl::StatusOr<std::string> text = DecodeTokens(*ids, model, "tokens");

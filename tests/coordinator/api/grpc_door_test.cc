@@ -353,6 +353,10 @@ TEST_F(GrpcDoorTest, TokenizeAndDetokenize) {
   v1::DetokenizeResponse text;
   ASSERT_TRUE(stub_->Detokenize(&two, back, &text).ok());
   EXPECT_THAT(text.text(), HasSubstr("hello there"));
+  back.mutable_token_ids()->Resize(limits::kTokenizeTokens + 1, 5);
+  grpc::ClientContext five;
+  EXPECT_THAT(stub_->Detokenize(&five, back, &text).error_message(), HasSubstr("too many"));
+  back.mutable_token_ids()->Truncate(2);
   back.add_token_ids(5000);
   EXPECT_THAT(stub_->Detokenize(&three, back, &text).error_message(), HasSubstr("token id 5000"));
   v1::TokenizeResponse none;

@@ -477,6 +477,10 @@ TEST_F(HostileHttp, TokenizeAndDetokenize) {
   Refused(tokenize({{"prompt", "x"}, {"model", "y"}}), 404, "model", "another model");
   Refused(detokenize({{"tokens", {1, 1024}}}), 400, "tokens", "beyond the vocabulary");
   Refused(detokenize({{"tokens", "1"}}), 400, "tokens", "a string");
+  const json most(std::vector<int>(limits::kTokenizeTokens, 5));
+  EXPECT_EQ(detokenize({{"tokens", most}}).status, 200);
+  Refused(detokenize({{"tokens", std::vector<int>(limits::kTokenizeTokens + 1, 5)}}), 400, "tokens",
+          "one more than is allowed");
   Refused(detokenize({{"tokens", {-1}}}), 400, "tokens", "negative");
   Refused(detokenize(json::object()), 400, "tokens", "nothing");
 }
