@@ -35,6 +35,7 @@ void BM_StopMatcherPush(benchmark::State& state,
                         const std::shared_ptr<const Tokenizer>& tokenizer) {
   const std::vector<TokenId> ids = SomeIds(*tokenizer);
   std::vector<std::string> stops;
+  stops.reserve(static_cast<size_t>(state.range(0)));
   for (int i = 0; i < state.range(0); ++i) stops.push_back("\n\nUser " + std::to_string(i) + ":");
   StopMatcher matcher(stops, /*include_stop_string=*/false);
   size_t i = 0;

@@ -53,7 +53,7 @@ class SupervisorTest : public ::testing::Test {
   void Touch(const std::string& name) { std::ofstream(dir_ + "/" + name).close(); }
   static bool Alive(pid_t pid) { return kill(pid, 0) == 0; }
 
-  void Launch(SupervisorOptions options) {
+  void Launch(const SupervisorOptions& options) {
     pid_ = fork();
     ASSERT_GE(pid_, 0);
     if (pid_ == 0) _exit(RunSupervisor(options));

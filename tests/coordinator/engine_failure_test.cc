@@ -203,6 +203,7 @@ TEST_F(EngineTest, ManyClientsComeAndGoWhileTheGroupDies) {
   constexpr int kThreads = 4, kRequests = 60;
   std::atomic<int> finished = 0, cancelled = 0, failed = 0;
   std::vector<std::thread> clients;
+  clients.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     clients.emplace_back([&, t] {
       for (int i = 0; i < kRequests; ++i) {

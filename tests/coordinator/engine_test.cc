@@ -125,6 +125,7 @@ TEST_F(EngineTest, BoundsItsInboxButAlwaysTakesCancels) {
             std::future_status::ready);
   std::vector<std::shared_ptr<RecordingSink>> waiting;
   RequestId last;
+  waiting.reserve(3);
   for (int i = 0; i < 3; ++i) waiting.push_back(Submit(Prompt({2}, 3), &last));
   EXPECT_EQ(engine_->Submit(Prompt({3}, 3), std::make_shared<RecordingSink>()).status().code(),
             absl::StatusCode::kResourceExhausted);

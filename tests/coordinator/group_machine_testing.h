@@ -30,13 +30,13 @@ class GroupMachineTest : public ::testing::Test {
   }
 
   // A worker attaches; answers its stream.
-  StreamId Attach(int preferred_rank = -1, std::string instance = "") {
+  StreamId Attach(int preferred_rank = -1, const std::string& instance = "") {
     const StreamId stream = next_stream_++;
     machine_->OnOpen(stream, now_);
-    Say(stream, Hello(stream, preferred_rank, std::move(instance)));
+    Say(stream, Hello(stream, preferred_rank, instance));
     return stream;
   }
-  static WorkerMessage Hello(StreamId stream, int preferred_rank, std::string instance) {
+  static WorkerMessage Hello(StreamId stream, int preferred_rank, const std::string& instance) {
     WorkerMessage message;
     auto& hello = *message.mutable_hello();
     hello.set_protocol_version(wire::kProtocolVersion);

@@ -16,7 +16,7 @@ absl::Status Read(const std::string& path, std::string* printed) {
   CoordinatorOptions options;
   CLI::App app("fuzz");
   AddCoordinatorFlags(app, &options);
-  const absl::Status parsed = ParseWithSources(app, {"--config", path});
+  absl::Status parsed = ParseWithSources(app, {"--config", path});
   if (!parsed.ok()) return parsed;
   *printed = PrintConfig(app);
   return ValidateOptions(options);

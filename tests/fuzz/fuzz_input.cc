@@ -63,7 +63,7 @@ ScratchDir::~ScratchDir() {
 }
 
 std::string ScratchDir::Write(const std::string& name, std::string_view bytes) const {
-  const std::string path = path_ + "/" + name;
+  std::string path = path_ + "/" + name;
   std::ofstream(path, std::ios::binary) << bytes;
   return path;
 }

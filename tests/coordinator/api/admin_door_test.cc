@@ -57,7 +57,7 @@ class AdminDoorTest : public ApiFixture {
     ASSERT_TRUE(server_->Start(&engine_).ok());
   }
   std::string Error(const std::string& address) {
-    const std::string message(AdminDoor(&watch_).Start(address).message());
+    std::string message(AdminDoor(&watch_).Start(address).message());
     EXPECT_THAT(message, Not(HasSubstr("\n")));
     return message;
   }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "coordinator/api/limits.h"
 #include "tests/coordinator/api/api_fixture.h"
 
@@ -151,7 +152,7 @@ TEST_F(HostileHttp, WrongTypesNameTheirField) {
                                              "return_tokens_as_token_ids",
                                              "add_special_tokens"};
   const auto refused = [&](const std::string& field, const std::string& value) {
-    BodyRefused("{\"prompt\":\"x\",\"" + field + "\":" + value + "}", field);
+    BodyRefused(absl::StrCat("{\"prompt\":\"x\",\"", field, "\":", value, "}"), field);
   };
   for (const std::string& field : numbers) {
     for (const char* value : {"true", "false", "\"1\"", "[]", "[1]", "{}"}) refused(field, value);
@@ -270,7 +271,7 @@ TEST_F(HostileHttp, TheLimitsTableHoldsHereToo) {
                                                                    {"top_k", "-2"},
                                                                    {"n", "-1"}};
   for (const auto& [field, value] : bodies) {
-    BodyRefused("{\"prompt\":\"x\",\"" + field + "\":" + value + "}", field);
+    BodyRefused(absl::StrCat("{\"prompt\":\"x\",\"", field, "\":", value, "}"), field);
   }
 }
 
@@ -366,7 +367,7 @@ TEST_F(HostileHttp, BodiesOfUnclearLengthEndTheConnection) {
            "Content-Length: 0x5", "Content-Length : 5"}) {
     SCOPED_TRACE(framing);
     RawClient client(http());
-    client.Send(head + framing + "\r\n\r\n" + hidden);
+    client.Send(absl::StrCat(head, framing, "\r\n\r\n", hidden));
     Refused(client.Read(), 400, "", framing);
     EXPECT_EQ(client.Read().status, 0) << "the hidden request was answered";
   }

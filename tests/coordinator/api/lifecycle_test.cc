@@ -254,8 +254,10 @@ TEST_F(Lifecycle, StopLetsLastBytesOutAndCancelsTheRest) {
 TEST_F(Lifecycle, ManyClientsAtOnce) {
   AnswerWith("a few words for everybody");
   std::atomic<int> good = 0;
+  constexpr int kThreads = 16;
   std::vector<std::thread> threads;
-  for (int t = 0; t < 16; ++t) {
+  threads.reserve(kThreads);
+  for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&] {
       for (int i = 0; i < 10; ++i) {
         RawClient client(http());

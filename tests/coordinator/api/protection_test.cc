@@ -202,7 +202,7 @@ TEST_F(Protection, WhatCannotServeTlsIsNamed) {
   const TlsFiles good = options_.tls;
   const auto error = [&](TlsFiles tls) {
     options_.tls = std::move(tls);
-    const std::string message(StartError().message());
+    std::string message(StartError().message());
     EXPECT_THAT(message, ::testing::Not(HasSubstr("\n")));
     return message;
   };
