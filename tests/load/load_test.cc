@@ -95,7 +95,7 @@ class Load {
       auto answer = std::make_shared<HttpAnswer>();
       grpc_.Send(
           asked.request, 0,
-          [this, stream, &asked, answer](RequestLog log) {
+          [this, stream, &asked, answer](const RequestLog& log) {
             Judge(asked, log.status.ok() && answer->whole, *answer, log.status.ToString());
             Next(stream);
           },
