@@ -1,6 +1,12 @@
 // More work than the server can do, offered without regard to its answers: what
 // it accepts it finishes, what it refuses it refuses at once, with the code and
 // the delay that tell a client what to do.
+//
+//   overload_test                                         3 s
+//   LOCKSTEP_LOAD_SECONDS=30 overload_test --gtest_filter='*Five*'
+//
+// The long form, on a quiet machine, is held to the promise: at least 90 % of the
+// peak, and 99 of 100 refusals within 50 ms.
 #include <signal.h>
 #include <sys/wait.h>
 
@@ -8,6 +14,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -53,10 +60,39 @@ class OverloadTest : public ::testing::Test {
 };
 
 struct Outcome {
-  absl::Status status;
+  bool refused = false;
+  std::string complaint;  // of what is neither an answer nor a proper refusal
   double seconds = 0;
-  size_t tokens = 0;
 };
+
+Outcome AskGrpc(TestServer* served, const std::string& prompt) {
+  Outcome outcome;
+  const auto answer = served->client().Generate(LongGreedy(prompt, kTokens));
+  if (answer.ok()) {
+    if (answer->completions(0).token_ids_size() != kTokens) outcome.complaint = "not all tokens";
+    return outcome;
+  }
+  outcome.refused = true;
+  const std::optional<int64_t> delay = Client::RetryDelayMs(answer.status());
+  if (!absl::IsResourceExhausted(answer.status()) || !delay || *delay < 1000 || *delay % 1000) {
+    outcome.complaint = answer.status().ToString();
+  }
+  return outcome;
+}
+
+Outcome AskHttp(TestServer* served, const std::string& prompt) {
+  const std::string answer = HttpRequest(
+      served->server().http_port(), "POST", "/v1/completions",
+      absl::StrCat(R"({"prompt":")", prompt, R"(","temperature":0,"ignore_eos":true,"max_tokens":)",
+                   kTokens, "}"));
+  Outcome outcome;
+  outcome.refused = !answer.starts_with("HTTP/1.1 200");
+  const std::string expected =
+      outcome.refused ? "\nRetry-After: " : absl::StrCat("\"completion_tokens\":", kTokens, ",");
+  if (outcome.refused && !answer.starts_with("HTTP/1.1 429")) outcome.complaint = answer;
+  if (answer.find(expected) == answer.npos) outcome.complaint = answer + "(no proper answer)";
+  return outcome;
+}
 
 // Requests a second that complete when just as many clients ask as there are slots.
 double Peak(TestServer* served, double seconds) {
@@ -76,10 +112,13 @@ double Peak(TestServer* served, double seconds) {
 }
 
 TEST_F(OverloadTest, FiveTimesTheLoadIsRefusedAtOnceAndCostsNoGoodput) {
-  const double peak = Peak(served_.get(), 2.0 * kSlowdown);
-  ASSERT_GT(peak, 0);
-  const double rate = 5 * peak;
-  const int offered = std::max(50, static_cast<int>(rate * 3 * kSlowdown));
+  const char* const set = std::getenv("LOCKSTEP_LOAD_SECONDS");
+  const bool long_form = set != nullptr;
+  const double length = long_form ? std::atof(set) : 3.0 * kSlowdown;
+  const double before = Peak(served_.get(), length * 2 / 3);
+  ASSERT_GT(before, 0);
+  const double rate = 5 * before;
+  const int offered = std::max(50, static_cast<int>(rate * length));
   std::vector<Outcome> outcomes(static_cast<size_t>(offered));
   std::vector<std::thread> clients;
   const auto began = steady_clock::now();
@@ -90,31 +129,25 @@ TEST_F(OverloadTest, FiveTimesTheLoadIsRefusedAtOnceAndCostsNoGoodput) {
     clients.emplace_back([&, i] {
       Outcome& outcome = outcomes[static_cast<size_t>(i)];
       const auto sent = steady_clock::now();
-      const auto answer =
-          served_->client().Generate(LongGreedy(absl::StrCat("Count up, ", i), kTokens));
+      const std::string prompt = absl::StrCat("Count up, ", i);
+      outcome = i % 2 == 0 ? AskGrpc(served_.get(), prompt) : AskHttp(served_.get(), prompt);
       outcome.seconds = SecondsSince(sent);
-      outcome.status = answer.status();
-      if (answer.ok())
-        outcome.tokens = static_cast<size_t>(answer->completions(0).token_ids_size());
     });
   }
   for (std::thread& client : clients) client.join();
   const double seconds = SecondsSince(began);
+  // The machine may have become busier or idler meanwhile.
+  const double peak = long_form ? (before + Peak(served_.get(), length * 2 / 3)) / 2 : before;
 
   std::vector<double> refusals;
   int completed = 0;
   for (const Outcome& outcome : outcomes) {
-    if (outcome.status.ok()) {
+    ASSERT_EQ(outcome.complaint, "");
+    if (outcome.refused) {
+      refusals.push_back(outcome.seconds);
+    } else {
       ++completed;
-      EXPECT_EQ(outcome.tokens, kTokens);
-      continue;
     }
-    ASSERT_EQ(outcome.status.code(), absl::StatusCode::kResourceExhausted) << outcome.status;
-    const std::optional<int64_t> delay = Client::RetryDelayMs(outcome.status);
-    ASSERT_TRUE(delay.has_value()) << outcome.status;
-    EXPECT_GE(*delay, 1000);
-    EXPECT_EQ(*delay % 1000, 0) << "whole seconds";
-    refusals.push_back(outcome.seconds);
   }
   ASSERT_FALSE(refusals.empty());
   std::sort(refusals.begin(), refusals.end());
@@ -126,8 +159,8 @@ TEST_F(OverloadTest, FiveTimesTheLoadIsRefusedAtOnceAndCostsNoGoodput) {
       peak, rate, completed, offered, goodput, 100 * goodput / peak, refusals.size(),
       1000 * refusals[refusals.size() / 2], 1000 * p99);
   // The clients of this test live on the same two cores as the server.
-  EXPECT_GE(goodput, 0.5 * peak);
-  EXPECT_LE(refusals[refusals.size() / 2], 0.05 * kSlowdown);
+  EXPECT_GE(goodput, (long_form ? 0.9 : 0.5) * peak);
+  EXPECT_LE(long_form ? p99 : refusals[refusals.size() / 2], 0.05 * kSlowdown);
   ExpectAllBlocksBack();
 }
 

@@ -3,10 +3,13 @@
 #define LOCKSTEP_TESTS_LOAD_LOAD_OPTIONS_H_
 
 #include <sys/types.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdlib>
 #include <fstream>
+#include <sstream>
 #include <string>
 
 #include "absl/strings/match.h"
@@ -32,6 +35,20 @@ inline size_t ProcessMemory(pid_t pid, const std::string& what) {
     if (absl::StartsWith(line, what)) return std::stoul(line.substr(what.size())) * 1024;
   }
   return 0;
+}
+
+// Of all threads, since the process began; in whole ticks of the kernel.
+inline double ProcessCpuSeconds(pid_t pid) {
+  std::ifstream file(absl::StrCat("/proc/", pid, "/stat"));
+  std::string stat;
+  std::getline(file, stat);
+  // Behind the name, which may have blanks: state, ten numbers, user and system time.
+  std::istringstream fields(stat.substr(std::min(stat.size(), stat.rfind(')') + 1)));
+  std::string skipped;
+  double user = 0, system = 0;
+  for (int i = 0; i < 11; ++i) fields >> skipped;
+  fields >> user >> system;
+  return (user + system) / static_cast<double>(sysconf(_SC_CLK_TCK));
 }
 
 }  // namespace lockstep

@@ -33,6 +33,7 @@ bool IsLongForm() { return LoadSetting("LOCKSTEP_LOAD_ROUNDS", 0) > 0; }
 struct StepTimes {
   double mean_ms = 0;    // from plan sent to result
   double period_ms = 0;  // from step to step
+  double cpu_ms = 0;     // of the coordinator, which other load does not change
   double steps = 0;
 };
 
@@ -41,6 +42,9 @@ double Median(std::vector<double> values) {
   const size_t half = values.size() / 2;
   return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
 }
+
+// none, slow, slow, none, ...: what the machine does besides falls on both alike.
+bool IsSlow(int i) { return i % 4 == 1 || i % 4 == 2; }
 
 std::string Body(int i, int max_tokens) {
   return nlohmann::json{{"prompt", absl::StrCat("Tale ", i, ":")},
@@ -58,6 +62,7 @@ class SlowReadersTest : public ::testing::Test {
                                 {"--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs",
                                  std::to_string(readers_ + kBeside)});
     ASSERT_NE(served_, nullptr);
+    coordinator_ = served_->CoordinatorPid();
   }
   void TearDown() override { EXPECT_EQ(served_->Info().epoch(), 1u); }
 
@@ -84,6 +89,7 @@ class SlowReadersTest : public ::testing::Test {
     if (steps == 0) return {};
     return {.mean_ms = 1e3 * (last.sum_s - first.sum_s) / steps,
             .period_ms = 1e3 * (last.at_s - first.at_s) / steps,
+            .cpu_ms = 1e3 * (last.cpu_s - first.cpu_s) / steps,
             .steps = steps};
   }
 
@@ -92,42 +98,47 @@ class SlowReadersTest : public ::testing::Test {
   const int rounds_ = static_cast<int>(LoadSetting("LOCKSTEP_LOAD_ROUNDS", 1));
   const double window_s_ = LoadSeconds(IsLongForm() ? 8 : 1);
   std::unique_ptr<TestServer> served_;
+  pid_t coordinator_ = 0;
 
  private:
   struct Sample {
-    double at_s = 0, sum_s = 0, count = 0;
+    double at_s = 0, sum_s = 0, count = 0, cpu_s = 0;
   };
   Sample Take() {
     Sample sample;
     sample.at_s = std::chrono::duration<double>(steady_clock::now().time_since_epoch()).count();
     sample.sum_s = served_->Metric("lockstep_step_seconds_sum{kind=\"decode\"}");
     sample.count = served_->Metric("lockstep_step_seconds_count{kind=\"decode\"}");
+    sample.cpu_s = ProcessCpuSeconds(coordinator_);
     return sample;
   }
 };
 
 void Report(const char* what, const std::vector<StepTimes>& none,
             const std::vector<StepTimes>& slow) {
-  std::vector<double> means[2], periods[2];
+  std::vector<double> means[2], periods[2], cpu[2], ratios;
   for (const auto& [times, to] : {std::pair(&none, 0), std::pair(&slow, 1)}) {
     for (const StepTimes& each : *times) {
       means[to].push_back(each.mean_ms);
       periods[to].push_back(each.period_ms);
+      cpu[to].push_back(each.cpu_ms);
     }
   }
+  for (size_t i = 0; i < none.size(); ++i) ratios.push_back(means[1][i] / means[0][i]);
   std::printf(
-      "%s, medians of %zu rounds: step %.3f ms without slow readers, %.3f ms with, ratio "
-      "%.3f; from step to step %.3f ms, %.3f ms, ratio %.3f\n",
-      what, none.size(), Median(means[0]), Median(means[1]), Median(means[1]) / Median(means[0]),
-      Median(periods[0]), Median(periods[1]), Median(periods[1]) / Median(periods[0]));
-  const double bound = IsLongForm() ? 1.03 : 2.0;
-  EXPECT_LE(Median(means[1]), bound * Median(means[0]));
+      "%s, medians of %zu rounds: step %.3f ms without slow readers, %.3f ms with; from step to "
+      "step %.3f ms, %.3f ms; ratio of a round's two steps %.3f (%.3f to %.3f); the coordinator's "
+      "processor time a step %.3f ms, %.3f ms\n",
+      what, none.size(), Median(means[0]), Median(means[1]), Median(periods[0]), Median(periods[1]),
+      Median(ratios), *std::min_element(ratios.begin(), ratios.end()),
+      *std::max_element(ratios.begin(), ratios.end()), Median(cpu[0]), Median(cpu[1]));
+  EXPECT_LE(Median(ratios), IsLongForm() ? 1.03 : 2.0);
 }
 
 TEST_F(SlowReadersTest, StepsTakeAsLongWhoeverReads) {
   std::vector<StepTimes> times[2];
   for (int i = 0; i < 2 * rounds_; ++i) {
-    const bool slow = i % 2 == 1;
+    const bool slow = IsSlow(i);
     {
       HttpStreams streams(served_->server().http_port(),
                           slow ? Reading::kTrickle : Reading::kDiscard);
@@ -144,7 +155,7 @@ TEST_F(SlowReadersTest, StepsTakeAsLongWhoeverReads) {
 TEST_F(SlowReadersTest, FinishedAnswersThatNobodyReadsSlowNobody) {
   std::vector<StepTimes> times[2];
   for (int i = 0; i < 2 * rounds_; ++i) {
-    const bool slow = i % 2 == 1;
+    const bool slow = IsSlow(i);
     HttpStreams deaf(served_->server().http_port(), Reading::kTrickle);
     if (slow) {
       Post(&deaf, readers_, 120);
