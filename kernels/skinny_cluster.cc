@@ -47,9 +47,9 @@ Plan PlanOf(const SkinnyClusterArgs& args) {
     const int stages =
         static_cast<int>(std::min<size_t>((kMaxClusterShared - rest) / kClusterStageBytes, 18));
     const int clusters = std::min(max_clusters[split], tiles);
-    // Bytes at what an SM gets of the memory's and of the L2's bandwidth.
-    const double cost = double{1} * DivUp(tiles, clusters) * x_chunks * kClusterStageBytes +
-                        0.8 * x_chunks * rows * kClusterChunk;
+    // In stages: what is streamed, what a tile costs besides, and x from the L2.
+    const double cost =
+        DivUp(tiles, clusters) * (x_chunks + 2 + rows / 16) + 1.9 * x_chunks * rows / kClusterTile;
     if (best.stages != 0 && cost >= least) continue;
     least = cost;
     // More than half an SM's: see kMinGemvShared.
