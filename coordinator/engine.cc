@@ -69,7 +69,8 @@ struct Engine::Impl {
   void GiveUpRecovery(int64_t now_ms);
   void SendPlans();
   void Publish();
-  void CheckWhenIdle();
+  void CheckWhenIdle(int64_t now_ms);
+  void CheckBooks();
   void Snapshot();
   Clock::time_point NextWake() const;
 
@@ -103,7 +104,8 @@ struct Engine::Impl {
   bool stepping = false;    // epoch_open, and no result was found to be a lie
   bool draining = false;
   bool closed = false;
-  bool checked_idle = true;
+  bool busy = false;
+  int64_t check_books_ms = kNoDeadline;  // when, if still idle
   int64_t recovery_deadline_ms = kNoDeadline;
   std::mt19937_64 seeds{std::random_device{}()};
 
@@ -125,13 +127,14 @@ void Engine::Impl::Run() {
     GiveUpRecovery(ToMs(Clock::now()));
     SendPlans();
     Publish();
-    CheckWhenIdle();
+    CheckWhenIdle(ToMs(Clock::now()));
     Snapshot();
   }
+  if (check_books_ms != kNoDeadline) CheckBooks();
 }
 
 Clock::time_point Engine::Impl::NextWake() const {
-  int64_t wake_ms = recovery_deadline_ms;
+  int64_t wake_ms = std::min(recovery_deadline_ms, check_books_ms);
   if (scheduler != nullptr) wake_ms = std::min(wake_ms, scheduler->NextDeadlineMs());
   if (wake_ms == kNoDeadline) return Clock::time_point::max();
   // A deadline that has passed was handled by Schedule(); if its request is still
@@ -321,14 +324,23 @@ void Engine::Impl::EndSequence(RequestId request) {
   if (--it->second.sequences_left == 0) live.erase(it);
 }
 
-// Once per busy period: the books must balance, and nobody may be left waiting.
-void Engine::Impl::CheckWhenIdle() {
+// Once per busy period: the books must balance, and nobody may be left waiting. That
+// takes milliseconds for a large cache, so that a request which comes soon goes first.
+void Engine::Impl::CheckWhenIdle(int64_t now_ms) {
+  constexpr int64_t kQuietMs = 100;
   if (scheduler == nullptr) return;
   if (!Idle() || scheduler->plans_in_flight() > 0) {
-    checked_idle = false;
-    return;
+    busy = true;
+    check_books_ms = kNoDeadline;
+  } else if (std::exchange(busy, false)) {
+    check_books_ms = now_ms + kQuietMs;
+  } else if (now_ms >= check_books_ms) {
+    CheckBooks();
   }
-  if (std::exchange(checked_idle, true)) return;
+}
+
+void Engine::Impl::CheckBooks() {
+  check_books_ms = kNoDeadline;
   const absl::Status books = scheduler->CheckIntegrity();
   if (!books.ok()) LogError(books.ToString());
   LOCKSTEP_CHECK(books.ok());
