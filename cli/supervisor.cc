@@ -47,7 +47,7 @@ struct Child {
   pid_t pid = 0;  // 0: not running
   int64_t started_ms = 0;
   bool was_ready = false;                // in this life
-  int quick_deaths = 0;                  // in a row
+  int young_deaths = 0;                  // in a row
   std::optional<int64_t> restart_at_ms;  // when a restart is due
   std::optional<int64_t> kill_at_ms;     // stopped by a signal: when to replace it
 };
@@ -135,7 +135,7 @@ class Supervisor {
     char note;
     while (read(notes_[0], &note, 1) == 1) {
       const auto apply = [note](Child& child) {
-        if (note == static_cast<char>(SupervisorNote::kServed)) child.quick_deaths = 0;
+        if (note == static_cast<char>(SupervisorNote::kServed)) child.young_deaths = 0;
         child.was_ready = child.pid != 0;
       };
       if (note == static_cast<char>(SupervisorNote::kOpen)) {
@@ -256,22 +256,25 @@ class Supervisor {
 
   void ScheduleRestart(Child& child, int status) {
     const int64_t now = NowMs();
-    const bool quick = now - child.started_ms < options_.young_ms;
+    // A large model takes minutes to load: a death before the group was whole
+    // is as good a sign as a quick one.
+    const bool young = !child.was_ready || now - child.started_ms < options_.young_ms;
     const bool killed = WIFSIGNALED(status) &&
                         (WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGTERM) &&
                         child.was_ready;
-    if (!quick) child.quick_deaths = 0;
-    if (quick && !killed) ++child.quick_deaths;
-    if (child.quick_deaths >= options_.crash_loop_deaths) {
-      last_word_ = absl::StrCat(child.name, ": crash loop: ended ", child.quick_deaths,
-                                " times in a row within ", options_.young_ms,
-                                " ms of its start, the last time with ", DescribeExit(status));
+    if (!young) child.young_deaths = 0;
+    if (young && !killed) ++child.young_deaths;
+    if (child.young_deaths >= options_.crash_loop_deaths) {
+      last_word_ =
+          absl::StrCat(child.name, ": crash loop: ended ", child.young_deaths,
+                       " times in a row before the group was whole or within ", options_.young_ms,
+                       " ms of its start, the last time with ", DescribeExit(status));
       End(1);
       return;
     }
     int64_t pause = 0;
-    if (child.quick_deaths > 0 && !killed) {
-      pause = std::min<int64_t>(options_.max_pause_ms, int64_t{100} << child.quick_deaths);
+    if (child.young_deaths > 0 && !killed) {
+      pause = std::min<int64_t>(options_.max_pause_ms, int64_t{100} << child.young_deaths);
     }
     child.restart_at_ms = now + pause;
     Say(absl::StrCat(child.name, " ended with ", DescribeExit(status), "; starting it again",

@@ -4,10 +4,10 @@
 // whole and is named. A coordinator that is killed is started again too (its
 // workers fence and re-attach); one that exits by itself ends the whole.
 //
-// A quick death counts towards a crash loop unless somebody killed a child that
-// had become ready (SIGKILL or SIGTERM), and a step that is served forgives all
-// before it: random kills are no crash loop. The coordinator tells of both
-// (common/supervisor_link.h).
+// A young death, soon after the start or before the group was whole, counts
+// towards a crash loop unless somebody killed a child that had become ready
+// (SIGKILL or SIGTERM), and a step that is served forgives all before it: random
+// kills are no crash loop. The coordinator tells of both (common/supervisor_link.h).
 #ifndef LOCKSTEP_CLI_SUPERVISOR_H_
 #define LOCKSTEP_CLI_SUPERVISOR_H_
 
@@ -21,8 +21,8 @@ struct SupervisorOptions {
   std::vector<std::string> coordinator;           // argv
   std::vector<std::vector<std::string>> workers;  // argv of each
   bool log_json = false;                          // its own lines on stderr, as --log-format has it
-  int64_t young_ms = 2'000;                       // a life shorter than this is a quick death
-  int crash_loop_deaths = 6;                      // quick deaths with no step served between
+  int64_t young_ms = 2'000;                       // a life shorter than this is a young death
+  int crash_loop_deaths = 6;                      // young deaths with no step served between
   int64_t max_pause_ms = 5'000;                   // between restarts
   int64_t kill_after_ms = 2'000;                  // SIGTERM to SIGKILL for workers at the end
   int64_t kill_stopped_after_ms = 2'500;          // a worker that a signal stopped is replaced

@@ -100,6 +100,17 @@ TEST_F(SupervisorTest, NamesACrashLoopAndEnds) {
   EXPECT_EQ(Starts("w0").size(), 3u);
 }
 
+TEST_F(SupervisorTest, DeathsWhileLoadingAreACrashLoopHoweverLongThatTook) {
+  SupervisorOptions options;
+  options.coordinator = Shell("exec sleep 60");
+  options.workers = {Shell(Note("w0") + "exit 3")};
+  options.crash_loop_deaths = 3;
+  options.young_ms = 0;  // every life is a long one
+  Launch(options);
+  EXPECT_EQ(Wait(), 1);
+  EXPECT_EQ(Starts("w0").size(), 3u);
+}
+
 // A coordinator that calls each new life of the worker ready, and says when it has.
 TEST_F(SupervisorTest, KillsOfReadyWorkersAreNoCrashLoop) {
   SupervisorOptions options;
