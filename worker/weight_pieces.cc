@@ -89,7 +89,7 @@ absl::StatusOr<std::vector<WeightPiece>> CutIntoPieces(
 
 absl::StatusOr<const TensorInfo*> FindChecked(const Checkpoint& checkpoint,
                                               const TensorSlice& slice, bool takes_fp8) {
-  const absl::StatusOr<const TensorInfo*> found = MatchTensor(checkpoint, slice);
+  absl::StatusOr<const TensorInfo*> found = MatchTensor(checkpoint, slice);
   if (!found.ok()) return found;
   const TensorInfo& info = **found;
   const std::string tensor =
