@@ -16,10 +16,8 @@
 #include "absl/strings/str_replace.h"
 
 namespace lockstep {
-namespace {
 
-// A file's bytes come back in these: one line, of text that a terminal shows.
-absl::Status Bad(std::string_view message) {
+absl::Status FlagError(std::string_view message) {
   constexpr size_t kLongest = 1024;
   std::string line;
   for (const char c : message.substr(0, kLongest)) {
@@ -32,6 +30,10 @@ absl::Status Bad(std::string_view message) {
   if (message.size() > kLongest) line += "...";
   return absl::InvalidArgumentError(line);
 }
+
+namespace {
+
+absl::Status Bad(std::string_view message) { return FlagError(message); }
 
 // "--max-model-len" of an option that has that long name.
 std::string LongName(const CLI::Option& option) {

@@ -4,6 +4,7 @@
 #define LOCKSTEP_COMMON_FLAG_SOURCES_H_
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -18,6 +19,10 @@ namespace lockstep {
 // of --config. `app` must have a --config option or none of the file is read.
 // NotFound with the text to print: --help or --version was asked for.
 absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& args);
+
+// InvalidArgument of one line that a terminal shows, whatever bytes a file, a
+// variable or an argument put into `message`.
+absl::Status FlagError(std::string_view message);
 
 // What CLI11 says (the text of a ParseError) in our words, on one line:
 // "--max-tokens 'abc': expected a whole number". `command` has the flags.

@@ -117,7 +117,9 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* o) {
   option("--config", &o->config, "File of flags: key = value lines", g);
 }
 
-absl::Status ValidateOptions(const CoordinatorOptions& o) {
+namespace {
+
+absl::Status Check(const CoordinatorOptions& o) {
   if (o.model.empty()) return Bad("--model: a model directory is needed");
   const absl::Status checks[] = {
       CheckChoice("--backend", o.backend, {"cpu", "cuda"}),
@@ -176,6 +178,14 @@ absl::Status ValidateOptions(const CoordinatorOptions& o) {
                             "--worker-ssl-certfile, or --insecure on a network you trust"));
   }
   return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status ValidateOptions(const CoordinatorOptions& o) {
+  const absl::Status checked = Check(o);
+  if (checked.ok()) return checked;
+  return FlagError(std::string(checked.message()));
 }
 
 std::string AdminAddress(const CoordinatorOptions& options) {

@@ -130,6 +130,7 @@ TEST_F(OptionsTest, BadInputIsOneLineThatNamesIt) {
   EXPECT_THAT(Error({"--model", "m", "--max-num-seqs", "64", "--max-num-batched-tokens", "8"}),
               AllOf(HasSubstr("--max-num-seqs 64"), HasSubstr("--max-num-batched-tokens 8")));
   EXPECT_THAT(Error({"--config", "/nonexistent.conf"}), HasSubstr("/nonexistent.conf"));
+  EXPECT_THAT(Error({"--model", "m", "--host", "a\n\xff"}), HasSubstr("--host a\\x0a\\xff"));
 }
 
 TEST_F(OptionsTest, BadFilesAndVariablesAreNamed) {
