@@ -7,13 +7,16 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/fakes/temp_dir.h"
+#include "tests/integration/sanitizer_reports.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -116,6 +119,9 @@ class InjectedStepFaultTest : public InjectedFaultTest,
                               public ::testing::WithParamInterface<const char*> {};
 
 TEST_P(InjectedStepFaultTest, EndsTheEpochAndTheStreamGoesOn) {
+  // The rank that hangs ends by itself, without the thread that hangs.
+  std::optional<ThreadsMayLeak> leak;
+  if (absl::StartsWith(GetParam(), "hang")) leak.emplace();
   Serve(absl::StrCat(GetParam(), ",epoch=1"));
   const auto began = steady_clock::now();
   const std::vector<uint32_t> tokens = FaultFree(0);
