@@ -1,4 +1,4 @@
-// The one limits table, read by every door. The README's table says the same.
+// The one limits table, read by every door. docs/api.md has it for people.
 // A value at a limit is accepted, one beyond it is refused before anything of
 // its size is allocated.
 #ifndef LOCKSTEP_COORDINATOR_API_LIMITS_H_
