@@ -49,6 +49,7 @@ struct Child {
   bool was_ready = false;                // in this life
   int young_deaths = 0;                  // in a row
   std::optional<int64_t> restart_at_ms;  // when a restart is due
+  std::string word;                      // to be said when it is
   std::optional<int64_t> kill_at_ms;     // stopped by a signal: when to replace it
 };
 
@@ -277,15 +278,24 @@ class Supervisor {
       pause = std::min<int64_t>(options_.max_pause_ms, int64_t{100} << child.young_deaths);
     }
     child.restart_at_ms = now + pause;
-    Say(absl::StrCat(child.name, " ended with ", DescribeExit(status), "; starting it again",
-                     pause > 0 ? absl::StrCat(" in ", pause, " ms") : ""));
+    std::string word =
+        absl::StrCat(child.name, " ended with ", DescribeExit(status), "; starting it again",
+                     pause > 0 ? absl::StrCat(" in ", pause, " ms") : "");
+    // Who was told to end is not worth a word if the one that told him ends too.
+    if (pause > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0) {
+      child.word = std::move(word);
+    } else {
+      Say(word);
+    }
   }
 
   void StartDue() {
     if (ending_) return;
     const int64_t now = NowMs();
     auto start_if_due = [&](Child& child) {
-      if (child.restart_at_ms && *child.restart_at_ms <= now) Start(child);
+      if (!child.restart_at_ms || *child.restart_at_ms > now) return;
+      if (!child.word.empty()) Say(std::exchange(child.word, {}));
+      Start(child);
     };
     start_if_due(coordinator_);
     for (Child& worker : workers_) start_if_due(worker);
