@@ -138,7 +138,7 @@ TEST_F(EngineTest, PlansNothingBetweenALieAndTheEndOfItsEpoch) {
   control_->HoldFailure(true);
   auto sink = Submit(Prompt({1, 2, 3}, 12));
   control_->Answer(2);
-  ASSERT_TRUE(control_->WaitForHeldPlans(1));
+  ASSERT_TRUE(control_->WaitForHeldPlans(2));
   control_->Lie(true);
   control_->Answer(1);
   ASSERT_TRUE(control_->WaitForFailEpoch());

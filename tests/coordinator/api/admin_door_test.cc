@@ -98,7 +98,7 @@ TEST_F(AdminDoorTest, AUnixSocketIsForThisUserAlone) {
 }
 
 TEST_F(AdminDoorTest, WhatCannotBeListenedOnIsNamed) {
-  for (const char* far : {"0.0.0.0:0", "[::]:0", "example.org:1", ":5"}) {
+  for (const char* far : {"0.0.0.0:0", "[::]:0", "192.0.2.1:1", ":5"}) {
     EXPECT_THAT(Error(far), HasSubstr("never leaves this host")) << far;
   }
   for (const char* bad : {"127.0.0.1", "127.0.0.1:x", "127.0.0.1:65536", "localhost:-1"}) {
