@@ -8,8 +8,9 @@
 
 #include "CLI/CLI.hpp"
 #include "cli/commands.h"
-#include "cli/suggest.h"
 #include "common/flag_sources.h"
+#include "common/suggest.h"
+#include "common/variables.h"
 #include "common/version.h"
 
 namespace {
@@ -86,6 +87,12 @@ int main(int argc, char** argv) {
   if (!chosen) {
     std::fputs(app.help().c_str(), stdout);
     return 0;
+  }
+  // serve says them in its log's format.
+  if (!app.got_subcommand("serve")) {
+    for (const std::string& line : lockstep::TakeUnknownVariables()) {
+      std::fprintf(stderr, "lockstep: %s\n", line.c_str());
+    }
   }
   return chosen();
 }

@@ -15,6 +15,8 @@
 #include "cli/private_folder.h"
 #include "cli/supervisor.h"
 #include "common/flag_sources.h"
+#include "common/log.h"
+#include "common/variables.h"
 #include "coordinator/options.h"
 
 namespace lockstep {
@@ -23,6 +25,19 @@ namespace {
 int Fail(const absl::Status& status, int code) {
   std::fprintf(stderr, "lockstep serve: %s\n", std::string(status.message()).c_str());
   return code;
+}
+
+// As a line of the log where that is JSON, which something may read line by line.
+void SayUnknownVariables(const CoordinatorOptions& options) {
+  const bool json = options.log_format == "json";
+  if (json) InitLog({.json = true, .source = "serve"});
+  for (const std::string& line : TakeUnknownVariables()) {
+    if (json) {
+      LogWarning(line);
+    } else {
+      std::fprintf(stderr, "lockstep serve: %s\n", line.c_str());
+    }
+  }
 }
 
 // Fills in the daemons' command lines. `args` are serve's own flags, which the
@@ -59,7 +74,9 @@ int RunServe(const std::vector<std::string>& args) {
   CLI::App app{"Serve a model on this host.", "lockstep serve"};
   CoordinatorOptions options;
   AddCoordinatorFlags(app, &options);
-  if (absl::Status parsed = ParseWithSources(app, args); !parsed.ok()) return Fail(parsed, 2);
+  const absl::Status parsed = ParseWithSources(app, args);
+  SayUnknownVariables(options);
+  if (!parsed.ok()) return Fail(parsed, 2);
   if (options.print_config) {
     std::fputs(PrintConfig(app).c_str(), stdout);
     return 0;

@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "common/variables.h"
 
 namespace lockstep {
 
@@ -40,11 +41,6 @@ std::string LongName(const CLI::Option& option) {
   return option.get_lnames().empty() ? "" : option.get_lnames().front();
 }
 
-std::string Variable(std::string_view name) {
-  return absl::StrCat("LOCKSTEP_",
-                      absl::AsciiStrToUpper(absl::StrReplaceAll(std::string(name), {{"-", "_"}})));
-}
-
 // The value of --config among `args`, or of its variable.
 std::string ConfigPath(const std::vector<std::string>& args) {
   std::string path;
@@ -56,14 +52,21 @@ std::string ConfigPath(const std::vector<std::string>& args) {
   return path;
 }
 
-// CLI11 takes the argument after "--name=" for an empty value; apart, it is one.
-void Append(std::string_view name, const std::string& value, std::vector<std::string>* args) {
-  if (value.empty()) {
-    args->push_back(absl::StrCat("--", std::string(name)));
-    args->push_back("");
-  } else {
-    args->push_back(absl::StrCat("--", std::string(name), "=", value));
+// CLI11 takes the argument after "--name=" for an empty value; apart, it is one, but
+// to a switch it would be an argument of its own. `source`: said of a bad one.
+absl::Status Append(const CLI::App& app, const std::string& name, const std::string& value,
+                    const std::string& source, std::vector<std::string>* args) {
+  if (!value.empty()) {
+    args->push_back(absl::StrCat("--", name, "=", value));
+    return absl::OkStatus();
   }
+  const CLI::Option* const option = app.get_option_no_throw("--" + name);
+  if (option != nullptr && option->get_expected_max() == 0) {
+    return Bad(absl::StrCat("--", name, " '': expected true or false", source));
+  }
+  args->push_back(absl::StrCat("--", name));
+  args->push_back("");
+  return absl::OkStatus();
 }
 
 // A value that begins and ends with `quote`. Between double ones \", \\, \n and \r
@@ -135,7 +138,8 @@ absl::Status AppendFile(const CLI::App& app, const std::string& path,
         return Bad(absl::StrCat("--config ", path, ": ", key, ": expected one value"));
       }
     }
-    Append(key, value, args);
+    const std::string source = absl::StrCat(" (in --config ", path, ")");
+    if (absl::Status added = Append(app, key, value, source, args); !added.ok()) return added;
   }
   return absl::OkStatus();
 }
@@ -161,15 +165,18 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
   for (const CLI::Option* option : std::as_const(app).get_options()) {
     const std::string name = LongName(*option);
     if (name.empty() || name == "help" || name == "version" || name == "config") continue;
-    if (const char* value = std::getenv(Variable(name).c_str())) {
-      Append(name, value, &all);
-      from_environment.insert(name);
-    }
+    const std::string variable = FlagVariable(name);
+    const char* const value = std::getenv(variable.c_str());
+    if (value == nullptr || IsServiceLink(variable, value)) continue;
+    const std::string source = absl::StrCat(" (", variable, " is set)");
+    if (absl::Status added = Append(app, name, value, source, &all); !added.ok()) return added;
+    from_environment.insert(name);
   }
   const size_t num_inherited = all.size();
   for (const std::string& arg : args) {
     if (absl::StartsWith(arg, "--") && arg.find('=') == arg.size() - 1) {
-      Append(std::string_view(arg).substr(2, arg.size() - 3), "", &all);
+      const std::string name = arg.substr(2, arg.size() - 3);
+      if (absl::Status added = Append(app, name, "", "", &all); !added.ok()) return added;
     } else {
       all.push_back(arg);
     }
@@ -188,7 +195,7 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
     std::string line = FlagErrorLine(app, e.what());
     for (const std::string& name : from_environment) {
       if (absl::StrContains(line, absl::StrCat("--", name))) {
-        absl::StrAppend(&line, " (", Variable(name), " is set)");
+        absl::StrAppend(&line, " (", FlagVariable(name), " is set)");
       }
     }
     if (!path.empty() && num_inherited > from_environment.size()) {

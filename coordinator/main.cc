@@ -26,6 +26,7 @@
 #include "common/process_events.h"
 #include "common/service_manager.h"
 #include "common/supervisor_link.h"
+#include "common/variables.h"
 #include "common/version.h"
 #include "coordinator/api/server.h"
 #include "coordinator/engine.h"
@@ -261,6 +262,9 @@ int Main(int argc, char** argv) {
     std::fputs(std::string(parsed.message()).c_str(), stdout);
     return 0;
   }
+  InitLog({ParseLogLevel(options.log_level).value_or(LogLevel::kInfo), options.log_format == "json",
+           "coordinator"});
+  for (const std::string& line : TakeUnknownVariables()) LogWarning(line);
   if (parsed.ok() && options.print_config) {
     std::fputs(PrintConfig(app).c_str(), stdout);
     return 0;
@@ -272,7 +276,6 @@ int Main(int argc, char** argv) {
   }
   // gRPC's own lines would come between ours; what it has to say is in our errors.
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
-  InitLog({ParseLogLevel(options.log_level).value(), options.log_format == "json", "coordinator"});
   if (options.exit_with_parent && !DieWithParent()) return 1;
   const absl::StatusOr<ProcessEvents> events = ProcessEvents::Install();
   if (!events.ok()) return Fail(events.status());

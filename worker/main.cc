@@ -20,6 +20,7 @@
 #include "common/process_events.h"
 #include "common/service_manager.h"
 #include "common/supervisor_link.h"
+#include "common/variables.h"
 #include "common/version.h"
 #include "wire/plane_tls.h"
 #include "worker/checkpoint_host.h"
@@ -242,6 +243,10 @@ int Main(int argc, char** argv) {
     std::fputs(std::string(parsed.message()).c_str(), stdout);
     return 0;
   }
+  InitLog({.level = ParseLogLevel(options.log_level).value_or(LogLevel::kInfo),
+           .json = options.log_format == "json",
+           .source = absl::StrCat("worker ", getpid())});
+  for (const std::string& line : TakeUnknownVariables()) LogWarning(line);
   if (!parsed.ok()) return Fail(parsed, 2);
   if (options.print_config) {
     std::fputs(PrintConfig(app).c_str(), stdout);
@@ -250,9 +255,6 @@ int Main(int argc, char** argv) {
   if (const absl::Status valid = Validate(options); !valid.ok()) return Fail(valid, 2);
   // gRPC's own lines would come between ours; what it has to say is in our errors.
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
-  InitLog({.level = *ParseLogLevel(options.log_level),
-           .json = options.log_format == "json",
-           .source = absl::StrCat("worker ", getpid())});
   // Before any thread: they inherit the blocked signals.
   const absl::StatusOr<ProcessEvents> events = ProcessEvents::Install();
   if (!events.ok()) return Fail(events.status(), 1);

@@ -94,12 +94,29 @@ TEST_F(OptionsTest, SwitchesComeFromEverySource) {
   EXPECT_TRUE(options_.insecure);
 }
 
+TEST_F(OptionsTest, AServiceOfKubernetesIsNoValue) {
+  const std::string file = File("http-port = 8080\n");
+  SetVariable("LOCKSTEP_HTTP_PORT", "tcp://10.0.0.1:80");
+  SetVariable("LOCKSTEP_GRPC_PORT", "50061");
+  ASSERT_TRUE(Parse({"--config", file}).ok());
+  EXPECT_EQ(options_.http_port, 8080u);
+  EXPECT_EQ(options_.grpc_port, 50061u);
+}
+
 TEST_F(OptionsTest, AnEmptyValueIsAValue) {
   SetVariable("LOCKSTEP_QUANTIZATION", "");
   ASSERT_TRUE(Parse({"--served-model-name=", "--block-size", "8", "--port-file", ""}).ok());
   EXPECT_EQ(options_.served_model_name, "");
   EXPECT_EQ(options_.quantization, "");
   EXPECT_EQ(options_.block_size, 8u);
+}
+
+TEST_F(OptionsTest, ASwitchIsTrueOrFalse) {
+  EXPECT_EQ(Error({"--insecure="}), "--insecure '': expected true or false");
+  EXPECT_THAT(Error({"--config", File("reflection =\n")}),
+              AllOf(HasSubstr("--reflection ''"), HasSubstr("in --config ")));
+  SetVariable("LOCKSTEP_INSECURE", "");
+  EXPECT_EQ(Error({}), "--insecure '': expected true or false (LOCKSTEP_INSECURE is set)");
 }
 
 TEST_F(OptionsTest, TheLastOfARepeatedFlagWins) {

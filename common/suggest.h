@@ -1,6 +1,6 @@
 // "did you mean": the known word nearest to a mistyped one.
-#ifndef LOCKSTEP_CLI_SUGGEST_H_
-#define LOCKSTEP_CLI_SUGGEST_H_
+#ifndef LOCKSTEP_COMMON_SUGGEST_H_
+#define LOCKSTEP_COMMON_SUGGEST_H_
 
 #include <optional>
 #include <string>
@@ -18,4 +18,4 @@ std::optional<std::string> NearestWord(std::string_view typed,
 
 }  // namespace lockstep
 
-#endif  // LOCKSTEP_CLI_SUGGEST_H_
+#endif  // LOCKSTEP_COMMON_SUGGEST_H_
