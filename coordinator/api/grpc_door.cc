@@ -50,17 +50,18 @@ class ReflectionOption : public grpc::ServerBuilderOption {
   const bool on_;
 };
 
-void SetLimits(grpc::ServerBuilder* builder) {
+void SetLimits(const GrpcPings& pings, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(limits::kBodyBytes));
   builder->SetMaxSendMessageSize(kMaxSendBytes);
   // Two servers must not share a port by accident.
   builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  // Clients may ping an idle connection every 30 s, with or without a call.
+  // Clients may ping an idle connection, with or without a call.
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10'000);
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                              pings.client_interval_ms);
   // A client whose host vanished is noticed, and its requests cancelled.
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60'000);
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, pings.interval_ms);
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, pings.timeout_ms);
   // Messages that are being received, of all connections: beyond it they wait.
   grpc::ResourceQuota quota("door");
   quota.Resize(limits::kBodyBytesInFlight);
@@ -90,14 +91,17 @@ std::shared_ptr<grpc::ServerCredentials> Credentials(const TlsFiles& tls) {
 
 struct GrpcDoor::Impl {
   RequestPath* path;
+  GrpcPings pings;
   std::unique_ptr<grpc::Service> service;
   int port = 0;
   std::mutex mutex;
   std::unique_ptr<grpc::Server> server;  // guarded by mutex
 };
 
-GrpcDoor::GrpcDoor(RequestPath* path, ApiKeys* keys) : impl_(std::make_unique<Impl>()) {
+GrpcDoor::GrpcDoor(RequestPath* path, ApiKeys* keys, GrpcPings pings)
+    : impl_(std::make_unique<Impl>()) {
   impl_->path = path;
+  impl_->pings = pings;
   impl_->service = MakeInferenceService(path, keys);
 }
 
@@ -110,7 +114,7 @@ absl::Status GrpcDoor::Start(const std::string& host, int port, const TlsFiles& 
   if (!free.ok()) return free;
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
-  SetLimits(&builder);
+  SetLimits(impl_->pings, &builder);
   builder.SetOption(std::make_unique<ReflectionOption>(reflection));
   builder.RegisterService(impl_->service.get());
   int bound = 0;

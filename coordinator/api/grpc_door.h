@@ -11,14 +11,22 @@
 #include "absl/status/status.h"
 #include "common/tls_files.h"
 #include "coordinator/api/api_keys.h"
+#include "coordinator/api/limits.h"
 #include "coordinator/api/request_path.h"
 
 namespace lockstep {
 
+// HTTP/2 pings, in both directions. The defaults are the table's; tests shorten them.
+struct GrpcPings {
+  int interval_ms = limits::kGrpcPingSeconds * 1000;
+  int timeout_ms = limits::kGrpcAnswerSeconds * 1000;
+  int client_interval_ms = limits::kGrpcClientPingSeconds * 1000;
+};
+
 class GrpcDoor {
  public:
-  // Both outlive the door; without `keys` everybody may ask.
-  GrpcDoor(RequestPath* path, ApiKeys* keys);
+  // Both pointers outlive the door; without `keys` everybody may ask.
+  GrpcDoor(RequestPath* path, ApiKeys* keys, GrpcPings pings = {});
   ~GrpcDoor();  // Stop(0)
 
   // port 0 picks one. Unavailable, one line, when the address cannot be had.

@@ -17,7 +17,12 @@ inline constexpr int kHttpHeaderSeconds = 10;                   // from a reques
 inline constexpr int kHttpBodySeconds = 60;                     // from the end of its header
 inline constexpr int kHttpIdleSeconds = 75;                     // between requests
 inline constexpr int kHttpWriteSeconds = 60;  // a client that reads nothing for so long is gone
-inline constexpr int kSsePingSeconds = 15;  // a stream without a token for so long shows a comment
+inline constexpr int kSsePingSeconds = 15;   // a stream without a token for so long shows a comment
+inline constexpr int kGrpcPingSeconds = 60;  // a gRPC connection silent for so long is asked
+inline constexpr int kGrpcAnswerSeconds = 20;  // ... and is gone when it does not answer in this
+// gRPC clients may ping an idle connection so often, and twice oftener; then
+// ENHANCE_YOUR_CALM. Half of the shortest interval in use, so that no jitter counts.
+inline constexpr int kGrpcClientPingSeconds = 5;
 inline constexpr int kJsonDepth = 64;
 inline constexpr size_t kJsonValues = 1 << 19;
 

@@ -87,7 +87,7 @@ absl::Status ApiServer::Start(EngineClient* engine) {
                                             options.text_threads);
   std::unique_ptr<GrpcDoor> grpc;
   if (options.grpc_port >= 0) {
-    grpc = std::make_unique<GrpcDoor>(path.get(), keys.get());
+    grpc = std::make_unique<GrpcDoor>(path.get(), keys.get(), options.grpc_pings);
     absl::Status status =
         grpc->Start(options.host, options.grpc_port, options.tls, options.reflection);
     if (!status.ok()) return status;
@@ -105,6 +105,7 @@ absl::Status ApiServer::Start(EngineClient* engine) {
         HttpServerOptions{.host = options.host,
                           .port = options.http_port,
                           .max_connections = options.max_http_connections,
+                          .write_timeout_ms = options.write_timeout_ms,
                           .ping_interval_ms = options.ping_interval_ms,
                           .tls = options.tls},
         routes.get());

@@ -25,6 +25,7 @@
 
 #include "absl/status/status.h"
 #include "common/tls_files.h"
+#include "coordinator/api/grpc_door.h"
 #include "coordinator/api/limits.h"
 #include "coordinator/api/served_model.h"
 #include "coordinator/engine.h"
@@ -46,6 +47,8 @@ struct ApiOptions {
   // Where lockstep.v1.Admin answers: loopback or unix:PATH; "" for nowhere.
   std::string admin_address;
   int64_t ping_interval_ms = limits::kSsePingSeconds * 1000;
+  int64_t write_timeout_ms = limits::kHttpWriteSeconds * 1000;
+  GrpcPings grpc_pings;
   int text_threads = 2;
 };
 
