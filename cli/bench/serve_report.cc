@@ -22,7 +22,7 @@ body { margin: 2rem auto; max-width: 1120px; padding: 0 1rem; background: var(--
        color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 p { color: var(--soft); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
@@ -112,11 +112,12 @@ std::string SweepPlots(const Json& report, const char* loop, const std::string& 
   std::sort(points.begin(), points.end(), [](const Json& a, const Json& b) {
     return a.at("value").get<double>() < b.at("value").get<double>();
   });
-  const Plot rates{"Requests answered, and within the SLO",
-                   x_label,
-                   "requests/s",
-                   {AgainstLoad(points, "answered", "requests_per_second"),
-                    AgainstLoad(points, "goodput", "goodput_per_second")}};
+  Plot rates{"Requests answered, and within the SLO",
+             x_label,
+             "requests/s",
+             {AgainstLoad(points, "answered", "requests_per_second"),
+              AgainstLoad(points, "goodput", "goodput_per_second")}};
+  rates.series.back().dashed = true;  // often the same
   const Plot tokens{"Output",
                     x_label,
                     "tokens/s",
@@ -195,7 +196,8 @@ std::string ServeHtml(const Json& report) {
       "<title>Lockstep under load</title>\n<style>",
       kPageStyle, std::string(PlotStyle()),
       "</style></head><body>\n<h1>Lockstep under load</h1>\n<p>", EscapeHtml(Sentence(report)),
-      "</p>\n", HtmlTable(report), SweepPlots(report, "open", "requests/s offered"),
+      " Times are in ms.</p>\n", HtmlTable(report),
+      SweepPlots(report, "open", "requests/s offered"),
       SweepPlots(report, "closed", "requests under way"),
       "<h2>Distributions</h2>\n<div class=\"plots\">\n",
       SvgPlot(Cumulative(report, "Time to first token", "ttft_ms")),

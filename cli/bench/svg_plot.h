@@ -14,6 +14,7 @@ namespace lockstep {
 struct PlotSeries {
   std::string name;
   std::vector<std::pair<double, double>> points;  // x ascending
+  bool dashed = false;                            // shows one that lies under it
 };
 
 struct Plot {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "cli/bench/prompts.h"
 #include "cli/bench/request_log.h"
 #include "cli/bench/serve_figures.h"
@@ -202,7 +203,20 @@ TEST(SvgPlot, TicksAreRoundNumbers) {
 TEST(SvgPlot, KeepsPointsInsideAndSaysWhenThereAreNone) {
   EXPECT_THAT(SvgPlot({"t", "x", "y", {}}), HasSubstr("no data"));
   const std::string svg = SvgPlot({"t", "x", "y", {{"s", {{0, 0}, {10, 100}}}}});
-  EXPECT_THAT(svg, HasSubstr("points=\"62.0,254.0 506.0,58.0 \""));
+  EXPECT_THAT(svg, HasSubstr("points=\"62.0,247.0 506.0,51.0 \""));
+}
+
+// However many there are: the plot begins under them, and no two look alike.
+TEST(SvgPlot, ManyNamesStandAboveThePlot) {
+  Plot plot{"t", "x", "y", {}};
+  for (int i = 0; i < 14; ++i) plot.series.push_back({absl::StrCat("at ", i), {{0, 0}, {10, 9}}});
+  const std::string svg = SvgPlot(plot);
+  EXPECT_THAT(svg, HasSubstr("y=\"49\">at 13<"));  // the second line
+  EXPECT_THAT(svg, HasSubstr("points=\"62.0,261.0 506.0,84.6 \""));
+  EXPECT_THAT(svg, HasSubstr("viewBox=\"0 0 520 307\""));
+  for (const char* look : {"line c1\"", "line c1 d1\"", "line c1 d2\""}) {
+    EXPECT_THAT(svg, HasSubstr(absl::StrCat("<polyline class=\"", look))) << look;
+  }
 }
 
 }  // namespace
