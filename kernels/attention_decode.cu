@@ -16,13 +16,15 @@ constexpr int kBlocksWanted = 264;
 
 int RoundedDim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-Kernel FindKernel(Type type, Type kv_type, int head_dim, int group) {
-  const int dim = RoundedDim(head_dim), head_tiles = group <= 8 ? 1 : 2;
-  if (type == Type::kBF16 && kv_type == Type::kBF16) return decode::FindBF16(dim, head_tiles);
-  if (type == Type::kF16 && kv_type == Type::kF16) return decode::FindF16(dim, head_tiles);
+int HeadTiles(int group) { return group <= 8 ? 1 : 2; }
+
+Kernel FindKernel(Type type, Type kv_type, int head_dim, int group, bool ring) {
+  const int dim = RoundedDim(head_dim), head_tiles = HeadTiles(group);
+  if (type == Type::kBF16 && kv_type == Type::kBF16) return decode::FindBF16(dim, head_tiles, ring);
+  if (type == Type::kF16 && kv_type == Type::kF16) return decode::FindF16(dim, head_tiles, ring);
   if (kv_type != Type::kE4M3) return nullptr;
-  if (type == Type::kBF16) return decode::FindBF16OverE4M3(dim, head_tiles);
-  if (type == Type::kF16) return decode::FindF16OverE4M3(dim, head_tiles);
+  if (type == Type::kBF16) return decode::FindBF16OverE4M3(dim, head_tiles, ring);
+  if (type == Type::kF16) return decode::FindF16OverE4M3(dim, head_tiles, ring);
   return nullptr;
 }
 
@@ -71,6 +73,8 @@ Shares Choose(int pairs, int max_context, int splits) {
 }
 
 constexpr int kMaxBriefPairs = 128;
+// Fewer are done before a ring pays, more keep the device busy without.
+constexpr int kMinRingPairs = 128, kMaxRingPairs = 256;
 // Rows and KV heads for which Choose may return several clusters.
 constexpr int kMaxPairsOfClusters = kBlocksWanted / (2 * decode::kMaxCluster);
 constexpr size_t kArrivedBytes = kMaxPairsOfClusters * decode::kMaxCluster * sizeof(int);
@@ -103,13 +107,16 @@ cudaError_t InitDecodeAttention() {
   for (const auto& pair : pairs) {
     for (int dim : {64, 128, 256}) {
       for (int group : {1, decode::kMaxGroup}) {
-        const Kernel kernel = FindKernel(pair[0], pair[1], dim, group);
-        cudaError_t status = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(decode::SharedBytes(decode::kMaxGroup, dim, decode::kMaxCluster)));
-        if (status != cudaSuccess) return status;
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-        if (status != cudaSuccess) return status;
+        for (bool ring : {false, true}) {
+          const Kernel kernel = FindKernel(pair[0], pair[1], dim, group, ring);
+          cudaError_t status =
+              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(decode::SharedBytes(
+                                       decode::kMaxGroup, dim, decode::kMaxCluster, ring)));
+          if (status != cudaSuccess) return status;
+          status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+          if (status != cudaSuccess) return status;
+        }
       }
     }
   }
@@ -181,13 +188,19 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
     p.partial_statistics = reinterpret_cast<float2*>(p.partials + static_cast<size_t>(pairs) *
                                                                       shares.clusters * quads);
   }
-  const Kernel kernel = FindKernel(args.type, args.kv.type, args.kv.head_dim, group);
+  const int per_warp = args.max_context / (decode::kTile * decode::kWarps * shares.cluster_size);
+  const bool ring =
+      decode::HasRing(RoundedDim(args.kv.head_dim), HeadTiles(group)) &&
+      (args.ring != 0 ? args.ring > 0
+                      : pairs >= kMinRingPairs && pairs <= kMaxRingPairs && per_warp > 1);
+  p.warp_bytes = decode::WarpBytes(group, args.kv.head_dim, ring);
+  const Kernel kernel = FindKernel(args.type, args.kv.type, args.kv.head_dim, group, ring);
   const dim3 grid(shares.cluster_size * shares.clusters, args.kv.kv_heads, args.num_rows);
   // Of 512 rows and KV heads at 1K of context 90 us if brief, 73 if not.
   const Launch own = {
       .stream = launch.stream, .pdl = launch.pdl, .brief = launch.brief && pairs <= kMaxBriefPairs};
   return LaunchKernel(own, kernel, grid, decode::kThreads,
-                      decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size),
+                      decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size, ring),
                       shares.cluster_size, p);
 }
 

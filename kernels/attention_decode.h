@@ -50,6 +50,9 @@ struct DecodeAttentionArgs {
   // Thread blocks a row and KV head: 0 chooses by num_rows; a power of two up to
   // 16 makes a row's bits independent of how many rows there are.
   int splits = 0;
+  // Tiles on their way through shared memory: 0 chooses by num_rows; 1 with, -1 without,
+  // where the shape has both. The same bits.
+  int ring = 0;
   void* workspace = nullptr;  // DecodeAttentionWorkspaceBytes, zeroed once
 
   // The caller's word that slots, positions, tables and every position before a

@@ -19,6 +19,7 @@
 #include "kernels/attention_decode_launch.h"
 #include "kernels/attention_decode_merge.cuh"
 #include "kernels/attention_mma.cuh"
+#include "kernels/cluster.cuh"
 
 namespace lockstep::kernels::decode {
 
@@ -86,15 +87,26 @@ class Tiles {
   int32_t block_ = 0;
 };
 
-// Rotates chunk `chunk` of a head in place; `partner` holds the other half's.
+// What turns chunk `chunk` of a head: cosine and sine of eight elements.
+struct Angles {
+  float4 twos[4];
+  bool low;  // of a head's first half
+
+  __device__ __forceinline__ void Load(const float2* rotary, int chunk, int half) {
+    low = chunk * 8 < half;
+    const float4* at =
+        reinterpret_cast<const float4*>(rotary + (low ? chunk * 8 : chunk * 8 - half));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) twos[i] = __ldg(at + i);
+  }
+};
+// Rotates a chunk in place; `partner` holds the other half's.
 __device__ __forceinline__ void Rotate(float (&x)[8], const float (&partner)[8],
-                                       const float2* rotary, int chunk, int half) {
-  const bool low = chunk * 8 < half;
-  const float4* angles =
-      reinterpret_cast<const float4*>(rotary + (low ? chunk * 8 : chunk * 8 - half));
+                                       const Angles& angles) {
+  const bool low = angles.low;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float4 two = __ldg(angles + i);
+    const float4 two = angles.twos[i];
     const float sin0 = low ? -two.y : two.y, sin1 = low ? -two.w : two.w;
     x[2 * i] = __fmaf_rn(partner[2 * i], sin0, x[2 * i] * two.x);
     x[2 * i + 1] = __fmaf_rn(partner[2 * i + 1], sin1, x[2 * i + 1] * two.z);
@@ -126,9 +138,10 @@ class OwnPosition {
         k_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.k) + offset) + threadIdx.x % 32),
         v_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.v) + offset) + threadIdx.x % 32) {}
 
-  __device__ __forceinline__ void Request(int row) {
+  __device__ __forceinline__ void Request(int row, const float2* rotary) {
     const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8, half = chunks / 2;
     if (chunk >= chunks) return;
+    if (rotary != nullptr) angles_.Load(rotary, chunk, p_.head_dim / 2);
     if (p_.fresh_k == nullptr) {
       k_ = __ldcg(k_at_);
       v_ = __ldcg(v_at_);
@@ -148,7 +161,7 @@ class OwnPosition {
         float x[8], partner[8];
         Unpack<T, 8>(fresh_k_, x);
         Unpack<T, 8>(partner_, partner);
-        if (rotary != nullptr) Rotate(x, partner, rotary, chunk, p_.head_dim / 2);
+        if (rotary != nullptr) Rotate(x, partner, angles_);
         k_ = Narrow<KV>(x, p_.inverse_k_scale);
         Unpack<T, 8>(fresh_v_, x);
         v_ = Narrow<KV>(x, p_.inverse_v_scale);
@@ -167,44 +180,114 @@ class OwnPosition {
   Raw* v_at_;
   Raw k_ = {}, v_ = {};
   Packed<T, 8> fresh_k_ = {}, partner_ = {}, fresh_v_ = {};
+  Angles angles_ = {};
 };
 
-// What a lane needs of q: chunks c + 4 j of head r of each tile of 8, zero where
+// The block's query heads, turned, scaled and as the products take them: [head][chunk].
+// Together, since every warp waits as long for what one thread would load as for all.
+template <typename T, typename M>
+__device__ __forceinline__ void StageQuery(const Params& p, int row, const float2* rotary,
+                                           uint4* to) {
+  const int chunks = p.head_dim / 8, half = chunks / 2;
+  const T* heads = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride +
+                   static_cast<int64_t>(blockIdx.y) * p.group * p.head_dim;
+  for (int i = threadIdx.x; i < p.group * chunks; i += kThreads) {
+    const int head = i / chunks, chunk = i - head * chunks;
+    const T* at = heads + head * p.head_dim;
+    const Packed<T, 8> own = LoadChunk(at, chunk);
+    if (std::is_same_v<T, M> && rotary == nullptr) {
+      to[i] = own.raw;
+      continue;
+    }
+    float x[8];
+    if (rotary != nullptr) {
+      const Packed<T, 8> other = LoadChunk(at, chunk < half ? chunk + half : chunk - half);
+      Angles angles;
+      angles.Load(rotary, chunk, p.head_dim / 2);
+      float partner[8];
+      Unpack<T, 8>(own, x);
+      Unpack<T, 8>(other, partner);
+      Rotate(x, partner, angles);
+    } else {
+      Unpack<T, 8>(own, x);
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] *= p.q_factor;
+    to[i] = Pack<M, 8>(x).raw;
+  }
+}
+
+// What a lane needs of that: chunks c + 4 j of head r of each tile of 8, zero where
 // there is no such head or chunk.
-template <typename T, typename M, int kHeadTiles, int kKChunks>
-__device__ __forceinline__ void LoadQuery(const Params& p, int row, const float2* rotary,
+template <int kHeadTiles, int kKChunks>
+__device__ __forceinline__ void LoadQuery(const Params& p, const uint4* staged,
                                           uint4 (&q)[kHeadTiles][kKChunks]) {
-  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const int last_chunk = p.head_dim / 8 - 1, half = p.head_dim / 16;
+  const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, chunks = p.head_dim / 8;
 #pragma unroll
   for (int n = 0; n < kHeadTiles; ++n) {
-    const int head = min(8 * n + r, p.group - 1);
-    const T* at = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride +
-                  (static_cast<int>(blockIdx.y) * p.group + head) * p.head_dim;
 #pragma unroll
     for (int j = 0; j < kKChunks; ++j) {
-      const int chunk = min(c + 4 * j, last_chunk);
-      const Packed<T, 8> own = LoadChunk(at, chunk);
-      if (std::is_same_v<T, M> && rotary == nullptr) {
-        q[n][j] = own.raw;
-      } else {
-        float x[8], partner[8];
-        Unpack<T, 8>(own, x);
-        if (rotary != nullptr) {
-          Unpack<T, 8>(LoadChunk(at, chunk < half ? chunk + half : chunk - half), partner);
-          Rotate(x, partner, rotary, chunk, p.head_dim / 2);
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] *= p.q_factor;
-        q[n][j] = Pack<M, 8>(x).raw;
-      }
-      if (8 * n + r >= p.group || c + 4 * j > last_chunk) q[n][j] = make_uint4(0, 0, 0, 0);
+      const int head = 8 * n + r, chunk = c + 4 * j;
+      q[n][j] =
+          head < p.group && chunk < chunks ? staged[head * chunks + chunk] : make_uint4(0, 0, 0, 0);
     }
   }
 }
 
+// A warp's next tiles on their way through shared memory by the copy engine: a tile of
+// K or of V is one piece of the cache. The warp's first lane asks; all of it waits.
+template <typename KV, int kDim>
+class Ring {
+ public:
+  static constexpr int kHalf = kTile * kDim * static_cast<int>(sizeof(KV));  // K or V of a tile
+  static constexpr int kStages = kRingBytes / (2 * kHalf);
+  using Barriers = uint64_t[kStages][2];
+
+  __device__ __forceinline__ Ring(const Params& p, void* memory, Barriers& barriers)
+      : p_(p), memory_(static_cast<uint8_t*>(memory)), barriers_(barriers) {}
+  __device__ __forceinline__ void Init() {
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) {
+        BarrierInit(&barriers_[i][0], 1);
+        BarrierInit(&barriers_[i][1], 1);
+      }
+      FenceBarrierInit();
+    }
+    __syncwarp();
+  }
+  // The i-th tile's K (part 0) or V (part 1), once every lane has read what was there.
+  __device__ __forceinline__ void Ask(int i, int part, const KV* from) {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    const uint32_t bytes = kTile * p_.head_dim * static_cast<uint32_t>(sizeof(KV));
+    BarrierArriveExpecting(&barriers_[i % kStages][part], bytes);
+    BulkCopy(At(i, part), from, bytes, &barriers_[i % kStages][part]);
+  }
+  __device__ __forceinline__ void Await(int i, int part) {
+    AwaitBarrier(&barriers_[i % kStages][part], i / kStages & 1);
+  }
+  // Of position `row` of the tile.
+  __device__ __forceinline__ const typename Chunk<KV>::Raw* Row(int i, int part, int row) const {
+    return reinterpret_cast<const typename Chunk<KV>::Raw*>(
+        At(i, part) + row * p_.head_dim * static_cast<int>(sizeof(KV)));
+  }
+
+ private:
+  __device__ __forceinline__ uint8_t* At(int i, int part) const {
+    return memory_ + (i % kStages * 2 + part) * kHalf;
+  }
+
+  const Params& p_;
+  uint8_t* memory_;
+  Barriers& barriers_;
+};
+
 // kDim: head_dim rounded up to 64, 128 or 256; kHeadTiles: tiles of 8 query heads.
-template <typename T, typename KV, int kDim, int kHeadTiles>
+// kRing: tiles come through shared memory. Loads to registers need the L1, of which the
+// products' division of an SM's memory leaves little. For several tiles a warp; it takes
+// the room in which a product's blocks could begin.
+template <typename T, typename KV, int kDim, int kHeadTiles, bool kRing = false>
 __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 : 2)
     DecodeKernel(const __grid_constant__ Params p) {
   using M = typename Chunk<KV>::M;
@@ -228,9 +311,9 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
     WaitForPrevious();
     return;
   }
-  if (p.cluster_size > 1) ClusterArrive();
-
-  const Merge merge(p);
+  __shared__ uint64_t merge_barrier;
+  const Merge merge(p, &merge_barrier);
+  merge.Begin();
   Raw* stash_k = reinterpret_cast<Raw*>(merge.stash());
   Raw* stash_v = stash_k + kDim / 8;
   const KV* k_cache = static_cast<const KV*>(p.k);
@@ -244,23 +327,35 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
   const auto seen = [&](int tile, int i) {
     return min(max(i, work.begin - tile * kTile), work.position - tile * kTile);
   };
-  const auto load_k = [&](int tile, int64_t offset) {
+  constexpr int kStages = Ring<KV, kDim>::kStages;
+  __shared__ typename Ring<KV, kDim>::Barriers barriers[kRing ? kWarps : 1];
+  Ring<KV, kDim> ring(p, merge.ring(warp), barriers[kRing ? warp : 0]);
+  // To registers, or into the ring as the warp's `number`-th tile.
+  const auto load_k = [&](int tile, int64_t offset, int number) {
+    if constexpr (kRing) {
+      ring.Ask(number, 0, k_cache + offset);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Raw* at =
-          reinterpret_cast<const Raw*>(k_cache + offset + seen(tile, r + 8 * i) * p.head_dim);
+      for (int i = 0; i < 2; ++i) {
+        const Raw* at =
+            reinterpret_cast<const Raw*>(k_cache + offset + seen(tile, r + 8 * i) * p.head_dim);
 #pragma unroll
-      for (int j = 0; j < kKChunks; ++j) k[i][j] = __ldcg(at + min(c + 4 * j, last_chunk));
+        for (int j = 0; j < kKChunks; ++j) k[i][j] = __ldcg(at + min(c + 4 * j, last_chunk));
+      }
     }
   };
-  const auto load_v = [&](int tile, int64_t offset) {
+  const auto load_v = [&](int tile, int64_t offset, int number) {
+    if constexpr (kRing) {
+      ring.Ask(number, 1, v_cache + offset);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = 2 * c + i % 2 + 8 * (i / 2);
-      const Raw* at =
-          reinterpret_cast<const Raw*>(v_cache + offset + seen(tile, token) * p.head_dim);
+      for (int i = 0; i < 4; ++i) {
+        const int token = 2 * c + i % 2 + 8 * (i / 2);
+        const Raw* at =
+            reinterpret_cast<const Raw*>(v_cache + offset + seen(tile, token) * p.head_dim);
 #pragma unroll
-      for (int j = 0; j < kVChunks; ++j) v[i][j] = __ldcg(at + min(r + 8 * j, last_chunk));
+        for (int j = 0; j < kVChunks; ++j) v[i][j] = __ldcg(at + min(r + 8 * j, last_chunk));
+      }
     }
   };
 
@@ -270,12 +365,31 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
   int64_t offset = 0;
   if (owner) offset = tiles.OffsetOf(work.position);
   OwnPosition<T, KV> own(p, offset);
-  if (work.any()) {
+  if constexpr (kRing) {
+    ring.Init();
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      const int tile = work.first + i * kWarps;
+      if (tile >= work.end) break;
+      offset = tiles.Offset(tile, i);
+      load_k(tile, offset, i);
+      load_v(tile, offset, i);
+    }
+  } else if (work.any()) {
     offset = tiles.Offset(work.first, 0);
-    load_k(work.first, offset);
-    if (kAhead) load_v(work.first, offset);
+    load_k(work.first, offset, 0);
+    if (kAhead) load_v(work.first, offset, 0);
   }
   WaitForPrevious();
+
+  const float2* rotary = p.rotary == nullptr
+                             ? nullptr
+                             : p.rotary + static_cast<int64_t>(work.position) * (p.head_dim / 2);
+  if (owner) own.Request(row, rotary);
+  uint4* const staged = static_cast<uint4*>(merge.query());
+  StageQuery<T, M>(p, row, rotary, staged);
+  if (owner) own.Store(rotary, stash_k, stash_v);
+  __syncthreads();
 
   float top[kHeadTiles][2], sum[kHeadTiles][2];
   float out[kHeadTiles][kOutTiles][4];
@@ -294,17 +408,22 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
   }
 
   if (work.any()) {
-    const float2* rotary = p.rotary == nullptr
-                               ? nullptr
-                               : p.rotary + static_cast<int64_t>(work.position) * (p.head_dim / 2);
     uint4 q[kHeadTiles][kKChunks];
-    if (owner) own.Request(row);
-    LoadQuery<T, M, kHeadTiles, kKChunks>(p, row, rotary, q);
-    if (owner) own.Store(rotary, stash_k, stash_v);
+    LoadQuery<kHeadTiles, kKChunks>(p, staged, q);
 
     for (int tile = work.first, i = 0; tile < work.end; tile += kWarps, ++i) {
       const int replaced = tile == work.last_tile ? work.position % kTile : kTile;
-      if (!kAhead) load_v(tile, offset);
+      if constexpr (kRing) {
+        ring.Await(i, 0);
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+#pragma unroll
+          for (int j = 0; j < kKChunks; ++j)
+            k[part][j] = ring.Row(i, 0, r + 8 * part)[min(c + 4 * j, last_chunk)];
+        }
+      } else if (!kAhead) {
+        load_v(tile, offset, 0);
+      }
       if (replaced < kTile) {
 #pragma unroll
         for (int j = 0; j < kKChunks; ++j) {
@@ -329,10 +448,11 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
 #pragma unroll
         for (int s = 0; s < 4; ++s) score[n][s] += other[n][s];
       }
-      const int next = tile + kWarps;
+      constexpr int kDistance = kRing ? kStages : 1;
+      const int next = tile + kDistance * kWarps;
       if (next < work.end) {
-        offset = tiles.Offset(next, i + 1);
-        load_k(next, offset);
+        offset = tiles.Offset(next, i + kDistance);
+        load_k(next, offset, i + kDistance);
       }
 
       // Lane (r, c) has positions r and r + 8 of heads 2c and 2c + 1.
@@ -371,6 +491,15 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
         weight[n][1] = Transpose8x8(PackPair<M>(score[n][2], score[n][3]));
       }
 
+      if constexpr (kRing) {
+        ring.Await(i, 1);
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const Raw* at_row = ring.Row(i, 1, seen(tile, 2 * c + t % 2 + 8 * (t / 2)));
+#pragma unroll
+          for (int j = 0; j < kVChunks; ++j) v[t][j] = at_row[min(r + 8 * j, last_chunk)];
+        }
+      }
       if (replaced < kTile) {
 #pragma unroll
         for (int j = 0; j < kVChunks; ++j) {
@@ -404,9 +533,10 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
           }
         }
       }
-      if (kAhead && next < work.end) load_v(next, offset);
+      if ((kAhead || kRing) && next < work.end) load_v(next, offset, i + kDistance);
     }
   }
+  __syncwarp();  // what was the ring's is the merge's
 
 #pragma unroll
   for (int n = 0; n < kHeadTiles; ++n) {

@@ -41,6 +41,7 @@ struct Params {
   const void* fresh_k;
   const void* fresh_v;
   const float2* rotary;
+  int warp_bytes;    // see WarpBytes
   int* arrived;      // [rows * kv_heads][kMaxCluster], zero between launches
   float4* partials;  // [rows * kv_heads][clusters][group * head_dim / 4]
   float2* partial_statistics;
@@ -57,21 +58,32 @@ constexpr int kMagicShift = 20;
 constexpr uint32_t QuotientMagic(int divisor) {
   return ((1u << kMagicShift) + divisor - 1) / divisor;
 }
-constexpr size_t SharedBytes(int group, int head_dim, int cluster_size) {
+// A warp's ring of tiles: what it asks for ahead, where that goes through shared memory.
+constexpr int kRingBytes = 16 << 10;
+// Of a warp: its ring, and when that is read, what it found for the merge.
+constexpr int WarpBytes(int group, int head_dim, bool ring) {
+  const int found = static_cast<int>(sizeof(float)) * group * OutStride(head_dim);
+  return ring && kRingBytes > found ? kRingBytes : found;
+}
+constexpr int QueryBytes(int group, int head_dim) { return group * head_dim * 2; }
+constexpr size_t SharedBytes(int group, int head_dim, int cluster_size, bool ring) {
   const size_t cluster = cluster_size == 1 ? 0
                                            : size_t{1} * cluster_size *
                                                  QuadsPerBlock(group, head_dim, cluster_size) *
                                                  (sizeof(float4) + sizeof(float2));
-  return kStashBytes + kWarps * group * (sizeof(float2) + sizeof(float) * OutStride(head_dim)) +
-         cluster;
+  return kStashBytes + size_t{1} * kWarps * WarpBytes(group, head_dim, ring) +
+         QueryBytes(group, head_dim) + kWarps * group * sizeof(float2) + cluster;
 }
 
 using Kernel = void (*)(Params);
-// head_tiles: 1 or 2; dim: 64, 128 or 256.
-Kernel FindBF16(int dim, int head_tiles);
-Kernel FindF16(int dim, int head_tiles);
-Kernel FindBF16OverE4M3(int dim, int head_tiles);
-Kernel FindF16OverE4M3(int dim, int head_tiles);
+// The one with a ring is there for 8 heads of 128, and the one for any other shape
+// is the same with and without.
+constexpr bool HasRing(int dim, int head_tiles) { return dim == 128 && head_tiles == 1; }
+// head_tiles: 1 or 2; dim: 64, 128 or 256; ring: only where HasRing.
+Kernel FindBF16(int dim, int head_tiles, bool ring);
+Kernel FindF16(int dim, int head_tiles, bool ring);
+Kernel FindBF16OverE4M3(int dim, int head_tiles, bool ring);
+Kernel FindF16OverE4M3(int dim, int head_tiles, bool ring);
 
 }  // namespace lockstep::kernels::decode
 

@@ -1,8 +1,8 @@
 // How the shares of a row become one result, always in the same order:
 //
 //   warps of a block       through shared memory
-//   blocks of a cluster    each block owns a slice of the result; the others
-//                          push their part of it into its shared memory
+//   blocks of a cluster    each block owns a slice of the result; all send it their
+//                          part, into its shared memory
 //   clusters (very long    partials in device memory; the last block to arrive
 //   contexts only)         at a slice adds them up
 //
@@ -15,51 +15,9 @@
 
 #include "kernels/attention_decode_launch.h"
 #include "kernels/attention_mma.cuh"
+#include "kernels/cluster.cuh"
 
 namespace lockstep::kernels::decode {
-
-__device__ __forceinline__ void ClusterArrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void ClusterWait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ int ClusterRank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return static_cast<int>(rank);
-}
-// The address that `local`, in this block's shared memory, has in block `rank`'s.
-__device__ __forceinline__ uint32_t RemoteAddress(const void* local, int rank) {
-  uint32_t remote = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(remote)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(local))), "r"(rank));
-#endif
-  return remote;
-}
-__device__ __forceinline__ void StoreRemote(const float4* local, int rank, float4 v) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(RemoteAddress(local, rank)),
-      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-      : "memory");
-#endif
-}
-__device__ __forceinline__ void StoreRemote(const float2* local, int rank, float2 v) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(RemoteAddress(local, rank)),
-               "f"(v.x), "f"(v.y)
-               : "memory");
-#endif
-}
 
 // i / n for i up to 1024, by magic = QuotientMagic(n).
 __device__ __forceinline__ int Quotient(int i, uint32_t magic) {
@@ -79,20 +37,39 @@ __device__ __forceinline__ float Base(float top) { return top == -INFINITY ? 0.0
 // Lives in the block's dynamic shared memory, laid out as SharedBytes counts it.
 class Merge {
  public:
-  __device__ __forceinline__ explicit Merge(const Params& p)
+  // barrier: in the block's shared memory, used by a cluster of several blocks only.
+  __device__ __forceinline__ Merge(const Params& p, uint64_t* barrier)
       : p_(p),
+        barrier_(barrier),
         quads_(p.group * p.head_dim / 4),
         quads_per_block_(QuadsPerBlock(p.group, p.head_dim, p.cluster_size)) {
     extern __shared__ __align__(16) unsigned char shared[];
     stash_ = shared;
-    warp_out_ = reinterpret_cast<float*>(shared + kStashBytes);
-    warp_statistics_ =
-        reinterpret_cast<float2*>(warp_out_ + kWarps * p.group * OutStride(p.head_dim));
+    query_ = shared + kStashBytes;
+    warps_ = query_ + QueryBytes(p.group, p.head_dim);
+    warp_statistics_ = reinterpret_cast<float2*>(warps_ + kWarps * p.warp_bytes);
     received_ = reinterpret_cast<float4*>(warp_statistics_ + kWarps * p.group);
     received_statistics_ = reinterpret_cast<float2*>(received_ + p.cluster_size * quads_per_block_);
   }
 
+  // Before the first thing that takes time: the others need to know that the block runs.
+  __device__ __forceinline__ void Begin() const {
+    if (p_.cluster_size == 1) return;
+    if (threadIdx.x == 0) {
+      const int mine = max(
+          0, min(quads_per_block_, quads_ - static_cast<int>(ClusterRank()) * quads_per_block_));
+      BarrierInit(barrier_, 1);
+      FenceBarrierInit();
+      BarrierArriveExpecting(
+          barrier_, p_.cluster_size * mine * static_cast<int>(sizeof(float4) + sizeof(float2)));
+    }
+    ClusterArrive();
+  }
+
   __device__ __forceinline__ void* stash() const { return stash_; }
+  __device__ __forceinline__ void* query() const { return query_; }
+  // A warp's own, until it sets its output.
+  __device__ __forceinline__ void* ring(int warp) const { return warps_ + warp * p_.warp_bytes; }
   __device__ __forceinline__ void SetWarpStatistics(int warp, int head, float2 s) const {
     warp_statistics_[warp * p_.group + head] = s;
   }
@@ -112,18 +89,20 @@ class Merge {
         SetResult<T>(row, clusters, 0, quad, s, out);
       }
     } else {
-      const int rank = ClusterRank();
-      ClusterWait();  // all blocks have started: their shared memory is theirs
+      const int rank = static_cast<int>(ClusterRank());
+      const uint32_t values = SharedAddress(received_), count = SharedAddress(barrier_);
+      const uint32_t statistics = SharedAddress(received_statistics_);
+      ClusterAwait();  // all blocks have begun: their shared memory is theirs
       for (int quad = threadIdx.x; quad < quads_; quad += kThreads) {
         float4 out;
         const float2 s = OfBlock(quad, out);
         const int owner = Quotient(quad, p_.slice_magic);
         const int at = rank * quads_per_block_ + quad - owner * quads_per_block_;
-        StoreRemote(received_ + at, owner, out);
-        StoreRemote(received_statistics_ + at, owner, s);
+        const uint32_t counted = AddressIn(count, owner);
+        SendRemote(AddressIn(values + at * sizeof(float4), owner), out, counted);
+        SendRemote(AddressIn(statistics + at * sizeof(float2), owner), s, counted);
       }
-      ClusterArrive();
-      ClusterWait();
+      AwaitBarrier(barrier_, 0);
       AddBlocks<T>(row, clusters, rank);
     }
     if (clusters > 1) AddClusters<T>(row, clusters);
@@ -131,7 +110,8 @@ class Merge {
 
  private:
   __device__ __forceinline__ float* WarpOutput(int warp, int head, int d) const {
-    return warp_out_ + (warp * p_.group + head) * OutStride(p_.head_dim) + d;
+    return reinterpret_cast<float*>(warps_ + warp * p_.warp_bytes) + head * OutStride(p_.head_dim) +
+           d;
   }
 
   __device__ __forceinline__ float2 OfBlock(int quad, float4& out) const {
@@ -220,7 +200,7 @@ class Merge {
   // leaves the counter at zero for the next launch.
   template <typename T>
   __device__ __forceinline__ void AddClusters(int row, int clusters) const {
-    const int rank = p_.cluster_size == 1 ? 0 : ClusterRank();
+    const int rank = p_.cluster_size == 1 ? 0 : static_cast<int>(ClusterRank());
     int* flag = reinterpret_cast<int*>(stash_);
     __threadfence();
     __syncthreads();
@@ -260,9 +240,9 @@ class Merge {
   }
 
   const Params& p_;
+  uint64_t* const barrier_;
   const int quads_, quads_per_block_;
-  unsigned char* stash_;
-  float* warp_out_;
+  unsigned char *stash_, *query_, *warps_;
   float2* warp_statistics_;
   float2* received_statistics_;
   float4* received_;

@@ -2,9 +2,9 @@
 // (every launch of a graph reads another layer's), with and without dependent
 // launch, and prefill of one prompt. Prints microseconds a launch, and GB/s of
 // KV read or TFLOP/s (causal half only). Arguments, in any order: decode or
-// prefill alone; splits=N; context=N, only that one; max=N, the bound on it;
-// order=1, blocks of a sequence one after another; spread=GIB, layers as far
-// apart as in a cache of that size.
+// prefill alone; splits=N; ring=1 or -1, with or without; context=N, only that one; max=N, the
+// bound on it; order=1, blocks of a sequence one after another; spread=GIB, layers as far apart as
+// in a cache of that size.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -88,7 +88,7 @@ float Time(int count, int replays, Enqueue enqueue) {
 }
 
 struct Options {
-  int splits = 0, context = 0, max_context = 131072, order = 0, spread = 0;
+  int splits = 0, context = 0, max_context = 131072, order = 0, spread = 0, ring = 0;
   bool decode = true, prefill = true;
 };
 
@@ -151,6 +151,7 @@ void BenchDecode(const Options& options, char* pool) {
         args.out_stride = shape.heads * kDim;
         args.scale = 0.08f;
         args.max_context = options.max_context;
+        args.ring = options.ring;
         args.splits = options.splits;
         args.workspace = workspace;
         std::printf("%-8s %5d %6d %8.1f", shape.name, batch, context, 2.0 * half / 1e6);
@@ -225,6 +226,7 @@ void Main(int argc, char** argv) {
     std::sscanf(argv[i], "max=%d", &options.max_context);
     std::sscanf(argv[i], "order=%d", &options.order);
     std::sscanf(argv[i], "spread=%d", &options.spread);
+    std::sscanf(argv[i], "ring=%d", &options.ring);
   }
   CHECK_CUDA(InitDecodeAttention());
   CHECK_CUDA(InitPrefillAttention());

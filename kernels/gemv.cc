@@ -11,10 +11,6 @@
 namespace lockstep::kernels {
 namespace {
 
-bool IsGate(const GemvArgs& args) {
-  return args.epilogue == GemvEpilogue::kSiluGate || args.epilogue == GemvEpilogue::kGeluGate;
-}
-
 bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 constexpr int DivUp(int a, int b) { return (a + b - 1) / b; }
@@ -59,7 +55,7 @@ RowPlan PlanRow(const GemvArgs& args, int sm_count) {
   const int usual = weight_bytes == 2 ? 8 : 4, largest = 2 * usual;
   const int pieces = DivUp(args.k * weight_bytes, 512);  // of 32 lanes x 16 bytes
   RowPlan plan;
-  plan.unit = args.epilogue == GemvEpilogue::kPush ? 8 : IsGate(args) ? 2 : 1;
+  plan.unit = args.epilogue == GemvEpilogue::kPush ? 8 : IsGate(args.epilogue) ? 2 : 1;
   while (plan.split < kGemvWarps && DivUp(pieces, plan.split) > usual) plan.split *= 2;
   int vectors = largest;
   while (vectors > largest / 4 && vectors / 2 * plan.split >= pieces) vectors /= 2;
@@ -126,7 +122,7 @@ bool GemvSupports(const GemvArgs& args) {
   if (args.type != Type::kBF16 && args.type != Type::kF16) return false;
   if (fp8 ? args.scales == nullptr : args.weight_type != args.type) return false;
   if (args.m < 1 || args.m > 16 || args.n < 1 || args.k < 1 || args.k > 32768) return false;
-  if (IsGate(args) && args.n % 2 != 0) return false;
+  if (IsGate(args.epilogue) && args.n % 2 != 0) return false;
   if (!Aligned(args.weights) || !Aligned(args.x) || !Aligned(args.norm_weight)) return false;
   if (args.x_stride % 8 != 0 || !SupportsExchange(args)) return false;
   if (args.m == 1) {

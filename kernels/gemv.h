@@ -4,7 +4,8 @@
 // rows through a ring in shared memory, and requests the first 110-200 KB of them
 // before it waits for the kernel ahead of it.
 //
-//   m == 1        FMA units, fp32 throughout (gemv_row.cuh)
+//   m == 1        every lane a dot product of its own, fp32 sums (gemv_row.cuh): FMA units;
+//                 e4m3 on tensor cores, x there as f16 times a power of two
 //   2 <= m <= 16  tensor cores, fp32 sums (skinny.cuh); a row's result does not
 //                 depend on m nor on the other rows
 //
@@ -52,6 +53,10 @@ enum class GemvEpilogue : uint8_t {
   // rounded to `type` go into every rank's slot of `exchange`.
   kPush,
 };
+
+constexpr bool IsGate(GemvEpilogue epilogue) {
+  return epilogue == GemvEpilogue::kSiluGate || epilogue == GemvEpilogue::kGeluGate;
+}
 
 // The all-reduce that is folded into its neighbours. Its part of a rank's region
 // is four slots of [size][width] elements, all ones where nothing has arrived.

@@ -19,9 +19,6 @@ int max_clusters[kMaxClusterSplit + 1] = {};
 
 constexpr int DivUp(int a, int b) { return (a + b - 1) / b; }
 bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-bool IsGate(GemvEpilogue epilogue) {
-  return epilogue == GemvEpilogue::kSiluGate || epilogue == GemvEpilogue::kGeluGate;
-}
 
 struct Plan {
   int rows = 0, split_log2 = 0, clusters = 0, chunks = 0, x_chunks = 0;
@@ -47,9 +44,10 @@ Plan PlanOf(const SkinnyClusterArgs& args) {
     const int stages =
         static_cast<int>(std::min<size_t>((kMaxClusterShared - rest) / kClusterStageBytes, 18));
     const int clusters = std::min(max_clusters[split], tiles);
-    // In stages: what is streamed, what a tile costs besides, and x from the L2.
-    const double cost =
-        DivUp(tiles, clusters) * (x_chunks + 2 + rows / 16) + 1.9 * x_chunks * rows / kClusterTile;
+    // In stages, by measurement: what is streamed, what a tile costs besides, x from the
+    // L2, and more blocks to hand over to.
+    const double cost = DivUp(tiles, clusters) * (x_chunks + 1.5 + rows / 8.0) +
+                        3.0 * x_chunks * rows / kClusterTile + 0.5 * split;
     if (best.stages != 0 && cost >= least) continue;
     least = cost;
     // More than half an SM's: see kMinGemvShared.

@@ -6,12 +6,13 @@
 //
 //   producer warp: fills the ring with weights, waits for the kernel ahead, fetches the
 //     block's part of x, which stays, then goes on filling
-//   one or two warpgroups, taking turns at the stages: products to fp32 sums in registers,
-//     and those to the block that owns the row (64 / S of a tile each), by its memory
+//   two warpgroups, taking turns at the tiles: products to fp32 sums in registers, and
+//     those to the block that owns the row (64 / S of a tile each), by its memory; so that
+//     while one hands a tile over the other multiplies the next
 //   a warpgroup that finishes: adds what came from all, in order; epilogue
 //
 // Nobody waits for what is sent: it counts itself at the barrier of its receiver, which
-// gives a buffer of sums free when it has read it (two buffers, in turn).
+// gives a buffer of sums free when it has read it (two buffers, a warpgroup's each).
 //
 // Bytes moved: n * k * sizeof(W); of x, m * k * sizeof(W) / S from L2 a block.
 // Checked against a double reference in tests/kernels/skinny_cluster_test.cu.
@@ -24,6 +25,8 @@
 
 namespace lockstep::kernels {
 namespace cluster {
+
+enum NamedBarrier { kFinished = 1, kFirstTurn = 2 };  // and the next, for the other warpgroup
 
 // What a block works on.
 struct Work {
@@ -50,10 +53,15 @@ struct Shared {
     full = reinterpret_cast<uint64_t*>(base + layout.barriers);
     empty = full + kMaxClusterStages;
     x_full = empty + kMaxClusterStages;
-    received = x_full + 1;
-    freed = received + 2;
+    received = x_full + kXParts;
+    freed = received + kClusterGroups;
   }
 };
+
+// Of x, which arrives in parts of so many chunks, to be begun with early.
+__device__ __forceinline__ int XPart(const Work& work) {
+  return (work.chunks + kXParts - 1) / kXParts;
+}
 
 // A place in the ring, round and round.
 struct Slot {
@@ -83,81 +91,90 @@ __device__ __forceinline__ void Produce(const ClusterParams& p, const Shared& s,
   for (int i = 0; i < early; ++i) request();
   PrefetchMap(&p.x);
   WaitForPrevious();
-  BarrierArriveExpecting(s.x_full, work.chunks * kXBytes);
-  for (int c = 0; c < work.chunks; ++c)
-    CopyBox(s.x + c * kXBytes, &p.x, (work.first_chunk + c) * kElements, 0, s.x_full);
+  const int part = XPart(work);
+  for (int c = 0; c < work.chunks; ++c) {
+    uint64_t* const full = s.x_full + c / part;
+    if (c % part == 0) BarrierArriveExpecting(full, min(part, work.chunks - c) * kXBytes);
+    CopyBox(s.x + c * kXBytes, &p.x, (work.first_chunk + c) * kElements, 0, full);
+  }
   for (int i = early; i < total; ++i) {
-    ClusterBarrierWait(s.empty + slot.index, slot.parity ^ 1);
+    AwaitBarrier(s.empty + slot.index, slot.parity ^ 1);
     request();
   }
 }
 
 template <int kRows>
-inline constexpr int kSumBytes = ClusterGroups(kRows) * kClusterTile* kRows * 4;  // of a tile
+inline constexpr int kSumBytes = kClusterTile* kRows * 4;  // of a tile
 template <int kRows>
-inline constexpr int kSumFloats =
-    ClusterGroups(kRows) * kClusterTile* ClusterSumStride(kRows);  // of a buffer
+inline constexpr int kSumFloats = kClusterTile* ClusterSumStride(kRows);  // of a buffer
 
 // One of the threads that multiply.
 template <typename W, int kRows>
 class Multiplier {
  public:
-  __device__ __forceinline__ Multiplier(const ClusterParams& p, const Shared& s, const Work& work,
-                                        int rank)
-      : p_(p), s_(s), work_(work), rank_(rank) {}
+  __device__ __forceinline__ Multiplier(const ClusterParams& p, const Shared& s, const Work& work)
+      : p_(p), s_(s), work_(work) {}
 
   __device__ __forceinline__ void Run() {
-    ClusterBarrierWait(s_.x_full, 0);
-    for (int t = 0; t < work_.tiles; ++t) {
+    if (group_ == 1) Skip();
+    for (int t = group_; t < work_.tiles; t += kClusterGroups) {
       float sum[kSums] = {};
+      // A wait tells a stage from the one before it, not from earlier ones.
+      if (t > 0) NamedSync(kFirstTurn + group_, 256);
       Multiply(sum);
-      if (t > 1) ClusterBarrierWaitRemote(s_.freed + (t & 1), (t >> 1 & 1) ^ 1);
-      Send(t, sum);
+      if (t + 1 < work_.tiles) NamedArrive(kFirstTurn + (group_ ^ 1), 256);
+      Skip();
+      if (t >= kClusterGroups) AwaitBarrier(s_.freed + group_, (t >> 1 & 1) ^ 1);
+      HandOver(sum);
     }
   }
 
  private:
-  static constexpr int kGroups = ClusterGroups(kRows);
   static constexpr int kSums = kRows / 2;  // a thread's
   static constexpr int kStride = ClusterSumStride(kRows);
   static constexpr int kSteps = kClusterChunk / 32;
+  // Of e4m3, after which the tensor cores' sums, of fewer bits, go to fp32's.
+  static constexpr int kExactChunks = 4;
 
-  // This warpgroup's part of the next tile.
+  // The other warpgroup's tile.
+  __device__ __forceinline__ void Skip() {
+    for (int c = 0; c < work_.chunks; ++c) slot_.Advance(p_.stages);
+  }
+
   __device__ __forceinline__ void Multiply(float (&sum)[kSums]) {
-    int unread = -1;  // a slot whose products may still run
-    Pin(sum);
-    for (int c = 0; c < work_.chunks; ++c, slot_.Advance(p_.stages)) {
-      if (c % kGroups != group_) continue;
-      ClusterBarrierWait(s_.full + slot_.index, slot_.parity);
-      const uint64_t a =
-          MatrixDescriptor(SharedAddress(s_.ring + slot_.index * kClusterStageBytes));
-      const uint64_t b = MatrixDescriptor(SharedAddress(s_.x + c * (kRows * kClusterChunk)));
-      if constexpr (sizeof(W) == 1) {
+    if constexpr (sizeof(W) == 1) {
+      for (int c = 0; c < work_.chunks; c += kExactChunks) {
         float part[kSums] = {};
-        Pin(part);
-        Start(part, a, b);
-        ProductsAwait<0>();
-        Pin(part);
+        Add(c, min(c + kExactChunks, work_.chunks), part);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sum[i] += part[i];
-        Release(slot_.index);
-      } else {
-        Start(sum, a, b);
-        ProductsAwait<1>();
-        if (unread >= 0) Release(unread);
-        unread = slot_.index;
       }
-    }
-    if constexpr (sizeof(W) != 1) {
-      ProductsAwait<0>();
-      Pin(sum);
-      if (unread >= 0) Release(unread);
+    } else {
+      Add(0, work_.chunks, sum);
     }
   }
-  static __device__ __forceinline__ void Start(float (&sum)[kSums], uint64_t a, uint64_t b) {
+  __device__ __forceinline__ void Add(int begin, int end, float (&sum)[kSums]) {
+    int unread = -1;  // a slot whose products may still run
+    Pin(sum);
+    for (int c = begin; c < end; ++c, slot_.Advance(p_.stages)) {
+      if (c == x_next_) AwaitBarrier(x_full_++, 0), x_next_ += x_part_;
+      AwaitBarrier(s_.full + slot_.index, slot_.parity);
+      const uint32_t a = ring_at_ + slot_.index * (kClusterStageBytes >> 4);
+      const uint32_t b = x_at_ + c * (kRows * kClusterChunk >> 4);
+      Start(sum, a, b);
+      ProductsAwait<1>();
+      if (unread >= 0) Release(unread);
+      unread = slot_.index;
+    }
+    ProductsAwait<0>();
+    Pin(sum);
+    if (unread >= 0) Release(unread);
+  }
+  static __device__ __forceinline__ void Start(float (&sum)[kSums], uint32_t a, uint32_t b) {
     ProductsFence();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) Product<W>(sum, a + 2 * k, b + 2 * k, 1);
+    for (int k = 0; k < kSteps; ++k)
+      Product<W>(sum, MatrixDescriptor(a + 2 * k), MatrixDescriptor(b + 2 * k), 1);
     ProductsCommit();
   }
   __device__ __forceinline__ void Release(int slot) {
@@ -165,34 +182,42 @@ class Multiplier {
   }
 
   // A warp has 16 rows of the tile: rows g and g + 8 of a lane, by pairs of columns.
-  __device__ __forceinline__ void Send(int t, const float (&sum)[kSums]) {
-    const int rows_log2 = 6 - p_.split_log2, rows = 1 << rows_log2;
-    const int source = rank_ * kGroups + group_, g = lane_ / 4, q = lane_ % 4;
-    const uint32_t base = SharedAddress(s_.sums + (t & 1) * kSumFloats<kRows>);
-    const uint32_t barrier = SharedAddress(s_.received + (t & 1));
+  __device__ __forceinline__ void HandOver(const float (&sum)[kSums]) {
+    const int rows_log2 = 6 - p_.split_log2, rows = 1 << rows_log2, rank = ClusterRank();
+    const int g = lane_ / 4, q = lane_ % 4;
+    const uint32_t base = SharedAddress(s_.sums + group_ * kSumFloats<kRows>);
+    const uint32_t barrier = SharedAddress(s_.received + group_);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_ * 16 + half * 8 + g, owner = row >> rows_log2;
-      const int at = (source * rows + (row & (rows - 1))) * kStride + 2 * q;
+      const int at = (rank * rows + (row & (rows - 1))) * kStride + 4 * q;
       const uint32_t to = AddressIn(base + at * 4, owner), count = AddressIn(barrier, owner);
 #pragma unroll
-      for (int j = 0; j < kRows / 8; ++j)
-        StoreRemote(to + j * 32, sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1], count);
+      for (int j = 0; j < kRows / 8; j += 2)
+        SendRemote(to + j * 32,
+                   make_float4(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1],
+                               sum[4 * j + 4 + 2 * half], sum[4 * j + 4 + 2 * half + 1]),
+                   count);
     }
   }
 
   const ClusterParams& p_;
   const Shared& s_;
   const Work& work_;
-  const int rank_;
-  const int group_ = static_cast<int>(threadIdx.x) / 128;
+  // The same in all lanes, which the compiler cannot see otherwise: a product wants its
+  // operands' places so.
+  const int group_ = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  const uint32_t ring_at_ = __shfl_sync(~0u, MatrixAt(s_.ring), 0);
+  const uint32_t x_at_ = __shfl_sync(~0u, MatrixAt(s_.x), 0);
   const int warp_ = static_cast<int>(threadIdx.x) % 128 / 32;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
+  const int x_part_ = XPart(work_);
+  int x_next_ = 0;  // the chunk of x that has not been waited for
+  uint64_t* x_full_ = s_.x_full;
   Slot slot_;
 };
 
-// One of the threads that finish: it has a weight row of the block's part of each tile,
-// and every 128 / rows-th row of x.
+// One of the threads that finish: it has items of a weight row and four rows of x.
 template <typename W, typename T, int kRows>
 class Finisher {
  public:
@@ -201,78 +226,115 @@ class Finisher {
       : p_(p), s_(s), work_(work), rank_(rank) {}
 
   __device__ __forceinline__ void Run() {
+    Constants next = ConstantsOf(0);
     WaitForPrevious();
     if constexpr (sizeof(W) == 1) {
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
-        const int m = first_m_ + j * step_m_;
-        x_scale_[j] = m < p_.m ? __ldcg(p_.x_scales + m) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int m = RowOf(j, i);
+          x_scale_[j][i] = m < p_.m ? __ldcg(p_.x_scales + m) : 0.0f;
+        }
       }
     }
-    for (int t = 0; t < work_.tiles; ++t) Finish(t);
+    for (int t = 0; t < work_.tiles; ++t) {
+      const Constants constants = next;
+      next = ConstantsOf(t + 1);
+      Finish(t, constants);
+    }
   }
 
  private:
-  static constexpr int kItems = kRows / 4;  // of at most 32 rows a block
+  static constexpr int kItems = kRows / 16;  // of at most 32 weight rows a block
   static constexpr int kStride = ClusterSumStride(kRows);
 
-  __device__ __forceinline__ void Finish(int t) {
-    const int r = (work_.first_tile + t) * kClusterTile + (rank_ << rows_log2_) + at_;
-    const bool exists = r < p_.n;
-    // Constants, on their way during the wait.
-    const float weight_scale = sizeof(W) == 1 && exists ? __ldg(p_.weight_scales + r) : 1.0f;
-    const float bias =
-        p_.bias != nullptr && exists ? ToFloat(static_cast<const T*>(p_.bias)[r]) : 0.0f;
-    ClusterBarrierWaitRemote(s_.received + (t & 1), t >> 1 & 1);
+  __device__ __forceinline__ int FirstRow(int item) const {
+    return ((tid_ + 128 * item) >> rows_log2_) * 4;
+  }
+  __device__ __forceinline__ int RowOf(int item, int i) const {
+    const int first = FirstRow(item);
+    return first / 16 * 16 + first % 16 / 2 + i / 2 * 8 + i % 2;
+  }
+
+  // Of a tile's weight row, asked for a tile ahead: behind the weights that stream, an
+  // answer takes microseconds.
+  struct Constants {
+    float weight_scale = 1.0f, bias = 0.0f;
+  };
+  __device__ __forceinline__ int RowOfTile(int t) const {
+    return (work_.first_tile + t) * kClusterTile + (rank_ << rows_log2_) + at_;
+  }
+  __device__ __forceinline__ Constants ConstantsOf(int t) const {
+    Constants c;
+    const int r = RowOfTile(t);
+    if (t >= work_.tiles || r >= p_.n) return c;
+    if (sizeof(W) == 1) c.weight_scale = __ldg(p_.weight_scales + r);
+    if (p_.bias != nullptr) c.bias = ToFloat(static_cast<const T*>(p_.bias)[r]);
+    return c;
+  }
+
+  __device__ __forceinline__ void Finish(int t, const Constants& constants) {
+    const int r = RowOfTile(t), buffer = t & 1;
+    AwaitBarrier(s_.received + buffer, t >> 1 & 1);
+    float v[kItems][4] = {};
     const bool again = t + 2 < work_.tiles;  // else nobody waits for the buffer
-    if (again && tid_ == 0) BarrierArriveExpecting(s_.received + (t & 1), kSumBytes<kRows>);
-    const float* sums = s_.sums + (t & 1) * kSumFloats<kRows>;
-    float v[kItems];
-#pragma unroll
-    for (int j = 0; j < kItems; ++j) {
-      const int m = first_m_ + j * step_m_;
-      v[j] = m < p_.m ? Total(sums, m) : 0.0f;
-    }
-    if (again) {
-      asm volatile("bar.sync 1, 128;" ::: "memory");
-      if (tid_ < 1 << p_.split_log2)
-        ArriveRemote(AddressIn(SharedAddress(s_.freed + (t & 1)), tid_));
-    }
-    if constexpr (sizeof(W) == 1) {
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) v[j] *= weight_scale * x_scale_[j];
-    }
-    if (p_.epilogue == GemvEpilogue::kSiluGate || p_.epilogue == GemvEpilogue::kGeluGate) {
+    if (again && tid_ == 0) BarrierArriveExpecting(s_.received + buffer, kSumBytes<kRows>);
+    const float* sums = s_.sums + buffer * kSumFloats<kRows> + at_ * kStride;
+#pragma unroll 4
+    for (int s = 0; s < 1 << p_.split_log2; ++s) {
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
-        const int m = first_m_ + j * step_m_;
-        const float up = __shfl_xor_sync(~0u, v[j], 1);  // of the row after a gate's
-        // n is even: both rows of a gate exist or neither.
-        if (at_ % 2 == 0 && exists && m < p_.m)
-          static_cast<T*>(p_.out)[m * p_.out_stride + r / 2] =
-              FromFloat<T>(Gated(p_.epilogue, v[j], up));
+        if (FirstRow(j) >= kRows) continue;
+        const float4 part =
+            *reinterpret_cast<const float4*>(sums + (s << rows_log2_) * kStride + FirstRow(j));
+        v[j][0] += part.x, v[j][1] += part.y, v[j][2] += part.z, v[j][3] += part.w;
       }
-      return;
+    }
+    if (again) {
+      NamedSync(kFinished, 128);
+      if (tid_ < 1 << p_.split_log2)
+        ArriveRemote(AddressIn(SharedAddress(s_.freed + buffer), tid_));
     }
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
-      const int m = first_m_ + j * step_m_;
-      if (!exists || m >= p_.m) continue;
-      if (p_.epilogue == GemvEpilogue::kLogits) {
-        static_cast<float*>(p_.out)[m * p_.out_stride + r] = v[j];
+      if constexpr (sizeof(W) == 1) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[j][i] *= constants.weight_scale * x_scale_[j][i];
+      }
+      if (IsGate(p_.epilogue)) {
+        StoreGated(j, r, v[j]);
       } else {
-        static_cast<T*>(p_.out)[m * p_.out_stride + r] = FromFloat<T>(v[j] + bias);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) Store(RowOf(j, i), r, v[j][i] + constants.bias);
       }
     }
   }
 
-  // What all warpgroups of the cluster have for column m of x.
-  __device__ __forceinline__ float Total(const float* sums, int m) const {
-    const int sources = ClusterGroups(kRows) << p_.split_log2;
-    float total = 0.0f;
-#pragma unroll 4
-    for (int s = 0; s < sources; ++s) total += sums[((s << rows_log2_) + at_) * kStride + m];
-    return total;
+  __device__ __forceinline__ void Store(int m, int r, float v) const {
+    if (r >= p_.n || m >= p_.m) return;
+    const int64_t at = m * p_.out_stride + r;
+    if (p_.epilogue == GemvEpilogue::kLogits) {
+      static_cast<float*>(p_.out)[at] = v;
+    } else {
+      static_cast<T*>(p_.out)[at] = FromFloat<T>(v);
+    }
+  }
+
+  // By all lanes of a warp. An even lane has gates of four rows of x, the next their ups:
+  // two of the rows are done by one, two by the other.
+  __device__ __forceinline__ void StoreGated(int item, int r, const float (&v)[4]) const {
+    const bool odd = at_ % 2 != 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float other = __shfl_xor_sync(~0u, odd ? v[i] : v[2 + i], 1);
+      const float gate = odd ? other : v[i], up = odd ? v[2 + i] : other;
+      const int m = RowOf(item, odd ? 2 + i : i);
+      // n is even: both rows of a gate exist or neither.
+      if (r < p_.n && m < p_.m)
+        static_cast<T*>(p_.out)[m * p_.out_stride + r / 2] =
+            FromFloat<T>(Gated(p_.epilogue, gate, up));
+    }
   }
 
   const ClusterParams& p_;
@@ -282,17 +344,15 @@ class Finisher {
   const int tid_ = static_cast<int>(threadIdx.x) % 128;
   const int rows_log2_ = 6 - p_.split_log2;
   const int at_ = tid_ & ((1 << rows_log2_) - 1);
-  const int first_m_ = tid_ >> rows_log2_, step_m_ = 128 >> rows_log2_;
-  float x_scale_[kItems] = {};
+  float x_scale_[kItems][4] = {};
 };
 
 }  // namespace cluster
 
 template <typename W, typename T, int kRows>
-__global__ void __launch_bounds__(ClusterThreads(kRows), 1)
+__global__ void __launch_bounds__(kClusterThreads, 1)
     SkinnyClusterKernel(const __grid_constant__ ClusterParams p) {
 #if __CUDA_ARCH__ == 900
-  constexpr int kGroups = ClusterGroups(kRows);
   extern __shared__ uint8_t raw[];
   TriggerDependents();
   const cluster::Shared s(raw + (1024 - SharedAddress(raw) % 1024) % 1024, kRows, p);
@@ -303,28 +363,29 @@ __global__ void __launch_bounds__(ClusterThreads(kRows), 1)
       BarrierInit(s.full + i, 1);
       BarrierInit(s.empty + i, 4);
     }
-    BarrierInit(s.x_full, 1);
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kXParts; ++i) BarrierInit(s.x_full + i, 1);
+    for (int i = 0; i < kClusterGroups; ++i) {
       BarrierInit(s.received + i, 1);
-      BarrierInit(s.freed + i, 1 << p.split_log2);
       BarrierArriveExpecting(s.received + i, cluster::kSumBytes<kRows>);
+      BarrierInit(s.freed + i, 1 << p.split_log2);
     }
     FenceBarrierInit();
   }
   __syncthreads();
   ClusterArrive();
   const int warpgroup = static_cast<int>(threadIdx.x) / 128;
-  if (warpgroup == kGroups + 1) {
+  if (warpgroup == kClusterGroups + 1) {
     if (threadIdx.x % 32 == 0) cluster::Produce<W, kRows>(p, s, work);
     __syncwarp();
     ClusterAwait();
-    return;
-  }
-  ClusterAwait();  // every block's barriers exist
-  if (warpgroup < kGroups) {
-    cluster::Multiplier<W, kRows>(p, s, work, rank).Run();
   } else {
-    cluster::Finisher<W, T, kRows>(p, s, work, rank).Run();
+    ClusterAwait();  // every block's barriers exist
+    if (warpgroup < kClusterGroups) {
+      cluster::Multiplier<W, kRows>(p, s, work).Run();
+    } else {
+      cluster::Finisher<W, T, kRows>(p, s, work, rank).Run();
+    }
+    __syncwarp();
   }
 #endif
 }
@@ -349,13 +410,15 @@ cudaError_t InitCluster(int (&clusters)[kMaxClusterSplit + 1]) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                      cudaSharedmemCarveoutMaxShared);
       }
+      if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
       for (unsigned split = 2; split <= kMaxClusterSplit && error == cudaSuccess; split *= 2) {
         cudaLaunchAttribute attribute = {};
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {split, 1, 1};
         cudaLaunchConfig_t config = {};
         config.gridDim = split * 1024;
-        config.blockDim = ClusterThreads(rows);
+        config.blockDim = kClusterThreads;
         config.dynamicSmemBytes = kMaxClusterShared;
         config.attrs = &attribute;
         config.numAttrs = 1;
@@ -374,7 +437,7 @@ template <typename W, typename T>
 cudaError_t LaunchCluster(const Launch& launch, int rows, int blocks, size_t shared_bytes,
                           const ClusterParams& params) {
   return WithClusterKernel<W, T>(rows, [&](auto* kernel) {
-    return LaunchKernel(launch, kernel, blocks, ClusterThreads(rows), shared_bytes,
+    return LaunchKernel(launch, kernel, blocks, kClusterThreads, shared_bytes,
                         1u << params.split_log2, params);
   });
 }

@@ -1,6 +1,5 @@
 // What the products of skinny_cluster.cuh ask of Hopper: warpgroup products of 64 rows
-// of weights with 16, 32 or 64 rows of x, boxes by the copy engine, and shared memory of
-// other blocks of the cluster.
+// of weights with 16, 32 or 64 rows of x, and boxes by the copy engine.
 #ifndef LOCKSTEP_KERNELS_SKINNY_CLUSTER_MMA_CUH_
 #define LOCKSTEP_KERNELS_SKINNY_CLUSTER_MMA_CUH_
 
@@ -9,16 +8,20 @@
 
 #include <cstdint>
 
-#include "kernels/bulk_copy.cuh"
+#include "kernels/cluster.cuh"
 #include "kernels/device.cuh"
 
 namespace lockstep::kernels {
 
 // Rows of 128 bytes, of which the copy engine has swizzled the 16-byte parts; eight of
 // them to 1,024 aligned bytes. The summed dimension is the contiguous one.
-__device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t address) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 |
-         static_cast<uint64_t>(1024 >> 4) << 32 | uint64_t{1} << 62;
+// `at`: the low half of such a matrix's descriptor, its address in 16 bytes; what is
+// added to one moves the matrix. The high half is the same for all.
+__device__ __forceinline__ uint32_t MatrixAt(const void* p) {
+  return SharedAddress(p) >> 4 | 1u << 16;
+}
+__device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t at) {
+  return uint64_t{1024 >> 4 | 1u << 30} << 32 | at;
 }
 
 // To be before the first product that uses registers which others wrote.
@@ -115,61 +118,13 @@ __device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
 
-__device__ __forceinline__ uint32_t ClusterRank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
+// Barriers among some of the block's warps; `threads` in all.
+__device__ __forceinline__ void NamedSync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+__device__ __forceinline__ void NamedArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void ClusterAwait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// The address in block `rank` of what lies at `address` here.
-__device__ __forceinline__ uint32_t AddressIn(uint32_t address, uint32_t rank) {
-  uint32_t mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-  return mapped;
-}
-// Counts itself as bytes that have arrived at `barrier`, in the same block: no fence and
-// no arrival of the sender's.
-__device__ __forceinline__ void StoreRemote(uint32_t address, float a, float b, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
-          "r"(address),
-      "f"(a), "f"(b), "r"(barrier)
-      : "memory");
-}
-__device__ __forceinline__ void ArriveRemote(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-}
-// BarrierWait and the same for arrivals from other blocks of the cluster. A wait that
-// never ends is a bug here; it traps without a word, since a call of any function
-// (printf) makes the compiler wait for every single wgmma.
-__device__ __forceinline__ void ClusterBarrierWait(uint64_t* barrier, uint32_t parity) {
-  Patience patience(kBarrierPatienceNs);
-  while (!BarrierTry(barrier, parity)) {
-    if (patience.Exhausted()) __trap();
-  }
-}
-__device__ __forceinline__ void ClusterBarrierWaitRemote(uint64_t* barrier, uint32_t parity) {
-  Patience patience(kBarrierPatienceNs);
-  for (;;) {
-    uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(SharedAddress(barrier)), "r"(parity)
-        : "memory");
-    if (done != 0) return;
-    if (patience.Exhausted()) __trap();
-  }
-}
-
 }  // namespace lockstep::kernels
 
 #endif  // LOCKSTEP_KERNELS_SKINNY_CLUSTER_MMA_CUH_

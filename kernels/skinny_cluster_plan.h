@@ -21,16 +21,15 @@ inline constexpr int kMaxClusterStages = 24;
 inline constexpr int kMinClusterStages = 6;
 inline constexpr size_t kMaxClusterShared = 226 << 10;
 
-// Warpgroups that take turns at the stages; of the widest x one, since their sums
-// would not fit.
-__host__ __device__ constexpr int ClusterGroups(int rows) { return rows <= 32 ? 2 : 1; }
+inline constexpr int kXParts = 4;         // that x arrives in
+inline constexpr int kClusterGroups = 2;  // warpgroups that take turns at the tiles
 // Those, a warpgroup that finishes and a warp that asks for weights.
-constexpr int ClusterThreads(int rows) { return ClusterGroups(rows) * 128 + 128 + 32; }
+inline constexpr int kClusterThreads = (kClusterGroups + 1) * 128 + 32;
 // A row of sums: padded against bank conflicts.
-__host__ __device__ constexpr int ClusterSumStride(int rows) { return rows + 8; }
-// Two tiles' sums from every warpgroup of the cluster, of the rows that are the block's.
+__host__ __device__ constexpr int ClusterSumStride(int rows) { return rows + 4; }
+// A tile's sums of each warpgroup.
 __host__ __device__ constexpr size_t ClusterSumBytes(int rows) {
-  return sizeof(float) * 2 * ClusterGroups(rows) * kClusterTile * ClusterSumStride(rows);
+  return sizeof(float) * kClusterGroups * kClusterTile * ClusterSumStride(rows);
 }
 
 struct ClusterParams {
@@ -56,7 +55,7 @@ struct ClusterLayout {
     x = static_cast<size_t>(stages) * kClusterStageBytes;
     sums = x + static_cast<size_t>(x_chunks) * kClusterChunk * rows;
     barriers = sums + ClusterSumBytes(rows);
-    end = barriers + sizeof(uint64_t) * (2 * kMaxClusterStages + 5);
+    end = barriers + sizeof(uint64_t) * (2 * kMaxClusterStages + kXParts + 2 * kClusterGroups);
   }
 };
 

@@ -72,12 +72,15 @@ void Check(const AttentionShape& shape, const std::vector<AttentionRow>& rows, u
   c.Check(out, AttentionTolerance<T>(), what);
   if (testing::Test::HasFatalFailure()) return;
 
-  // Again: the same bits, and counters as they were.
+  // Again, whichever way the tiles take: the same bits, and counters as they were.
   const std::vector<T> first = out.Bits();
-  for (int i = 0; i < 2; ++i) ASSERT_CUDA(DecodeAttention(launch, args));
-  ASSERT_CUDA(cudaDeviceSynchronize());
-  const std::vector<T> second = out.Bits();
-  EXPECT_EQ(memcmp(first.data(), second.data(), first.size() * sizeof(T)), 0) << what;
+  for (const int ring : {-1, 1}) {
+    args.ring = ring;
+    for (int i = 0; i < 2; ++i) ASSERT_CUDA(DecodeAttention(launch, args));
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    const std::vector<T> second = out.Bits();
+    EXPECT_EQ(memcmp(first.data(), second.data(), first.size() * sizeof(T)), 0) << what << ring;
+  }
   workspace.memory.ExpectGuards(what);
 }
 
@@ -221,7 +224,7 @@ TEST_F(DecodeAttentionTest, RowsDoNotDependOnEachOtherWithFixedSplits) {
 // k and v of the row itself come with q, not yet rotated, and reach the cache.
 template <typename T, typename KV>
 void CheckFresh(const AttentionShape& shape, const std::vector<AttentionRow>& rows, bool rotate,
-                bool history_ready, uint32_t seed) {
+                bool history_ready, uint32_t seed, int ring = 0) {
   AttentionCase<T, KV> c(shape, rows, seed);
   const int dim = shape.head_dim, half = dim / 2, kv_heads = shape.kv_heads;
   int longest = 0;
@@ -277,6 +280,7 @@ void CheckFresh(const AttentionShape& shape, const std::vector<AttentionRow>& ro
   args.fresh_v = q.get() + (shape.heads + kv_heads) * dim;
   args.rotary = rotate ? reinterpret_cast<const float2*>(table.get()) : nullptr;
   args.history_ready = history_ready;
+  args.ring = ring;
   ASSERT_TRUE(DecodeAttentionTakesFresh(args));
   ASSERT_CUDA(DecodeAttention({nullptr, true}, args));
   ASSERT_CUDA(cudaDeviceSynchronize());
@@ -306,6 +310,13 @@ TEST_F(DecodeAttentionTest, RotatesAndCachesItsOwnPosition) {
         CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = dim},
                                                  Edges(Longest()), rotate, history_ready, dim);
         if (HasFatalFailure()) return;
+      }
+      for (const int ring : {-1, 1}) {
+        CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = 128},
+                                                 Edges(Longest()), rotate, history_ready, 3, ring);
+        CheckFresh<__half, __nv_fp8_e4m3>(
+            {.heads = 6, .kv_heads = 1, .head_dim = 128, .k_scale = 0.5f, .v_scale = 0.25f},
+            Edges(Longest()), rotate, history_ready, 4, ring);
       }
       CheckFresh<__half, __half>(
           {.heads = 14, .kv_heads = 2, .head_dim = 128, .block_size = 32, .window = 20},

@@ -1,0 +1,65 @@
+// Blocks of a cluster and each other's shared memory (sm_90 and later).
+//
+// What is sent counts itself, in bytes, at a barrier of its receiver; so nobody needs
+// the cluster's memory in order. That order (arrive.release, wait.acquire) also waits
+// for every store to global memory, which behind a stream of weights takes microseconds.
+#ifndef LOCKSTEP_KERNELS_CLUSTER_CUH_
+#define LOCKSTEP_KERNELS_CLUSTER_CUH_
+
+#include <cstdint>
+
+#include "kernels/bulk_copy.cuh"
+
+namespace lockstep::kernels {
+
+__device__ __forceinline__ uint32_t ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// A meeting of all threads of the cluster; it orders barriers initialised before
+// FenceBarrierInit, and nothing else.
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void ClusterAwait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The address in block `rank` of what lies at `address` here.
+__device__ __forceinline__ uint32_t AddressIn(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+// Count as 16 and 8 bytes at `barrier`, of the same block as `address`.
+__device__ __forceinline__ void SendRemote(uint32_t address, float4 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+      " [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void SendRemote(uint32_t address, float2 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
+          "r"(address),
+      "f"(v.x), "f"(v.y), "r"(barrier)
+      : "memory");
+}
+// For reads of one's own shared memory that have ended.
+__device__ __forceinline__ void ArriveRemote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// BarrierWait, but it traps without a word: a call of any function (printf) costs
+// registers, and makes the compiler wait for every single wgmma.
+__device__ __forceinline__ void AwaitBarrier(uint64_t* barrier, uint32_t parity) {
+  Patience patience(kBarrierPatienceNs);
+  while (!BarrierTry(barrier, parity)) {
+    if (patience.Exhausted()) __trap();
+  }
+}
+
+}  // namespace lockstep::kernels
+
+#endif  // LOCKSTEP_KERNELS_CLUSTER_CUH_
