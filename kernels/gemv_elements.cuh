@@ -69,8 +69,27 @@ __device__ __forceinline__ uint4 PackVector(const float (&v)[8]) {
           PackPair<T>(v[6], v[7])};
 }
 
+// c [16][8] += a [16][16] . b [16][8] on tensor cores, both of type O.
+template <typename O>
+__device__ __forceinline__ void Multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<O, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
 __device__ __forceinline__ float Gated(GemvEpilogue epilogue, float gate, float up) {
-  if (epilogue == GemvEpilogue::kSiluGate) return gate / (1.0f + __expf(-gate)) * up;
+  if (epilogue == GemvEpilogue::kSiluGate) return __fdividef(gate, 1.0f + __expf(-gate)) * up;
   const float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
   return 0.5f * gate * (1.0f + tanhf(inner)) * up;
 }

@@ -3,7 +3,7 @@
 //
 //   `split` warps share the K of a row; so there are 8 / split groups, and stage i is
 //   group i % groups's, which asks for the slot's next stage when it has read it.
-//   Groups do not wait for each other: that, and x in registers as fp32, makes them
+//   Groups do not wait for each other: that, and x in registers, makes them
 //   fast enough to empty a full ring in a microsecond once x is there.
 //
 //   Per warp and stage: 16-byte reads of a lane, of R rows S vectors each.
@@ -157,6 +157,45 @@ __device__ __forceinline__ float InverseRms(const RowParams& p, float squares, f
   return rsqrtf(total / static_cast<float>(p.k) + p.eps);
 }
 
+// A lane's part of x, as it meets the weights. Over e4m3: pairs of f16 for the tensor
+// cores, bf16 brought into their range by a power of two of the four lanes that share a
+// sum; what that rounds is 2^-38 of their largest.
+template <typename W, int S>
+struct LaneX {
+  float values[S][kPerVector<W>];
+};
+template <int S>
+struct LaneX<__nv_fp8_e4m3, S> {
+  uint32_t pairs[S][kPerVector<__nv_fp8_e4m3> / 2];
+  float unscale = 1.0f;
+};
+
+template <typename T, int S>
+__device__ __forceinline__ void PackX(const float (&f)[S][kPerVector<__nv_fp8_e4m3>],
+                                      LaneX<__nv_fp8_e4m3, S>& x) {
+  constexpr int kElements = kPerVector<__nv_fp8_e4m3>;
+  float scale = 1.0f;
+  if constexpr (!std::is_same_v<T, __half>) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int s = 0; s < S; ++s) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) largest = fmaxf(largest, fabsf(f[s][e]));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const int exponent = min(268 - static_cast<int>(__float_as_uint(largest) >> 23), 253);
+    scale = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+    x.unscale = __uint_as_float(static_cast<uint32_t>(254 - exponent) << 23);
+  }
+#pragma unroll
+  for (int s = 0; s < S; ++s) {
+#pragma unroll
+    for (int i = 0; i < kElements / 2; ++i)
+      x.pairs[s][i] = PackPair<__half>(f[s][2 * i] * scale, f[s][2 * i + 1] * scale);
+  }
+}
+
 // This warp's part of x, as it meets the weights.
 template <typename W, typename T, int S>
 __device__ __forceinline__ void LoadX(const RowParams& p, const Shared& shared, int wk,
@@ -204,10 +243,21 @@ __device__ __forceinline__ void LoadX(const RowParams& p, const Shared& shared, 
     }
   }
 }
+template <typename W, typename T, int S>
+__device__ __forceinline__ void LoadX(const RowParams& p, const Shared& shared, int wk,
+                                      float* scratch, LaneX<W, S>& x) {
+  if constexpr (sizeof(W) == 1) {
+    float values[S][kPerVector<W>];
+    LoadX<W, T, S>(p, shared, wk, scratch, values);
+    PackX<T, S>(values, x);
+  } else {
+    LoadX<W, T, S>(p, shared, wk, scratch, x.values);
+  }
+}
 
 // This lane's part of the product of one weight row.
 template <typename W, int S>
-__device__ __forceinline__ float Dot(const uint4 (&w)[S], const float (&x)[S][kPerVector<W>]) {
+__device__ __forceinline__ float Dot(const uint4 (&w)[S], const LaneX<W, S>& x) {
   float even = 0.0f, odd = 0.0f;
 #pragma unroll
   for (int s = 0; s < S; ++s) {
@@ -215,11 +265,39 @@ __device__ __forceinline__ float Dot(const uint4 (&w)[S], const float (&x)[S][kP
     UnpackVector<W>(w[s], f);
 #pragma unroll
     for (int e = 0; e < kPerVector<W>; e += 2) {
-      even = __fmaf_rn(f[e], x[s][e], even);
-      odd = __fmaf_rn(f[e + 1], x[s][e + 1], odd);
+      even = __fmaf_rn(f[e], x.values[s][e], even);
+      odd = __fmaf_rn(f[e + 1], x.values[s][e + 1], odd);
     }
   }
   return even + odd;
+}
+
+// The same of two rows of e4m3, which would take longer to become floats than to be read:
+// a tensor core product whose operands are each lane's own. Lane 4 g + q has elements of
+// row g of one weight row and of row g + 8 of the other, and the same elements of column g
+// of x: what is wanted is the diagonals, and the rest of the 16 x 8 sums goes unused.
+template <int S>
+__device__ __forceinline__ void DotPair(const uint4 (&a)[S], const uint4 (&b)[S],
+                                        const LaneX<__nv_fp8_e4m3, S>& x, float& of_a,
+                                        float& of_b) {
+  float even[4] = {}, odd[4] = {};
+#pragma unroll
+  for (int s = 0; s < S; ++s) {
+    const uint32_t u[4] = {a[s].x, a[s].y, a[s].z, a[s].w};
+    const uint32_t v[4] = {b[s].x, b[s].y, b[s].z, b[s].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Multiply<__half>(i % 2 == 0 ? even : odd, HalvesOfE4M3(u[i]), HalvesOfE4M3(v[i]),
+                       HalvesOfE4M3(u[i] >> 16), HalvesOfE4M3(v[i] >> 16), x.pairs[s][2 * i],
+                       x.pairs[s][2 * i + 1]);
+    }
+  }
+  const int g = static_cast<int>(threadIdx.x % 32) / 4, q = threadIdx.x % 4;
+  const bool second = g % 2 != 0, mine = q == g / 2;
+  const float sum_a = second ? even[1] + odd[1] : even[0] + odd[0];
+  const float sum_b = second ? even[3] + odd[3] : even[2] + odd[2];
+  of_a = mine ? sum_a * x.unscale : 0.0f;
+  of_b = mine ? sum_b * x.unscale : 0.0f;
 }
 
 // The sums of rows [begin, end) of the block's stretch, complete in shared memory.
@@ -328,7 +406,7 @@ inline constexpr int kRowBound = S* kPerVector<W> <= 64 ? 384 : kGemvThreads;
 template <typename W, typename T, int S>
 __global__ void __launch_bounds__(kRowBound<W, S>, 1)
     RowKernel(const __grid_constant__ RowParams p) {
-  constexpr int R = StageRows(S);
+  constexpr int R = StageRows(S), kPaired = sizeof(W) == 1 ? R + R % 2 : R;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ uint64_t full[kMaxGemvStages], empty[kMaxGemvStages];
   __shared__ float norm_scratch[kGemvWarps];
@@ -360,7 +438,7 @@ __global__ void __launch_bounds__(kRowBound<W, S>, 1)
   __syncthreads();
 
   const int wk = warp & (split - 1), group = warp >> p.split_log2;
-  float x[S][kPerVector<W>];
+  row::LaneX<W, S> x;
   row::LoadX<W, T, S>(p, shared, wk, norm_scratch, x);
 
   const int vectors = p.k / kPerVector<W>;
@@ -372,9 +450,9 @@ __global__ void __launch_bounds__(kRowBound<W, S>, 1)
     for (; stage * R < end; stage += groups) {
       const int first = stage * R, rows = end - first;
       BarrierWait(full + slot, parity, "gemv: weights");
-      uint4 w[R][S];
-      row::ReadStage<W, S, R>(shared.ring + slot * p.stage_bytes, p.row_bytes, vectors, wk, rows,
-                              w);
+      uint4 w[kPaired][S];
+      row::ReadStage<W, S, kPaired>(shared.ring + slot * p.stage_bytes, p.row_bytes, vectors, wk,
+                                    min(rows, R), w);
       __syncwarp();
       if (lane == 0) {
         if (split > 1) BarrierArrive(empty + slot);
@@ -384,9 +462,15 @@ __global__ void __launch_bounds__(kRowBound<W, S>, 1)
         }
       }
       __syncwarp();
-      float sum[R];
+      float sum[kPaired];
 #pragma unroll
-      for (int r = 0; r < R; ++r) sum[r] = row::Dot<W, S>(w[r], x);
+      for (int r = 0; r < R; ++r) {
+        if constexpr (sizeof(W) == 2) {
+          sum[r] = row::Dot<W, S>(w[r], x);
+        } else if (r % 2 == 0) {
+          row::DotPair<S>(w[r], w[r + 1], x, sum[r], sum[r + 1]);
+        }
+      }
 #pragma unroll
       for (int r = 0; r < R; ++r) sum[r] = WarpSum(sum[r]);
 #pragma unroll
