@@ -211,6 +211,26 @@ absl::StatusOr<GroupSizes> SizeGroup(const ServingPlan& plan, const CoordinatorO
   return sizes;
 }
 
+std::vector<MemoryParts> PredictGroup(const ServingPlan& plan, const GroupSizes& sizes) {
+  ServingShape shape = plan.shape;
+  shape.max_num_seqs = sizes.max_num_seqs;
+  const int64_t kv_tokens = int64_t{sizes.num_kv_blocks} * shape.block_size;
+  const auto tp_size = static_cast<int64_t>(plan.predicted.size());
+  const auto bytes = [](int64_t value) { return static_cast<uint64_t>(value); };
+  std::vector<MemoryParts> ranks;
+  for (int64_t rank = 0; rank < tp_size; ++rank) {
+    const absl::StatusOr<RankMemory> memory =
+        PredictRankMemory(plan.model, shape, tp_size, rank, plan.backend);
+    if (!memory.ok()) return {};
+    ranks.push_back({.weights = bytes(memory->weight_bytes),
+                     .kv = bytes(kv_tokens * memory->kv_bytes_per_token),
+                     .activations = bytes(memory->activation_bytes),
+                     .communication = bytes(memory->communication_bytes),
+                     .runtime = bytes(memory->runtime_bytes)});
+  }
+  return ranks;
+}
+
 GroupOptions MakeGroupOptions(const ServingPlan& plan, const CoordinatorOptions& options) {
   GroupOptions group;
   group.tp_size = options.tensor_parallel_size;
@@ -235,9 +255,9 @@ GroupOptions MakeGroupOptions(const ServingPlan& plan, const CoordinatorOptions&
   };
   int64_t largest = 0;
   for (const RankMemory& memory : plan.predicted) {
-    group.predicted_weight_bytes.push_back(static_cast<uint64_t>(memory.weight_bytes));
     largest = std::max(largest, memory.weight_bytes);
   }
+  group.predict = [plan](const GroupSizes& sizes) { return PredictGroup(plan, sizes); };
   const double weights = static_cast<double>(largest) / DTypeBytes(plan.shape.dtype);
   const double flops = plan.backend == BackendKind::kCpu ? kCpuFlops : kCudaFlops;
   group.timeouts.step.first_step_ms_per_token = 1 + 2 * weights / flops * 1000;

@@ -46,6 +46,9 @@ absl::StatusOr<ServingPlan> PlanServing(const CoordinatorOptions& options);
 absl::StatusOr<GroupSizes> SizeGroup(const ServingPlan& plan, const CoordinatorOptions& options,
                                      const std::vector<WorkerMemory>& workers);
 
+// What each rank of a group of these sizes takes, by the memory model.
+std::vector<MemoryParts> PredictGroup(const ServingPlan& plan, const GroupSizes& sizes);
+
 // What GrpcWorkerGroup needs; it keeps copies of both arguments.
 GroupOptions MakeGroupOptions(const ServingPlan& plan, const CoordinatorOptions& options);
 

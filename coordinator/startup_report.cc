@@ -24,11 +24,10 @@ std::vector<std::string> DescribeRanks(const EngineInfo& info) {
   std::vector<std::string> lines;
   for (const RankReport& rank : info.ranks) {
     lines.push_back(absl::StrFormat(
-        "rank %d  %s:%d  %s  weights %.4f GiB (predicted %.4f)  KV %d blocks, %.4f GiB  "
-        "collectives %s",
-        rank.rank, rank.host, rank.pid, rank.device, GiB(rank.weight_bytes),
-        GiB(rank.predicted_weight_bytes), info.num_kv_blocks, GiB(rank.kv_bytes),
-        rank.collective_library));
+        "rank %d  %s:%d  %s  weights %.4f GiB%s  KV %d blocks, %.4f GiB  collectives %s", rank.rank,
+        rank.host, rank.pid, rank.device, GiB(rank.memory.weights),
+        rank.predicted ? absl::StrFormat(" (predicted %.4f)", GiB(rank.predicted->weights)) : "",
+        info.num_kv_blocks, GiB(rank.memory.kv), rank.collective_library));
     if (!rank.shard.empty()) lines.push_back(absl::StrCat("        holds ", rank.shard));
     const double read = Total(rank.phases);
     std::string line =

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -14,11 +15,25 @@
 
 namespace lockstep {
 
+// A rank's memory, in bytes. Of parts that a backend cannot tell, nothing.
+struct MemoryParts {
+  uint64_t weights = 0, kv = 0;
+  std::optional<uint64_t> activations = {}, communication = {}, runtime = {};
+
+  // Nothing where a part is missing.
+  std::optional<uint64_t> total() const {
+    if (!activations || !communication || !runtime) return std::nullopt;
+    return weights + kv + *activations + *communication + *runtime;
+  }
+};
+
 struct RankReport {  // a rank's Hello and Ready, for GetModelInfo, logs and metrics
   uint32_t rank = 0;
   std::string host, device, collective_library, shard;
   uint32_t pid = 0;
-  uint64_t weight_bytes = 0, predicted_weight_bytes = 0, checkpoint_bytes = 0, kv_bytes = 0;
+  uint64_t checkpoint_bytes = 0;
+  MemoryParts memory = {};                             // as allocated
+  std::optional<MemoryParts> predicted = {};           // of the same sizes; nothing: not predicted
   std::vector<std::pair<std::string, double>> phases;  // name, seconds
 };
 

@@ -21,8 +21,14 @@ constexpr int64_t kCpuLogitChunkBytes = 32 * kMiB;
 constexpr int64_t kCpuMaxLogitRows = 256;
 // Threads of a rank are chosen later; their scratch is small beside the rest.
 constexpr int64_t kCpuThreads = 16;
-// Sixteen segments of 128 KiB each way, for every peer.
-constexpr int64_t kCpuBytesPerPeer = 4 * kMiB;
+// Blocks of a product of many rows: the input is padded to whole tiles; rows of weights that a
+// thread packs, and what it puts aside of a block of results while it sums K in slices.
+constexpr int64_t kCpuLanes = 16;
+constexpr int64_t kCpuTileRows = 6;
+constexpr int64_t kCpuPackedRows = 32;
+constexpr int64_t kCpuBlockRows = 48;
+// Sixteen segments of 128 KiB and a header each way, for every peer.
+constexpr int64_t kCpuBytesPerPeer = 2 * 16 * (128 * 1024 + 64);
 
 // A CUDA context with our kernels and those of cuBLASLt loaded, its workspaces,
 // and the graphs of the decode step. What such processes show when idle.
@@ -69,6 +75,8 @@ absl::Status CheckShape(const ModelConfig& config, const ServingShape& shape) {
   return absl::OkStatus();
 }
 
+int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // Widths of a rank's rows between two matrices, in elements.
 struct Widths {
   int64_t hidden, embedding, q, qkv, mlp, up;
@@ -81,24 +89,49 @@ struct Widths {
         up(config.gated_mlp ? 2 * mlp : mlp) {}
 };
 
+// Of a product of many rows on the cpu, whose inner dimension is cut into slices: floats
+// of a row of the packed input, and of what a thread packs and puts aside.
+struct PackedProduct {
+  int64_t width, scratch;
+  PackedProduct(int64_t inner, int64_t slices) {
+    width = slices * RoundUp(inner / slices, kCpuLanes);
+    int64_t levels = 1;  // of the tree over the slices
+    for (int64_t s = slices; s > 1; s = (s + 1) / 2) ++levels;
+    scratch = kCpuPackedRows * (width + kCpuBlockRows * (kCpuLanes + levels));
+  }
+};
+
 // The cpu backend's buffers, all float32.
 int64_t CpuActivationBytes(const ModelConfig& config, const ServingShape& shape,
                            const ShardPlan& plan) {
   const Widths w(config, plan);
   const bool samples = plan.rank == 0 && plan.tp_size > 1;
-  // Residual, normed, partial; q, k and v; heads; gate and up; the packed input
-  // of the widest product.
-  const int64_t row =
-      3 * w.hidden + w.embedding + w.qkv + w.q + w.up + std::max({w.hidden, w.q, w.mlp});
+  const auto slices = [&](int64_t all) { return all % plan.tp_size == 0 ? all / plan.tp_size : 1; };
+  int64_t packed = 0, scratch = 0;
+  for (const PackedProduct& product : {PackedProduct(w.hidden, 1), PackedProduct(w.embedding, 1),
+                                       PackedProduct(w.q, slices(plan.attention_slices)),
+                                       PackedProduct(w.mlp, slices(plan.mlp_slices))}) {
+    packed = std::max(packed, product.width);
+    scratch = std::max(scratch, product.scratch);
+  }
+  const int64_t num_ropes = config.rope_local == config.rope ? 1 : 2;
+  const int64_t rotary = config.position == PositionKind::kRope ? num_ropes * config.head_dim : 0;
+  // Residual, normed, partial; q, k and v; heads; gate and up; sines and cosines;
+  // the packed input of the widest product.
+  const int64_t row = 3 * w.hidden + w.embedding + w.qkv + w.q + w.up + rotary + packed;
+  const int64_t padding =
+      RoundUp(shape.max_batched_tokens, kCpuTileRows) - shape.max_batched_tokens;
   const int64_t logit_rows =
       std::clamp<int64_t>(kCpuLogitChunkBytes / (plan.padded_vocab * 4), 1,
                           std::min(kCpuMaxLogitRows, shape.max_batched_tokens));
   const int64_t logit_row =
       w.hidden + w.embedding + plan.local_vocab + (samples ? plan.padded_vocab : 0);
-  // Scores of the heads that share a KV head; one row of logits.
-  const int64_t thread = plan.local_heads / plan.local_kv_heads * shape.max_model_len +
-                         (samples ? plan.padded_vocab : 0);
-  return 4 * (shape.max_batched_tokens * row + logit_rows * logit_row + kCpuThreads * thread);
+  // Scores of the heads that share a KV head; packed weights; one row of logits.
+  const int64_t seen = RoundUp(shape.max_model_len, kCpuLanes);
+  const int64_t thread =
+      plan.local_heads / plan.local_kv_heads * seen + scratch + (samples ? plan.padded_vocab : 0);
+  return 4 * (shape.max_batched_tokens * row + padding * packed + logit_rows * logit_row +
+              kCpuThreads * thread);
 }
 
 // Everything in the serving dtype but the logits, which are float32; what a slot

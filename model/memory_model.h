@@ -7,7 +7,8 @@
 //   KV            2 (K and V) x layers x local_kv_heads x head_dim x bytes a token
 //   activations   of the largest step: max_batched_tokens rows of every buffer
 //                 between two matrices, the logits of a chunk of rows, and, on
-//                 rank 0, those of the whole vocabulary
+//                 rank 0, those of the whole vocabulary; on cpu also the scratch
+//                 of 16 threads
 //   communication buffers of the collectives
 //   runtime       what libraries take for themselves
 //

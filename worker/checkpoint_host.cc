@@ -199,6 +199,11 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
   report.checkpoint_bytes = static_cast<uint64_t>(checkpoint_bytes);
   report.weight_bytes = static_cast<uint64_t>((*backend)->weight_bytes());
   report.kv_bytes = static_cast<uint64_t>((*backend)->kv_bytes());
+  const auto unsigned_of = [](int64_t bytes) { return static_cast<uint64_t>(bytes); };
+  if (const auto bytes = (*backend)->activation_bytes()) {
+    report.activation_bytes = unsigned_of(*bytes);
+  }
+  if (const auto bytes = (*backend)->runtime_bytes()) report.runtime_bytes = unsigned_of(*bytes);
   report.shard = DescribeShard(*config, *plan);
   loaded.limits = {limits.max_num_seqs,  limits.max_batched_tokens,
                    limits.max_model_len, limits.block_size,

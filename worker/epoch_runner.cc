@@ -361,6 +361,9 @@ absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
   ready->set_weight_bytes(loaded->weight_bytes);
   ready->set_checkpoint_bytes(loaded->checkpoint_bytes);
   ready->set_kv_bytes(loaded->kv_bytes);
+  if (loaded->activation_bytes) ready->set_activation_bytes(*loaded->activation_bytes);
+  if (loaded->runtime_bytes) ready->set_runtime_bytes(*loaded->runtime_bytes);
+  if (const auto bytes = communicator->buffer_bytes()) ready->set_communication_bytes(*bytes);
   ready->set_shard(loaded->shard);
   return absl::OkStatus();
 }

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -27,9 +28,10 @@ struct LoadReport {
   uint64_t weight_bytes = 0;      // resident
   uint64_t checkpoint_bytes = 0;  // read from files by this Load
   uint64_t kv_bytes = 0;
-  uint64_t model_digest = 0;                           // ranks of a group must agree on it
-  std::string shard;                                   // in words
-  std::vector<std::pair<std::string, double>> phases;  // name, seconds
+  std::optional<uint64_t> activation_bytes, runtime_bytes;  // where the backend says
+  uint64_t model_digest = 0;                                // ranks of a group must agree on it
+  std::string shard;                                        // in words
+  std::vector<std::pair<std::string, double>> phases;       // name, seconds
 };
 
 class ModelHost {

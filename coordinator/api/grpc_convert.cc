@@ -177,7 +177,7 @@ v1::GetModelInfoResponse DescribeModel(const RequestPath& path) {
     rank->set_host(report.host);
     rank->set_pid(report.pid);
     rank->set_device(report.device);
-    rank->set_weight_bytes(report.weight_bytes);
+    rank->set_weight_bytes(report.memory.weights);
     rank->set_checkpoint_bytes(report.checkpoint_bytes);
     rank->set_collective_library(report.collective_library);
     rank->set_shard(report.shard);

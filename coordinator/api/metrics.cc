@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -48,6 +49,19 @@ const char* OutcomeName(RequestOutcome outcome) {
       break;
   }
   return "error";
+}
+
+// A part that nobody can tell has no series.
+void SetParts(const std::string& rank, const MemoryParts& memory,
+              prometheus::Family<Gauge>* family) {
+  const std::pair<const char*, std::optional<uint64_t>> parts[] = {
+      {"weights", memory.weights},         {"kv", memory.kv},
+      {"activations", memory.activations}, {"communication", memory.communication},
+      {"runtime", memory.runtime},         {"total", memory.total()},
+  };
+  for (const auto& [part, bytes] : parts) {
+    if (bytes) family->Add({{"rank", rank}, {"part", part}}).Set(static_cast<double>(*bytes));
+  }
 }
 
 const char* RejectionReason(const absl::Status& status) {
@@ -200,6 +214,15 @@ struct Metrics::Impl {
                                             .Name("lockstep_kv_bytes")
                                             .Help("KV cache of a rank.")
                                             .Register(registry);
+  prometheus::Family<Gauge>& memory_bytes = prometheus::BuildGauge()
+                                                .Name("lockstep_memory_bytes")
+                                                .Help("Memory of a rank by part, as allocated.")
+                                                .Register(registry);
+  prometheus::Family<Gauge>& predicted_memory_bytes =
+      prometheus::BuildGauge()
+          .Name("lockstep_predicted_memory_bytes")
+          .Help("Memory of a rank by part, as planned before a weight is read.")
+          .Register(registry);
   prometheus::Family<Gauge>& load_phase = prometheus::BuildGauge()
                                               .Name("lockstep_load_phase_seconds")
                                               .Help("Where a rank's last load spent its time.")
@@ -367,10 +390,14 @@ void Metrics::Impl::ExposeRanks(const EngineInfo& info) {
   for (const RankReport& report : info.ranks) {
     const std::string rank = absl::StrCat(report.rank);
     worker_up.Add({{"rank", rank}}).Set(whole ? 1 : 0);
-    weight_bytes.Add({{"rank", rank}}).Set(static_cast<double>(report.weight_bytes));
-    predicted_weight_bytes.Add({{"rank", rank}})
-        .Set(static_cast<double>(report.predicted_weight_bytes));
-    kv_bytes.Add({{"rank", rank}}).Set(static_cast<double>(report.kv_bytes));
+    weight_bytes.Add({{"rank", rank}}).Set(static_cast<double>(report.memory.weights));
+    kv_bytes.Add({{"rank", rank}}).Set(static_cast<double>(report.memory.kv));
+    SetParts(rank, report.memory, &memory_bytes);
+    if (report.predicted) {
+      predicted_weight_bytes.Add({{"rank", rank}})
+          .Set(static_cast<double>(report.predicted->weights));
+      SetParts(rank, *report.predicted, &predicted_memory_bytes);
+    }
     for (const auto& [phase, seconds] : report.phases) {
       load_phase.Add({{"rank", rank}, {"phase", phase}}).Set(seconds);
     }

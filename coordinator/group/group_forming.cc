@@ -14,7 +14,17 @@ namespace lockstep {
 using worker::v1::CoordinatorMessage;
 
 namespace {
+
 constexpr size_t kLongestName = 256;  // bytes of a name that a worker gives itself
+
+MemoryParts AllocatedMemory(const worker::v1::Ready& ready) {
+  MemoryParts memory{.weights = ready.weight_bytes(), .kv = ready.kv_bytes()};
+  if (ready.has_activation_bytes()) memory.activations = ready.activation_bytes();
+  if (ready.has_communication_bytes()) memory.communication = ready.communication_bytes();
+  if (ready.has_runtime_bytes()) memory.runtime = ready.runtime_bytes();
+  return memory;
+}
+
 }  // namespace
 
 void GroupMachine::OnHello(StreamId stream, Peer& peer, const worker::v1::Hello& hello,
@@ -117,6 +127,7 @@ bool GroupMachine::DecideSizes(const std::vector<StreamId>& members) {
     return false;
   }
   sizes_ = *sizes;
+  if (options_.predict) predicted_ = options_.predict(*sizes_);
   return true;
 }
 
@@ -187,12 +198,9 @@ void GroupMachine::AnnounceFormed() {
                                     ? peer.hello.collective_library()
                                     : peer.ready->collective_library();
     report.shard = peer.ready->shard();
-    report.weight_bytes = peer.ready->weight_bytes();
-    if (rank < options_.predicted_weight_bytes.size()) {
-      report.predicted_weight_bytes = options_.predicted_weight_bytes[rank];
-    }
+    report.memory = AllocatedMemory(*peer.ready);
+    if (rank < predicted_.size()) report.predicted = predicted_[rank];
     report.checkpoint_bytes = peer.ready->checkpoint_bytes();
-    report.kv_bytes = peer.ready->kv_bytes();
     for (const auto& phase : peer.ready->phases()) {
       report.phases.emplace_back(phase.name(), phase.seconds());
     }

@@ -135,6 +135,7 @@ class GroupMachine {
   uint64_t epoch_ = 0;
   std::vector<StreamId> members_;  // by rank, of the current or last epoch
   std::optional<GroupSizes> sizes_;
+  std::vector<MemoryParts> predicted_;  // by rank; may be empty
   std::string fatal_reason_;
 
   int64_t now_ms_ = 0;  // of the last tick, to notice a pause of this process

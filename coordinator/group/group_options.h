@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "coordinator/group/step_deadline.h"
+#include "coordinator/worker_group.h"
 #include "proto/worker.pb.h"
 #include "wire/protocol.h"
 
@@ -47,8 +48,8 @@ struct GroupOptions {
   // Decides the sizes once, from the memory of the first group, by rank. An
   // error ends the start: no other workers would change it.
   std::function<absl::StatusOr<GroupSizes>(const std::vector<WorkerMemory>&)> size;
-  // What the memory model says each rank's weights take, by rank; may be empty.
-  std::vector<uint64_t> predicted_weight_bytes;
+  // What the memory model says of a group of these sizes, by rank; may be empty.
+  std::function<std::vector<MemoryParts>(const GroupSizes&)> predict;
   GroupTimeouts timeouts;
 };
 

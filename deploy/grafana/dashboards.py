@@ -194,6 +194,10 @@ def overview():
             ("lockstep_weight_bytes{SELECT}", "{{instance}} rank {{rank}} weights"),
             ("lockstep_predicted_weight_bytes{SELECT}", "{{instance}} rank {{rank}} planned"),
             ("lockstep_kv_bytes{SELECT}", "{{instance}} rank {{rank}} KV"))
+    d.lines("Memory against the plan", "Each part of a rank's memory as allocated, over what was "
+            "planned; above 1 `lockstep plan` is too hopeful.", "percentunit",
+            ("lockstep_memory_bytes{SELECT} / lockstep_predicted_memory_bytes{SELECT}",
+             "{{instance}} rank {{rank}} {{part}}"))
     d.table("Start-up", "Where the last start spent its seconds.",
             "lockstep_startup_phase_seconds{SELECT}", width=8)
     d.table("Versions and cache", "Builds, and the KV cache's configuration.",

@@ -34,7 +34,7 @@ TEST_F(GroupMachineTest, FormsWhenEnoughWorkersAreThere) {
   ASSERT_EQ(Formed().size(), 1u);
   EXPECT_EQ(Formed()[0].epoch, 1u);
   EXPECT_EQ(Formed()[0].ranks[1].pid, 1002u);
-  EXPECT_EQ(Formed()[0].ranks[1].weight_bytes, 77u);
+  EXPECT_EQ(Formed()[0].ranks[1].memory.weights, 77u);
 }
 
 TEST_F(GroupMachineTest, RefusesAnotherProtocolVersionAndBackend) {

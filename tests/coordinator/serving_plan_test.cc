@@ -158,7 +158,7 @@ TEST_F(ServingPlanTest, RanksOfOneHostShareItsMemoryAndTheSmallestDecides) {
     EXPECT_TRUE(sizes.ok()) << sizes.status();
     return sizes.ok() ? sizes->num_kv_blocks : 0;
   };
-  const uint64_t some = 20 << 20;
+  const uint64_t some = 24 << 20;
   const uint32_t apart = blocks({{"a", "", some, some}, {"b", "", some, some}});
   const uint32_t together = blocks({{"a", "", some, some}, {"a", "", some, some}});
   const uint32_t uneven = blocks({{"a", "", kGiB, kGiB}, {"b", "", some, some}});
@@ -174,8 +174,20 @@ TEST_F(ServingPlanTest, ConfigureCarriesThePlan) {
   EXPECT_EQ(group.configure.dtype(), "bfloat16");
   EXPECT_EQ(group.configure.max_model_len(), 1024u);
   EXPECT_TRUE(std::filesystem::path(group.configure.model_path()).is_absolute());
-  EXPECT_EQ(group.predicted_weight_bytes.size(), 2u);
-  EXPECT_GT(group.predicted_weight_bytes[0], 0u);
+}
+
+TEST_F(ServingPlanTest, MemoryIsPredictedForTheSizesThatTheGroupHas) {
+  options_.tensor_parallel_size = 2;
+  const ServingPlan plan = *PlanServing(options_);
+  const std::vector<MemoryParts> ranks =
+      MakeGroupOptions(plan, options_).predict({.num_kv_blocks = 100, .max_num_seqs = 4});
+  ASSERT_EQ(ranks.size(), 2u);
+  const RankMemory& memory = plan.predicted[1];
+  EXPECT_EQ(ranks[1].weights, static_cast<uint64_t>(memory.weight_bytes));
+  EXPECT_EQ(ranks[1].kv, static_cast<uint64_t>(100 * 16 * memory.kv_bytes_per_token));
+  EXPECT_EQ(ranks[1].activations, static_cast<uint64_t>(memory.activation_bytes));
+  EXPECT_EQ(ranks[1].communication, static_cast<uint64_t>(memory.communication_bytes));
+  EXPECT_EQ(ranks[1].total(), ranks[1].kv + static_cast<uint64_t>(memory.fixed_bytes()));
 }
 
 }  // namespace

@@ -55,6 +55,8 @@ PROMISED = {
     "load_phase_seconds": {**RANKS, "phase": {"load", "communicator"}},
     "startup_phase_seconds": {"phase": {"read config"}},
     "weight_bytes": RANKS, "predicted_weight_bytes": RANKS, "kv_bytes": RANKS,
+    **dict.fromkeys(("memory_bytes", "predicted_memory_bytes"), {**RANKS, "part": {
+        "weights", "kv", "activations", "communication", "runtime", "total"}}),
     "worker_up": RANKS, "ready": {}, "epoch": {}, "build_info": {},
     "requests_total": {"outcome": {"completed"}}, "http_responses_total": {"code": {"200", "400"}},
 }
@@ -183,6 +185,19 @@ class LiveMetricsTest(unittest.TestCase):
             for label, values in labels.items():
                 seen = {sample[label] for sample in emitted[f"lockstep_{name}"]}
                 self.assertLessEqual(values, seen, f"{name}: {label}")
+
+    def test_memory_is_what_was_predicted(self):
+        _, text = harness.request(self.port, "GET", "/metrics")
+        figures = {(name, rank, part): float(value) for name, part, rank, value in re.findall(
+            r'^lockstep_(\w*memory_bytes)\{part="(\w+)",rank="(\d)"\} (\S+)$', text, re.M)}
+        for rank in ("0", "1"):
+            for part in ("weights", "kv", "communication", "runtime"):
+                self.assertEqual(figures["memory_bytes", rank, part],
+                                 figures["predicted_memory_bytes", rank, part], part)
+            for part in ("activations", "total"):  # predicted for more threads than there are
+                self.assertLessEqual(figures["memory_bytes", rank, part],
+                                     figures["predicted_memory_bytes", rank, part], part)
+                self.assertGreater(figures["memory_bytes", rank, part], 0, part)
 
     def test_metrics_of_gpus_are_in_the_source(self):
         source = "".join(path.read_text() for path in (

@@ -20,6 +20,7 @@
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "model/memory_model.h"
 #include "tests/fakes/exchanges.h"
 
 namespace lockstep {
@@ -213,6 +214,23 @@ TEST_P(GlooCommunicatorSizes, GathersInRankOrderAndBroadcasts) {
       }
     }
     ASSERT_TRUE(comm.Barrier().ok());
+  });
+}
+
+TEST_P(GlooCommunicatorSizes, HoldsTheBuffersThatTheMemoryModelPredicts) {
+  const int size = GetParam();
+  ModelConfig config;
+  config.num_heads = config.num_kv_heads = size;
+  config.hidden_size = config.embedding_dim = config.intermediate_size = 16 * size;
+  config.head_dim = 16;
+  config.num_layers = 1;
+  config.vocab_size = 16;
+  config.max_position_embeddings = 8192;
+  const absl::StatusOr<RankMemory> memory =
+      PredictRankMemory(config, {}, size, 0, BackendKind::kCpu);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  OnThreads(size, [&](RankCommunicator& comm) {
+    EXPECT_EQ(comm.buffer_bytes(), static_cast<uint64_t>(memory->communication_bytes));
   });
 }
 

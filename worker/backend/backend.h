@@ -23,6 +23,7 @@
 #define LOCKSTEP_WORKER_BACKEND_BACKEND_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -129,6 +130,10 @@ class Backend {
   // As allocated.
   virtual int64_t weight_bytes() const = 0;
   virtual int64_t kv_bytes() const = 0;
+  // Buffers of a step, and what libraries take for themselves; nothing where a
+  // backend cannot tell.
+  virtual std::optional<int64_t> activation_bytes() const { return std::nullopt; }
+  virtual std::optional<int64_t> runtime_bytes() const { return std::nullopt; }
   virtual std::string description() const = 0;  // "cpu, avx512, 2 threads"
 };
 

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -32,6 +33,8 @@ class Communicator {
   virtual DeviceCommunicator* device() { return nullptr; }
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  // Memory that it holds for its transfers, once joined; nothing where it cannot tell.
+  virtual std::optional<uint64_t> buffer_bytes() const { return std::nullopt; }
 
   // In place sum over ranks, added as a binary tree over rank order
   // ((0+1)+(2+3))+..., so that it equals the same tree formed on fewer ranks,

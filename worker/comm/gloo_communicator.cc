@@ -78,6 +78,9 @@ class GlooCommunicator final : public RankCommunicator {
 
   int rank() const override { return options_.rank; }
   int size() const override { return options_.size; }
+  std::optional<uint64_t> buffer_bytes() const override {
+    return static_cast<uint64_t>(options_.size - 1) * GlooLink::kBufferBytes;
+  }
   absl::Status Join(AddressExchange& exchange) override {
     if (options_.size == 1) return absl::OkStatus();
     absl::Status status = mesh_.Join(exchange);

@@ -11,9 +11,7 @@ namespace lockstep {
 namespace {
 
 constexpr std::align_val_t kAlign{64};
-// The header takes a whole cache line, so that payloads stay aligned.
-constexpr size_t kHeaderBytes = 64;
-constexpr size_t kSlotBytes = kHeaderBytes + GlooLink::kSegmentBytes;
+constexpr size_t kHeaderBytes = GlooLink::kSlotBytes - GlooLink::kSegmentBytes;
 constexpr int kAckSlot = GlooLink::kWindow;
 constexpr int kBreakSlot = kAckSlot + 1;
 constexpr int kGreetingSlot = kAckSlot + 2;

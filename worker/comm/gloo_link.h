@@ -46,6 +46,10 @@ class GlooLink {
   static constexpr size_t kSegmentBytes = 128 << 10;
   static constexpr uint64_t kWindow = 16;
   static constexpr uint64_t kAckEvery = 8;
+  // The header takes a whole cache line, so that payloads stay aligned.
+  static constexpr size_t kSlotBytes = 64 + kSegmentBytes;
+  // What a link holds once it has greeted: a window each way.
+  static constexpr size_t kBufferBytes = 2 * kWindow * kSlotBytes;
 
   // Registers the receive buffers: call before the pair connects. `pair`
   // outlives the link; break it before destroying the link.

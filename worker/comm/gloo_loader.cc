@@ -26,6 +26,7 @@ class LoneCommunicator : public RankCommunicator {
   absl::Status Join(AddressExchange& /*exchange*/) override { return status_; }
   int rank() const override { return 0; }
   int size() const override { return 1; }
+  std::optional<uint64_t> buffer_bytes() const override { return 0; }
   absl::Status AllReduceSum(absl::Span<float> /*values*/) override { return Count(); }
   absl::Status Gather(absl::Span<const float> mine, absl::Span<float> all, int root) override {
     LOCKSTEP_CHECK(root == 0 && all.size() == mine.size());

@@ -371,10 +371,8 @@ TEST_F(GrpcDoorTest, ModelInfoDescribesRanksAndStartup) {
                      .collective_library = "gloo",
                      .shard = "heads 0-3",
                      .pid = 11,
-                     .weight_bytes = 1000,
-                     .predicted_weight_bytes = 1000,
                      .checkpoint_bytes = 900,
-                     .kv_bytes = 64,
+                     .memory = {.weights = 1000, .kv = 64},
                      .phases = {{"load", 0.5}}}});
   server_->SetStartup({{"read model", 0.25}});
   grpc::ClientContext context;

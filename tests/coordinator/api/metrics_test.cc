@@ -121,20 +121,22 @@ TEST_F(MetricsTest, GaugesAreOfNow) {
   stats.blocks_free = 50, stats.blocks_cached = 10, stats.blocks_active = 30;
   stats.blocks_pending = 10;
   engine_.SetStats(stats);
-  engine_.SetRanks({{.rank = 0,
-                     .host = {},
-                     .device = {},
-                     .collective_library = {},
-                     .shard = {},
-                     .weight_bytes = 1000,
-                     .phases = {{"load", 0.5}}},
-                    {.rank = 1,
-                     .host = {},
-                     .device = {},
-                     .collective_library = {},
-                     .shard = {},
-                     .weight_bytes = 900,
-                     .phases = {}}});
+  engine_.SetRanks(
+      {{.rank = 0,
+        .host = {},
+        .device = {},
+        .collective_library = {},
+        .shard = {},
+        .memory = {.weights = 1000, .kv = 64, .activations = 32, .communication = 0, .runtime = 4},
+        .predicted = MemoryParts{.weights = 990, .kv = 64, .activations = 40},
+        .phases = {{"load", 0.5}}},
+       {.rank = 1,
+        .host = {},
+        .device = {},
+        .collective_library = {},
+        .shard = {},
+        .memory = {.weights = 900, .kv = 64, .activations = 32},
+        .phases = {}}});
   for (int scrape = 0; scrape < 2; ++scrape) {  // totals do not add up over scrapes
     auto series = Scrape();
     const auto vllm = [&](const std::string& name) { return series["vllm:" + name + kLabels]; };
@@ -152,6 +154,21 @@ TEST_F(MetricsTest, GaugesAreOfNow) {
     EXPECT_EQ(series["lockstep_epoch"], 1);
     EXPECT_EQ(series["lockstep_worker_up{rank=\"0\"}"], 1);
     EXPECT_EQ(series["lockstep_weight_bytes{rank=\"1\"}"], 900);
+    EXPECT_EQ(series["lockstep_predicted_weight_bytes{rank=\"0\"}"], 990);
+    const auto part = [&](const std::string& name, const std::string& labels) {
+      const auto found = series.find("lockstep_" + name + "{part=" + labels + "\"}");
+      return found == series.end() ? -1 : found->second;
+    };
+    EXPECT_EQ(part("memory_bytes", "\"weights\",rank=\"0"), 1000);
+    EXPECT_EQ(part("memory_bytes", "\"communication\",rank=\"0"), 0);
+    EXPECT_EQ(part("memory_bytes", "\"total\",rank=\"0"), 1100);
+    EXPECT_EQ(part("memory_bytes", "\"activations\",rank=\"1"), 32);
+    EXPECT_EQ(part("predicted_memory_bytes", "\"activations\",rank=\"0"), 40);
+    // What is not told is absent, and so is a total that lacks it.
+    EXPECT_EQ(part("memory_bytes", "\"communication\",rank=\"1"), -1);
+    EXPECT_EQ(part("memory_bytes", "\"total\",rank=\"1"), -1);
+    EXPECT_EQ(part("predicted_memory_bytes", "\"total\",rank=\"0"), -1);
+    EXPECT_EQ(part("predicted_memory_bytes", "\"weights\",rank=\"1"), -1);
     EXPECT_EQ(series["lockstep_load_phase_seconds{phase=\"load\",rank=\"0\"}"], 0.5);
     EXPECT_EQ(series["vllm:cache_config_info{block_size=\"16\",enable_prefix_caching=\"True\","
                      "engine=\"0\",model_name=\"demo\",num_gpu_blocks=\"100\"}"],

@@ -62,6 +62,8 @@ class CpuBackend final : public Backend {
   int64_t max_logit_rows() const override { return head_.max_rows(); }
   int64_t weight_bytes() const override { return weights_->allocated_bytes(); }
   int64_t kv_bytes() const override { return cache_->bytes(); }
+  std::optional<int64_t> activation_bytes() const override;
+  std::optional<int64_t> runtime_bytes() const override { return 0; }
   std::string description() const override {
     return absl::StrCat("cpu, ", kernels_.name, ", ", pool_.size(),
                         pool_.size() == 1 ? " thread" : " threads");
@@ -147,6 +149,22 @@ CpuBackend::CpuBackend(const ModelConfig& config, const ShardPlan& plan,
   workspace_.Reserve(rows, q_width_, LocalSlices(plan.attention_slices, plan.tp_size));
   workspace_.Reserve(rows, plan.local_intermediate, LocalSlices(plan.mlp_slices, plan.tp_size));
   workspace_.Reserve(rows, config.embedding_dim, 1);
+  if (config.position == PositionKind::kRope) {
+    rope_.Reserve(rows);
+    if (!(config.rope_local == config.rope)) rope_local_.Reserve(rows);
+  }
+}
+
+// All that is sized by then; what grows with use (tokens and counts of slots, scratch
+// of sampling) is small beside it.
+std::optional<int64_t> CpuBackend::activation_bytes() const {
+  size_t floats = 0;
+  for (const auto* buffer : {&residual_, &normed_, &partial_, &embedded_, &qkv_, &heads_, &up_}) {
+    floats += buffer->size();
+  }
+  for (const std::vector<float>& scores : scores_) floats += scores.size();
+  return static_cast<int64_t>(floats * sizeof(float)) + workspace_.bytes() + head_.bytes() +
+         rope_.bytes() + rope_local_.bytes();
 }
 
 absl::Status CpuBackend::Attach(Communicator* comm) {

@@ -47,6 +47,12 @@ Head::Head(const ModelConfig& config, const ShardPlan& plan, const ModelWeights&
   workspace.Reserve(max_rows_, config.embedding_dim, 1);
 }
 
+int64_t Head::bytes() const {
+  size_t floats = hidden_.size() + projected_.size() + local_logits_.size() + gathered_.size();
+  for (const std::vector<float>& row : row_logits_) floats += row.size();
+  return static_cast<int64_t>(floats * sizeof(float));
+}
+
 void Head::Begin(absl::Span<const BatchSpan> spans, absl::Span<const StepRow> rows) {
   spans_ = spans;
   rows_ = rows;

@@ -33,6 +33,7 @@ class Head {
        const Kernels& kernels, ThreadPool& pool, GemmWorkspace& workspace, int64_t max_step_rows);
 
   int64_t max_rows() const { return max_rows_; }
+  int64_t bytes() const;  // of logits and what they are made of
 
   // `rows`: the step's; used until Publish.
   void Begin(absl::Span<const BatchSpan> spans, absl::Span<const StepRow> rows);

@@ -22,6 +22,10 @@ class RotaryTable {
   RotaryTable(const RopeConfig& rope, int64_t head_dim)
       : half_(head_dim / 2), frequencies_(RotaryFrequencies(rope, head_dim)) {}
 
+  // Makes room for `rows` positions.
+  void Reserve(int64_t rows) { table_.reserve(2 * rows * half_); }
+  int64_t bytes() const { return static_cast<int64_t>(table_.capacity() * sizeof(float)); }
+
   // Row r is of positions[r].
   void Prepare(absl::Span<const int64_t> positions, ThreadPool& pool);
 
