@@ -44,6 +44,7 @@ constexpr const char* kSettings[] = {
     "EXIT_WITH_PARENT",
     "GPU_MEMORY_UTILIZATION",
     "GRPC_PORT",
+    "HEALTH_PORT",
     "HOST",
     "HTTP_PORT",
     "INSECURE",
