@@ -15,20 +15,9 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 
-SchedulerConfig Config() {
-  SchedulerConfig config;
-  config.max_num_seqs = 4;
-  config.max_batched_tokens = 16;
-  config.max_model_len = 64;
-  config.block_size = 4;
-  config.num_kv_blocks = 64;
-  config.vocab_size = 1'000;
-  return config;
-}
-
 class SchedulerFaultTest : public testing::Test {
  protected:
-  SchedulerHarness h_{Config()};
+  SchedulerHarness h_{SmallSchedulerConfig()};
 };
 
 TEST_F(SchedulerFaultTest, AReplayGoesOnWhereTheStreamWas) {
@@ -267,7 +256,7 @@ struct Lie {
 class LieTest : public testing::TestWithParam<Lie> {};
 
 TEST_P(LieTest, IsNotBelievedAndChangesNothing) {
-  SchedulerHarness h(Config());
+  SchedulerHarness h(SmallSchedulerConfig());
   ASSERT_TRUE(h.Add(RequestBuilder(1).MaxTokens(3).PromptLogprobs(0)).ok());
   h.Plan();
   const StepResult honest = h.NextResult();

@@ -13,13 +13,9 @@ using testing::ElementsAre;
 using testing::IsEmpty;
 
 SchedulerConfig Config(uint32_t num_kv_blocks) {
-  SchedulerConfig config;
-  config.max_num_seqs = 4;
+  SchedulerConfig config = SmallSchedulerConfig();
   config.max_batched_tokens = 64;
-  config.max_model_len = 64;
-  config.block_size = 4;
   config.num_kv_blocks = num_kv_blocks;
-  config.vocab_size = 1'000;
   return config;
 }
 

@@ -15,18 +15,6 @@ namespace {
 using testing::ElementsAre;
 using testing::IsEmpty;
 
-SchedulerConfig Config() {
-  SchedulerConfig config;
-  config.max_num_seqs = 4;
-  config.max_batched_tokens = 16;
-  config.max_model_len = 64;
-  config.block_size = 4;
-  config.num_kv_blocks = 64;
-  config.max_queued_requests = 8;
-  config.vocab_size = 1'000;
-  return config;
-}
-
 std::vector<std::pair<uint32_t, uint32_t>> Spans(const StepPlan& plan) {
   std::vector<std::pair<uint32_t, uint32_t>> spans;
   for (const Span& span : plan.spans) spans.push_back({span.slot.value, span.num_tokens});
@@ -35,7 +23,7 @@ std::vector<std::pair<uint32_t, uint32_t>> Spans(const StepPlan& plan) {
 
 class SchedulerTest : public testing::Test {
  protected:
-  SchedulerHarness h_{Config()};
+  SchedulerHarness h_{SmallSchedulerConfig()};
 };
 
 TEST_F(SchedulerTest, SendsANewSequenceWholeAndComputesItsPrompt) {
@@ -141,7 +129,7 @@ TEST_F(SchedulerTest, DecodesGoInSlotOrder) {
 }
 
 TEST_F(SchedulerTest, AdmitsByPriorityThenArrival) {
-  SchedulerConfig config = Config();
+  SchedulerConfig config = SmallSchedulerConfig();
   config.max_num_seqs = 1;
   SchedulerHarness h(config);
   ASSERT_TRUE(h.Add(RequestBuilder(1).MaxTokens(1)).ok());
@@ -154,7 +142,7 @@ TEST_F(SchedulerTest, AdmitsByPriorityThenArrival) {
 }
 
 TEST_F(SchedulerTest, ASlotIsReusedByThePlanThatReleasesIt) {
-  SchedulerConfig config = Config();
+  SchedulerConfig config = SmallSchedulerConfig();
   config.max_num_seqs = 1;
   SchedulerHarness h(config);
   ASSERT_TRUE(h.Add(RequestBuilder(1).MaxTokens(1)).ok());

@@ -18,6 +18,20 @@
 
 namespace lockstep {
 
+// Four sequences of up to 64 tokens, 16 tokens a step, room for 256: small enough that
+// a test reaches every bound.
+inline SchedulerConfig SmallSchedulerConfig() {
+  SchedulerConfig config;
+  config.max_num_seqs = 4;
+  config.max_batched_tokens = 16;
+  config.max_model_len = 64;
+  config.block_size = 4;
+  config.num_kv_blocks = 64;
+  config.max_queued_requests = 8;
+  config.vocab_size = 1'000;
+  return config;
+}
+
 class SchedulerHarness {
  public:
   explicit SchedulerHarness(const SchedulerConfig& config) : scheduler(config) {
