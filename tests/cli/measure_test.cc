@@ -1,7 +1,4 @@
 // bench, compare and top as a user types them, against the demo model.
-#include <sys/wait.h>
-
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -13,6 +10,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/fakes/shell.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -22,23 +20,10 @@ using nlohmann::json;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-struct Shell {
-  int code = -1;
-  std::string out;
-};
-
 // stderr goes to the same place unless the arguments send it elsewhere.
 Shell Lockstep(const std::string& arguments, const std::string& redirect = "2>&1") {
   UseBuiltPrograms();
-  const std::string command =
-      absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep ", arguments, " ", redirect);
-  Shell shell;
-  FILE* pipe = popen(command.c_str(), "r");
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) shell.out.append(buffer, n);
-  const int status = pclose(pipe);
-  shell.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  return shell;
+  return RunShell(absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep ", arguments, " ", redirect));
 }
 
 // The flag goes in front of what is passed on to serve.

@@ -1,15 +1,14 @@
 // A variable that nobody reads, as each program speaks of it.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
-#include <cstdio>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "common/variables.h"
+#include "tests/fakes/shell.h"
 
 namespace lockstep {
 namespace {
@@ -22,15 +21,10 @@ using ::testing::StartsWith;
 
 // Lines of one stream; `command` begins with variables and names a program of bin/.
 std::vector<std::string> Lines(const std::string& command, const std::string& redirect) {
-  const std::string line =
-      absl::StrCat("PATH=", LOCKSTEP_BINARY_DIR, "/bin:$PATH; ", command, " ", redirect);
-  FILE* const pipe = popen(line.c_str(), "r");
-  std::string text;
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) text.append(buffer, n);
-  pclose(pipe);
+  std::istringstream stream(
+      RunShell(absl::StrCat("PATH=", LOCKSTEP_BINARY_DIR, "/bin:$PATH; ", command, " ", redirect))
+          .out);
   std::vector<std::string> lines;
-  std::istringstream stream(text);
   for (std::string one; std::getline(stream, one);) lines.push_back(one);
   return lines;
 }

@@ -1,7 +1,4 @@
 // The commands as a user types them, against the demo model.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cstdio>
 #include <fstream>
 #include <iterator>
@@ -11,6 +8,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/fakes/shell.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -20,21 +18,9 @@ using nlohmann::json;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
-struct Shell {
-  int code = -1;
-  std::string out;  // stdout and stderr together
-};
-
+// stdout and stderr together.
 Shell Lockstep(const std::string& arguments) {
-  const std::string command =
-      absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep ", arguments, " 2>&1");
-  Shell shell;
-  FILE* pipe = popen(command.c_str(), "r");
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) shell.out.append(buffer, n);
-  const int status = pclose(pipe);
-  shell.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  return shell;
+  return RunShell(absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep ", arguments, " 2>&1"));
 }
 
 class CliTest : public ::testing::Test {

@@ -1,9 +1,6 @@
 // `lockstep profile` against a running server of two ranks.
-#include <sys/wait.h>
-
 #include <atomic>
 #include <csignal>
-#include <cstdio>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -16,6 +13,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/fakes/shell.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -24,20 +22,8 @@ namespace {
 using nlohmann::json;
 using ::testing::HasSubstr;
 
-struct Shell {
-  int code = -1;
-  std::string out;
-};
-
 Shell Profile(const std::string& arguments) {
-  Shell shell;
-  FILE* pipe = popen(
-      absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep profile ", arguments, " 2>&1").c_str(), "r");
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) shell.out.append(buffer, n);
-  const int status = pclose(pipe);
-  shell.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  return shell;
+  return RunShell(absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep profile ", arguments, " 2>&1"));
 }
 
 struct StepSlice {
