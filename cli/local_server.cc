@@ -46,7 +46,8 @@ absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(
   if (!program.ok()) return program.status();
   std::vector<std::string> argv = {*program, "serve"};
   argv.insert(argv.end(), serve_args.begin(), serve_args.end());
-  for (const char* flag : {"--host", "127.0.0.1", "--http-port", "0", "--grpc-port", "0"}) {
+  for (const char* flag :
+       {"--host", "127.0.0.1", "--http-port", "0", "--grpc-port", "0", "--health-port", "0"}) {
     argv.push_back(flag);
   }
   argv.push_back("--port-file");

@@ -138,6 +138,7 @@ absl::Status Coordinator::Start() {
   api_options.host = options_.host;
   api_options.http_port = static_cast<int>(options_.http_port);
   api_options.grpc_port = static_cast<int>(options_.grpc_port);
+  if (options_.health_port != 0) api_options.health_port = static_cast<int>(options_.health_port);
   api_options.insecure = options_.insecure;
   api_options.reflection = options_.reflection;
   api_options.tls = {options_.ssl_certfile, options_.ssl_keyfile, options_.ssl_ca_certs};

@@ -79,6 +79,8 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* o) {
   option("--host", &o->host, "Address of the HTTP and gRPC doors", g);
   option("--http-port", &o->http_port, "0: any free port", g);
   option("--grpc-port", &o->grpc_port, "0: any free port", g);
+  option("--health-port", &o->health_port,
+         "Plain HTTP for /health and /ready alone, for probers without a certificate; 0: none", g);
   option("--worker-address", &o->worker_address,
          "Where workers dial in: HOST:PORT (port 0: any) or unix:PATH", g);
   option("--worker-ssl-certfile", &o->worker_ssl_certfile,
@@ -137,6 +139,7 @@ absl::Status Check(const CoordinatorOptions& o) {
       CheckRange("--cpu-threads", o.cpu_threads, 0, 1'024, " threads"),
       CheckRange("--http-port", o.http_port, 0, 65'535, ""),
       CheckRange("--grpc-port", o.grpc_port, 0, 65'535, ""),
+      CheckRange("--health-port", o.health_port, 0, 65'535, ""),
   };
   for (const absl::Status& check : checks) {
     if (!check.ok()) return check;
@@ -161,6 +164,11 @@ absl::Status Check(const CoordinatorOptions& o) {
   }
   if (o.http_port != 0 && o.http_port == o.grpc_port) {
     return Bad(absl::StrCat("--http-port ", o.http_port, " is --grpc-port, too"));
+  }
+  for (const auto& [name, port] :
+       {std::pair("--http-port", o.http_port), std::pair("--grpc-port", o.grpc_port)}) {
+    if (o.health_port == 0 || o.health_port != port) continue;
+    return Bad(absl::StrCat("--health-port ", port, " is ", name, ", too"));
   }
   if (const std::string admin = AdminAddress(o); !IsLocalAddress(admin)) {
     return Bad(absl::StrCat("--admin-address ", admin,

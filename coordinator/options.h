@@ -50,6 +50,7 @@ struct CoordinatorOptions {
   std::string host = "127.0.0.1";
   uint32_t http_port = 8000;
   uint32_t grpc_port = 50051;
+  uint32_t health_port = 0;
   std::string worker_address = "127.0.0.1:50052";
   std::string worker_ssl_certfile, worker_ssl_keyfile, worker_ssl_ca_certs;
   std::string admin_address;

@@ -11,12 +11,20 @@
 #include "coordinator/api/admin_door.h"
 #include "coordinator/api/api_keys.h"
 #include "coordinator/api/grpc_door.h"
+#include "coordinator/api/http/health_routes.h"
 #include "coordinator/api/http/http_server.h"
 #include "coordinator/api/http/routes.h"
 #include "coordinator/api/metrics.h"
 #include "coordinator/api/request_path.h"
 
 namespace lockstep {
+namespace {
+
+// Probers ask and go: nobody can hold a place of the health port for long.
+constexpr uint32_t kHealthConnections = 256;
+constexpr int64_t kHealthMs = 5'000;
+
+}  // namespace
 
 struct ApiServer::Impl {
   Impl(ApiOptions o, ServedModel m)
@@ -38,6 +46,8 @@ struct ApiServer::Impl {
   std::unique_ptr<GrpcDoor> grpc;
   std::unique_ptr<Routes> routes;
   std::unique_ptr<HttpServer> http;
+  std::unique_ptr<HealthRoutes> health_routes;
+  std::unique_ptr<HttpServer> health;
   std::unique_ptr<AdminDoor> admin;
 };
 
@@ -97,10 +107,9 @@ absl::Status ApiServer::Start(EngineClient* engine) {
     admin = std::make_unique<AdminDoor>(impl_->watch);
     if (absl::Status status = admin->Start(options.admin_address); !status.ok()) return status;
   }
-  std::unique_ptr<Routes> routes;
+  auto routes = std::make_unique<Routes>(path.get(), keys.get(), options.allowed_origins);
   std::unique_ptr<HttpServer> http;
   if (options.http_port >= 0) {
-    routes = std::make_unique<Routes>(path.get(), keys.get(), options.allowed_origins);
     http = std::make_unique<HttpServer>(
         HttpServerOptions{.host = options.host,
                           .port = options.http_port,
@@ -111,6 +120,21 @@ absl::Status ApiServer::Start(EngineClient* engine) {
         routes.get());
     if (absl::Status status = http->Start(); !status.ok()) return status;
   }
+  auto health_routes = std::make_unique<HealthRoutes>(routes.get());
+  std::unique_ptr<HttpServer> health;
+  if (options.health_port >= 0) {
+    health = std::make_unique<HttpServer>(HttpServerOptions{.host = options.host,
+                                                            .port = options.health_port,
+                                                            .flag = "--health-port",
+                                                            .max_connections = kHealthConnections,
+                                                            .threads = 1,
+                                                            .header_timeout_ms = kHealthMs,
+                                                            .body_timeout_ms = kHealthMs,
+                                                            .idle_timeout_ms = kHealthMs,
+                                                            .write_timeout_ms = kHealthMs},
+                                          health_routes.get());
+    if (absl::Status status = health->Start(); !status.ok()) return status;
+  }
   {
     const std::lock_guard lock(impl_->mutex);
     if (!impl_->startup.empty()) path->SetStartup(std::move(impl_->startup));
@@ -119,6 +143,8 @@ absl::Status ApiServer::Start(EngineClient* engine) {
     impl_->grpc = std::move(grpc);
     impl_->routes = std::move(routes);
     impl_->http = std::move(http);
+    impl_->health_routes = std::move(health_routes);
+    impl_->health = std::move(health);
     impl_->admin = std::move(admin);
   }
   impl_->FollowState();
@@ -133,6 +159,11 @@ int ApiServer::http_port() const {
 int ApiServer::grpc_port() const {
   const std::lock_guard lock(impl_->mutex);
   return impl_->grpc == nullptr ? -1 : impl_->grpc->port();
+}
+
+int ApiServer::health_port() const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->health == nullptr ? -1 : impl_->health->port();
 }
 
 std::string ApiServer::admin_address() const {
@@ -166,6 +197,8 @@ void ApiServer::Stop(int64_t grace_ms) {
   std::unique_ptr<GrpcDoor> grpc;
   std::unique_ptr<Routes> routes;
   std::unique_ptr<HttpServer> http;
+  std::unique_ptr<HealthRoutes> health_routes;
+  std::unique_ptr<HttpServer> health;
   std::unique_ptr<AdminDoor> admin;
   {
     const std::lock_guard lock(impl_->mutex);
@@ -175,6 +208,8 @@ void ApiServer::Stop(int64_t grace_ms) {
     grpc = std::move(impl_->grpc);
     routes = std::move(impl_->routes);
     http = std::move(impl_->http);
+    health_routes = std::move(impl_->health_routes);
+    health = std::move(impl_->health);
   }
   if (path == nullptr) return;
   path->BeginDrain();
@@ -183,6 +218,7 @@ void ApiServer::Stop(int64_t grace_ms) {
   const auto left =
       std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
   if (grpc != nullptr) grpc->Stop(std::max<int64_t>(left, 0));
+  if (health != nullptr) health->Stop(0);  // last: who still answers is alive
   path->Stop();
 }
 

@@ -38,6 +38,7 @@ struct ApiOptions {
   std::string host = "127.0.0.1";  // other than loopback needs TLS or `insecure`
   int http_port = 8000;            // 0 picks a free one; -1 leaves the door shut
   int grpc_port = 50051;           // likewise
+  int health_port = -1;            // likewise: /health and /ready in plain text, for probers
   bool insecure = false;
   bool reflection = false;
   TlsFiles tls;                              // of both doors
@@ -72,6 +73,7 @@ class ApiServer {
   absl::Status Start(EngineClient* engine);
   int http_port() const;  // the bound ones
   int grpc_port() const;
+  int health_port() const;
 
   std::string admin_address() const;  // "" where it is shut
 

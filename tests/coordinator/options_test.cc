@@ -130,6 +130,10 @@ TEST_F(OptionsTest, BadInputIsOneLineThatNamesIt) {
   EXPECT_EQ(Error({"--block-size", "-1"}), "--block-size '-1': expected a whole number from 0");
   EXPECT_EQ(Error({"--drain-timeout", "soon"}), "--drain-timeout 'soon': expected a number");
   EXPECT_EQ(Error({"--model"}), "--model: expected a value");
+  EXPECT_EQ(Error({"--health-port", "8000", "--model", "m"}),
+            "--health-port 8000 is --http-port, too");
+  EXPECT_EQ(Error({"--health-port", "50051", "--model", "m"}),
+            "--health-port 50051 is --grpc-port, too");
   EXPECT_THAT(Error({"--http-port", "99999", "--model", "m"}),
               AllOf(HasSubstr("--http-port"), HasSubstr("65535")));
   EXPECT_THAT(Error({}), HasSubstr("--model"));

@@ -103,7 +103,7 @@ absl::Status HttpServer::Start() {
   if (impl_->tls) {
     if (absl::Status status = impl_->tls->Load(); !status.ok()) return status;
   }
-  absl::Status free = CheckCanBind(options.host, options.port, "--http-port");
+  absl::Status free = CheckCanBind(options.host, options.port, options.flag);
   if (!free.ok()) return free;
   error_code ec;
   tcp::resolver resolver(impl_->io);
@@ -116,7 +116,7 @@ absl::Status HttpServer::Start() {
   if (!ec) acceptor.bind(found.begin()->endpoint(), ec);
   if (!ec) acceptor.listen(asio::socket_base::max_listen_connections, ec);
   if (ec) {
-    return absl::UnavailableError(absl::StrCat("--http-port ", options.port, ": ",
+    return absl::UnavailableError(absl::StrCat(options.flag, " ", options.port, ": ",
                                                HostPort(options.host, options.port), ": ",
                                                ec.message(), "; choose another port"));
   }

@@ -21,7 +21,8 @@ namespace lockstep {
 // The defaults are the table's; tests shorten them.
 struct HttpServerOptions {
   std::string host = "127.0.0.1";
-  int port = 8000;  // 0 picks one
+  int port = 8000;                   // 0 picks one
+  const char* flag = "--http-port";  // that said so, for errors
   uint32_t max_connections = 1024;
   int threads = 2;
   int64_t header_timeout_ms = limits::kHttpHeaderSeconds * 1000;
@@ -37,8 +38,8 @@ class HttpServer {
   HttpServer(HttpServerOptions options, HttpHandler* handler);  // handler outlives the server
   ~HttpServer();                                                // Stop(0)
 
-  // One line that names --http-port when the address cannot be had, or the
-  // certificate's flag.
+  // One line that names the port's flag when the address cannot be had, or the
+  // certificate's.
   absl::Status Start();
   int port() const;
   // Waits at most grace_ms for exchanges under way, then closes everything.

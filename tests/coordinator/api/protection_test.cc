@@ -150,6 +150,42 @@ TEST_F(Protection, OnlyCertificatesOfTheAuthorityPass) {
   EXPECT_TRUE(http_passes("friend"));
 }
 
+// The kubelet has no certificate to show: it asks in plain text, for this and no more.
+TEST_F(Protection, ProbersHaveAPortWhereTheyNeedNoCertificate) {
+  UseTls(true);
+  UseKeys(std::string(kHashA) + " a\n");
+  options_.health_port = 0;
+  Open();
+  const int health = server_->health_port();
+  ASSERT_GT(health, 0);
+  EXPECT_EQ(Get(health, "/health").status, 200);
+  EXPECT_EQ(Get(health, "/ready").status, 200);
+  for (const char* path : {"/metrics", "/v1/models", "/version", "/health/", "/"}) {
+    const RawResponse refused = Get(health, path);
+    EXPECT_EQ(refused.status, 404) << path;
+    EXPECT_THAT(std::string(refused.error()["message"]), HasSubstr("GET /ready")) << path;
+  }
+  EXPECT_EQ(Post(health, "/v1/completions", R"({"prompt":"x"})").status, 404);
+  EXPECT_EQ(Post(health, "/health", "{}").status, 404);
+  EXPECT_TRUE(engine_.submitted().empty());
+  // It tells the truth for as long as the doors do.
+  engine_.SetState(EngineState::kRecovering);
+  EXPECT_EQ(Get(health, "/ready").status, 503);
+  EXPECT_EQ(Get(health, "/health").status, 200);
+  engine_.SetState(EngineState::kReady);
+  server_->BeginLeaving();
+  EXPECT_EQ(Get(health, "/ready").status, 503);
+  server_->Stop(0);
+  EXPECT_EQ(server_->health_port(), -1);
+
+  options_.health_port = -1;
+  Open();
+  EXPECT_EQ(server_->health_port(), -1);
+  const RawClient taken(server_->http_port());
+  options_.health_port = server_->http_port();
+  EXPECT_THAT(std::string(StartError().message()), HasSubstr("--health-port"));
+}
+
 TEST_F(Protection, RenewedCertificatesAreServedAndNoStreamEnds) {
   UseTls(false);
   Open();
