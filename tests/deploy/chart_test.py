@@ -173,12 +173,47 @@ class ManifestTest(EveryValueSet):
                     schemes = {container[f"{kind}Probe"]["httpGet"]["scheme"]
                                for kind in ("startup", "liveness", "readiness")}
                     tls = any(word.startswith("--ssl-certfile=") for word in container["args"])
-                    self.assertEqual(schemes, {"HTTPS" if tls else "HTTP"}, name)
+                    # The kubelet has no certificate to show.
+                    mutual = any(word.startswith("--ssl-ca-certs=") for word in container["args"])
+                    ports = {container[f"{kind}Probe"]["httpGet"]["port"]
+                             for kind in ("startup", "liveness", "readiness")}
+                    self.assertEqual(ports, {"health" if mutual else "http"}, name)
+                    self.assertEqual(schemes, {"HTTPS" if tls and not mutual else "HTTP"}, name)
                     self.assertEqual(paths, {"startup": first, "liveness": "/health",
                                              "readiness": "/ready"}, name)
                     startup = container["startupProbe"]
                     self.assertGreaterEqual(
                         startup["failureThreshold"] * startup["periodSeconds"], 1800, name)
+
+    def test_the_probers_port_is_open_only_where_clients_show_certificates(self):
+        seen = 0
+        for value_set, documents in self.sets():
+            for name, template in templates(documents):
+                container = template["spec"]["containers"][0]
+                ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
+                mutual = "--ssl-ca-certs=/etc/lockstep/client-ca/ca.crt" in container["args"]
+                self.assertEqual("health" in ports, mutual, name)
+                if not mutual:
+                    continue
+                seen += 1
+                self.assertIn(f"--health-port={ports['health']}", container["args"], name)
+                ca = [v["secret"] for v in template["spec"]["volumes"] if v["name"] == "client-ca"]
+                self.assertEqual([item["key"] for item in ca[0]["items"]], ["ca.crt"],
+                                 "an authority's Secret also has its key")
+            # It speaks plain text: nobody but the kubelet is let to it.
+            text = yaml.safe_dump_all(of_kind(documents, "Service") + of_kind(
+                documents, "NetworkPolicy") + of_kind(documents, "ServiceMonitor"))
+            self.assertNotIn("health", text, value_set)
+            self.assertNotIn("8001", text, value_set)
+        self.assertEqual(seen, 1)
+
+    def test_prometheus_shows_a_certificate_where_one_is_asked_for(self):
+        for value_set, expected in (("host", {"insecureSkipVerify"}),
+                                    ("multinode", {"insecureSkipVerify", "cert", "keySecret"})):
+            monitor = of_kind(chart.committed(value_set), "ServiceMonitor")[0]
+            endpoint = monitor["spec"]["endpoints"][0]
+            self.assertEqual(endpoint["scheme"], "https")
+            self.assertEqual(set(endpoint["tlsConfig"]), expected, value_set)
 
     def test_gpus_add_up_to_the_ranks(self):
         for value_set, documents in self.sets():
@@ -298,7 +333,7 @@ class ManifestTest(EveryValueSet):
                             found += 1
                             path = word.split("=")[1]
                             self.assertIn(path.rsplit("/", 1)[0], paths, name)
-        self.assertEqual(found, 9)
+        self.assertEqual(found, 12)
 
     def test_plain_text_is_asked_for_only_where_it_is_spoken(self):
         for value_set, documents in self.sets():
@@ -308,8 +343,7 @@ class ManifestTest(EveryValueSet):
             self.assertEqual(insecure, {
                 "single": {"serve": True}, "cpu": {"serve": True}, "host": {"serve": False},
                 "split": {"coordinator": True, "workers": True},
-                # The doors have no certificate in this set; the plane has.
-                "multinode": {"coordinator": True, "workers": False}}[value_set], value_set)
+                "multinode": {"coordinator": False, "workers": False}}[value_set], value_set)
 
     def test_each_side_of_the_plane_has_a_certificate_of_its_own(self):
         secrets = {}
@@ -381,7 +415,6 @@ class ValuesTest(unittest.TestCase):
         "--config": "the chart is the configuration",
         "--no-enable-prefix-caching": "the other half of one that it has",
         "--drain-grace": "preStop is the grace: the Service stops sending meanwhile",
-        "--ssl-ca-certs": "the kubelet's probes have no certificate",
         "--admin-address": "stays on the pod's loopback",
         "--port-file": "ports are fixed", "--exit-with-parent": "for `lockstep serve`",
         "--device": "lockstep-worker-group's", "--preferred-rank": "lockstep-worker-group's",
@@ -440,6 +473,8 @@ class HelmTest(EveryValueSet):
                 ("split", "privatePlane.allowPlaintext=false", "plain text"),
                 ("split", "privatePlane.tls.workerSecret=only", "needed together"),
                 ("split", "replicaCount=2", "one coordinator and one group"),
+                ("single", "tls.clientCaSecret=only", "tls.existingSecret"),
+                ("host", "tls.clientCaSecret=clients", "serviceMonitor.tlsConfig"),
                 ("single", "fetch.enabled=true", "image and command"),
                 ("cpu", "replicaCount=2", "ReadWriteMany"),
                 ("single", "engine.maxNumSeq=2", "maxNumSeq"),

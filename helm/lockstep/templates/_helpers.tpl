@@ -100,6 +100,12 @@ annotations:
 {{- if mod (int $v.tensorParallelSize) (int $v.nodes) }}
 {{- fail (printf "tensorParallelSize: %d does not divide over nodes: %d; every pod gets as many GPUs" (int $v.tensorParallelSize) (int $v.nodes)) }}
 {{- end }}
+{{- if and $v.tls.clientCaSecret (not $v.tls.existingSecret) }}
+{{- fail "tls.clientCaSecret: clients show a certificate only over TLS; name the server's in tls.existingSecret" }}
+{{- end }}
+{{- if and $v.tls.clientCaSecret $v.serviceMonitor.enabled (not $v.serviceMonitor.tlsConfig) }}
+{{- fail "serviceMonitor.tlsConfig: with tls.clientCaSecret Prometheus needs a certificate to show (cert, keySecret)" }}
+{{- end }}
 {{- $plane := $v.privatePlane.tls }}
 {{- if ne (empty $plane.coordinatorSecret) (empty $plane.workerSecret) }}
 {{- fail "privatePlane.tls: coordinatorSecret and workerSecret are needed together: each side asks for the other's certificate" }}
@@ -151,6 +157,10 @@ annotations:
 - --ssl-certfile=/etc/lockstep/tls/tls.crt
 - --ssl-keyfile=/etc/lockstep/tls/tls.key
 {{- end }}
+{{- if $v.tls.clientCaSecret }}
+- --ssl-ca-certs=/etc/lockstep/client-ca/ca.crt
+- --health-port=8001
+{{- end }}
 {{- if $v.apiKeys.existingSecret }}
 - --api-key-file=/etc/lockstep/api-keys/{{ $v.apiKeys.key }}
 {{- end }}
@@ -193,22 +203,28 @@ annotations:
 {{- define "lockstep.doorPorts" -}}
 - {name: http, containerPort: 8000}
 - {name: grpc, containerPort: 50051}
+{{- if .Values.tls.clientCaSecret }}
+- {name: health, containerPort: 8001}
+{{- end }}
 {{- end }}
 
-{{/* startup asks the path given: /ready where the pod itself loads the weights. */}}
+{{/* startup asks the path given: /ready where the pod itself loads the weights. The
+   kubelet has no certificate to show. */}}
 {{- define "lockstep.probes" -}}
 {{- $p := .root.Values.probes -}}
-{{- $scheme := ternary "HTTPS" "HTTP" (ne .root.Values.tls.existingSecret "") -}}
+{{- $tls := .root.Values.tls -}}
+{{- $port := ternary "health" "http" (ne $tls.clientCaSecret "") -}}
+{{- $scheme := ternary "HTTPS" "HTTP" (and (ne $tls.existingSecret "") (empty $tls.clientCaSecret)) -}}
 startupProbe:
-  httpGet: {path: {{ .startup }}, port: http, scheme: {{ $scheme }}}
+  httpGet: {path: {{ .startup }}, port: {{ $port }}, scheme: {{ $scheme }}}
   periodSeconds: {{ $p.startup.periodSeconds }}
   timeoutSeconds: 5
   failureThreshold: {{ divf $p.startup.loadTimeoutSeconds $p.startup.periodSeconds | ceil | int }}
 livenessProbe:
-  httpGet: {path: /health, port: http, scheme: {{ $scheme }}}
+  httpGet: {path: /health, port: {{ $port }}, scheme: {{ $scheme }}}
   {{- toYaml $p.liveness | nindent 2 }}
 readinessProbe:
-  httpGet: {path: /ready, port: http, scheme: {{ $scheme }}}
+  httpGet: {path: /ready, port: {{ $port }}, scheme: {{ $scheme }}}
   {{- toYaml $p.readiness | nindent 2 }}
 {{- end }}
 
@@ -241,6 +257,9 @@ readinessProbe:
 {{- define "lockstep.secretMounts" -}}
 {{- if .Values.tls.existingSecret }}
 - {name: tls, mountPath: /etc/lockstep/tls, readOnly: true}
+{{- end }}
+{{- if .Values.tls.clientCaSecret }}
+- {name: client-ca, mountPath: /etc/lockstep/client-ca, readOnly: true}
 {{- end }}
 {{- if .Values.apiKeys.existingSecret }}
 - {name: api-keys, mountPath: /etc/lockstep/api-keys, readOnly: true}
@@ -402,6 +421,11 @@ volumes:
   {{- if and .answers $v.tls.existingSecret }}
   - name: tls
     secret: {secretName: {{ $v.tls.existingSecret }}, defaultMode: 0440}
+  {{- end }}
+  {{- if and .answers $v.tls.clientCaSecret }}
+  # Not the rest of it: an authority's Secret also has its key.
+  - name: client-ca
+    secret: {secretName: {{ $v.tls.clientCaSecret }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}
   {{- end }}
   {{- if and .answers $v.apiKeys.existingSecret }}
   - name: api-keys
