@@ -131,6 +131,14 @@ std::string FlagVariable(std::string_view flag) {
                       absl::AsciiStrToUpper(absl::StrReplaceAll(std::string(flag), {{"-", "_"}})));
 }
 
+std::vector<std::string> SettingVariables() {
+  std::vector<std::string> variables;
+  for (const char* setting : kSettings) {
+    variables.push_back(absl::StrCat(std::string(kPrefix), setting));
+  }
+  return variables;
+}
+
 bool IsServiceLink(std::string_view name, std::string_view value) {
   const auto ends = [name](std::string_view suffix) { return name.ends_with(suffix); };
   if (ends("_SERVICE_HOST") || ends("_SERVICE_PORT")) return true;

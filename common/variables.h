@@ -22,6 +22,9 @@ std::string FlagVariable(std::string_view flag);
 // LOCKSTEP_HTTP_PORT=tcp://10.0.0.1:80), and is no flag's value, whatever its name.
 bool IsServiceLink(std::string_view name, std::string_view value);
 
+// The variables that a setting may come from, in any program.
+std::vector<std::string> SettingVariables();
+
 // A line for each variable of `environment` ("NAME=value" strings up to a null) that
 // nobody reads, with the nearest one that somebody does; never a value. At most
 // kMostUnknownVariables + 1 lines, the last of which counts what is left.

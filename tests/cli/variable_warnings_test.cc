@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -18,6 +19,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::StartsWith;
+using ::testing::UnorderedElementsAreArray;
 
 // Lines of one stream; `command` begins with variables and names a program of bin/.
 std::vector<std::string> Lines(const std::string& command, const std::string& redirect) {
@@ -76,16 +78,29 @@ TEST(VariableWarningsTest, AreSaidOnceByServeAndItsChildren) {
 
 TEST(VariableWarningsTest, SettingsOfAnyDaemonAreSilentInEveryOther) {
   std::string all;
+  // What is not part of a printed configuration.
+  std::set<std::string> read = {"LOCKSTEP_API_KEY",
+                                "LOCKSTEP_CLIENT_SSL_CA_CERTS",
+                                "LOCKSTEP_CLIENT_SSL_CERTFILE",
+                                "LOCKSTEP_CLIENT_SSL_KEYFILE",
+                                "LOCKSTEP_CLIENT_TLS",
+                                "LOCKSTEP_CONFIG",
+                                "LOCKSTEP_PRINT_CONFIG",
+                                "LOCKSTEP_WORKER_CONFIG"};
   for (const char* daemon : {"lockstep-coordinator", "lockstep-worker"}) {
     const std::vector<std::string> settings = Output(absl::StrCat(daemon, " --print-config"));
     EXPECT_GT(settings.size(), 10u) << daemon;
     for (const std::string& setting : settings) {
       const size_t equals = setting.find(" = ");
       ASSERT_NE(equals, setting.npos) << setting;
-      absl::StrAppend(&all, FlagVariable(setting.substr(0, equals)), "=",
-                      setting.substr(equals + 3), " ");
+      const std::string variable = FlagVariable(setting.substr(0, equals));
+      absl::StrAppend(&all, variable, "=", setting.substr(equals + 3), " ");
+      read.insert(variable);
     }
   }
+  read.erase("LOCKSTEP_INJECT");  // for the command line alone
+  // No more are offered to who mistyped one than there are.
+  EXPECT_THAT(SettingVariables(), UnorderedElementsAreArray(read));
   for (const char* daemon : {"lockstep-coordinator", "lockstep-worker"}) {
     EXPECT_THAT(Errors(absl::StrCat(all, daemon, " --print-config")), IsEmpty());
   }
