@@ -74,7 +74,7 @@ Shares Choose(int pairs, int max_context, int splits) {
 
 constexpr int kMaxBriefPairs = 128;
 // Fewer are done before a ring pays, more keep the device busy without.
-constexpr int kMinRingPairs = 128, kMaxRingPairs = 256;
+constexpr int kMinRingPairs = 128, kMaxRingPairs = 192;
 // Rows and KV heads for which Choose may return several clusters.
 constexpr int kMaxPairsOfClusters = kBlocksWanted / (2 * decode::kMaxCluster);
 constexpr size_t kArrivedBytes = kMaxPairsOfClusters * decode::kMaxCluster * sizeof(int);

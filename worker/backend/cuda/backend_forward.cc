@@ -18,6 +18,10 @@ using kernels::Type;
 // Several rows of more than this leave the skinny kernel's ring too short, and
 // cuBLASLt streams faster (K 14,336 at 16 rows: 3.4 against 2.0 TB/s).
 constexpr int64_t kMaxSkinnyK = 8'192;
+// Rows times KV heads from which attention waits for a product that would let it begin.
+// Blocks that begin among the product's run on multiprocessors divided for it, with
+// little L1, and so do those after them (8B, 64 rows of e4m3: 6.52 ms a step, not 5.96).
+constexpr int64_t kMinApartPairs = 128;
 // Sums of so much are normed after their exchange, not in it.
 constexpr size_t kNormApartBytes = 2 << 20;
 
@@ -59,11 +63,8 @@ kernels::KvLayer CudaBackend::Kv(int64_t layer) const {
 bool CudaBackend::TakesCluster(const Linear& linear, int m) const {
   const DeviceTensor& w = linear.weight;
   const int64_t k = w.cols;
-  // By measurement; above 16 rows of 16 bits, and 32 of e4m3, cuBLASLt is faster, which
-  // leaves most of the device idle where e4m3 has few outputs (64 rows of 2,560 x 8,192:
-  // 22 us, in clusters 15).
-  const bool faster =
-      w.type == Type::kE4M3 ? m <= 32 || w.rows < 4'096 : m <= 16 && (m > 8 || k >= 8'192);
+  // By measurement: above 32 rows of 16 bits cuBLASLt is as fast.
+  const bool faster = w.type == Type::kE4M3 || (m <= 32 && (m > 8 || k >= 8'192));
   if (m < 2 || !faster || type_ == Type::kF32) return false;
   kernels::SkinnyClusterArgs args;
   args.weights = w.data;
@@ -106,20 +107,19 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
                          int64_t out_stride, GemvEpilogue epilogue) {
   if (Gemv(x, x_stride, linear, m, out, out_stride, epilogue)) return;
   const DeviceTensor& w = linear.weight;
-  MatmulArgs args = {
-      .m = m,
-      .n = static_cast<int>(w.rows),
-      .k = static_cast<int>(w.cols),
-      .type = w.type,
-      .out_type = epilogue == GemvEpilogue::kLogits ? Type::kF32 : type_,
-      .x = x,
-      .x_stride = x_stride,
-      .weights = w.data,
-      .out = out,
-      .out_stride = out_stride,
-      .x_scales = nullptr,
-      .weight_scales = w.scales,
-      .multiprocessors = halved_ ? multiprocessors_ - NcclCommunicator::kMaxBlocks : 0};
+  MatmulArgs args = {.m = m,
+                     .n = static_cast<int>(w.rows),
+                     .k = static_cast<int>(w.cols),
+                     .type = w.type,
+                     .out_type = epilogue == GemvEpilogue::kLogits ? Type::kF32 : type_,
+                     .x = x,
+                     .x_stride = x_stride,
+                     .weights = w.data,
+                     .out = out,
+                     .out_stride = out_stride,
+                     .x_scales = nullptr,
+                     .weight_scales = w.scales,
+                     .multiprocessors = halved_ ? ProductsMultiprocessors() : 0};
   if (Quantized(linear)) {
     if (x != quantized_from_) {
       Check(kernels::QuantizeRows(launch(), {.type = type_,
@@ -263,7 +263,12 @@ void CudaBackend::RunAttention(const AttentionOp& op) {
     args.window = static_cast<int>(op.window);
     if (!fresh_) args.fresh_k = args.fresh_v = nullptr;
     if (!fresh_) args.rotary = nullptr;
-    Check(kernels::DecodeAttention(launch(), args), "attention of single rows");
+    Launch own = launch();
+    const LayerWeights& w = model_.layers[op.layer];
+    if (part_.decode_rows * plan_.local_kv_heads >= kMinApartPairs &&
+        TakesCluster(w.qkv, part_.rows))
+      own.pdl = false;
+    Check(kernels::DecodeAttention(own, args), "attention of single rows");
   }
   if (part_.spans > 0) {
     kernels::PrefillAttentionArgs args;

@@ -120,6 +120,8 @@ class CudaBackend final : public Backend {
   // Of backend_halves.cc.
   absl::Status PrepareHalves();
   bool MayHalve(int rows, int decode_rows) const;
+  // For a half's products, beside the other half's sum; 0: all.
+  int ProductsMultiprocessors() const;
   void RunHalves(const ReduceOp& op);
   void JoinHalves();
 
