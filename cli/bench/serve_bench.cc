@@ -23,7 +23,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr int64_t kWarmUpRequests = 8;
+constexpr uint32_t kWarmUpRequests = 8;
+constexpr uint32_t kWarmUpTokens = 16;    // of a prompt and of its answer, where they fit
 constexpr int64_t kSleepNs = 50'000'000;  // between two looks at an interruption
 constexpr uint32_t kChatTokens = 2048;    // of the longest conversation
 
@@ -147,7 +148,8 @@ absl::Status RunServeBench(const ServeBenchFlags& flags) {
   ServerNeeds needs;
   // Of a server started for this: what the closed loop keeps under way.
   for (const uint32_t n : flags.concurrency) needs.sequences = std::max(needs.sequences, n);
-  needs.requests = std::max(needs.sequences, flags.rates.empty() ? 0 : flags.requests);
+  needs.requests =
+      std::max({kWarmUpRequests, needs.sequences, flags.rates.empty() ? 0 : flags.requests});
   if (!LikePeople(flags)) needs.tokens = flags.input + flags.output;
   absl::StatusOr<std::unique_ptr<BenchSession>> session = BenchSession::Open(flags.bench, needs);
   if (!session.ok()) return session.status();
@@ -155,7 +157,9 @@ absl::Status RunServeBench(const ServeBenchFlags& flags) {
   if (absl::Status fits = CheckNeeds(info, {1, 1, needs.tokens}); !fits.ok()) return fits;
   LoadClient* const client = (*session)->client();
   std::mt19937_64* const random = (*session)->random();
-  if (absl::StatusOr<Round> warm_up = (*session)->Run(kWarmUpRequests, {16, 16}); !warm_up.ok()) {
+  const uint32_t warm = std::min(kWarmUpTokens, info.max_model_len() / 2);
+  if (absl::StatusOr<Round> warm_up = (*session)->Run(kWarmUpRequests, {warm, warm});
+      !warm_up.ok()) {
     return warm_up.status();
   }
 

@@ -144,6 +144,15 @@ TEST_F(MeasureTest, BenchStartsAServerOfItsOwnAndPassesFlagsOn) {
   EXPECT_THAT(ReadFile(said), HasSubstr("[coordinator]"));
 }
 
+// The warm-up fits as well, however small the server is that the load asks for.
+TEST_F(MeasureTest, ServeMeasuresTheSmallestLoadThereIs) {
+  const json report = JsonOf("bench serve --model " + DemoModel() +
+                             " --backend cpu --concurrency 1 --requests 2 --input-len 3"
+                             " --output-len 2");
+  ASSERT_TRUE(report.is_object());
+  EXPECT_EQ(report["points"][0]["completed"], 2);
+}
+
 TEST_F(MeasureTest, AShapeWithoutWeightsCanBeMeasured) {
   const std::string folder = ::testing::TempDir() + "/tiny-shape";
   std::filesystem::remove_all(folder);
