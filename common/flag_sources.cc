@@ -208,7 +208,7 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
 
 std::string FlagErrorLine(const CLI::App& command, const std::string& what) {
   constexpr std::string_view kConvert = "Could not convert: ";
-  const std::string line = what.substr(0, what.find('\n'));
+  std::string line = what.substr(0, what.find('\n'));
   if (line.empty()) return "bad command line";
   if (absl::StartsWith(line, std::string(kConvert))) {
     const size_t equals = line.find(" = ", kConvert.size());

@@ -10,7 +10,6 @@ namespace lockstep {
 namespace {
 
 using testing::ElementsAre;
-using testing::IsEmpty;
 
 SchedulerConfig Config(uint32_t num_kv_blocks) {
   SchedulerConfig config = SmallSchedulerConfig();

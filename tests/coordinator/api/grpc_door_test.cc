@@ -22,7 +22,6 @@ namespace lockstep {
 namespace {
 
 using nlohmann::json;
-using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using Health = grpc::health::v1::Health;
 using HealthResponse = grpc::health::v1::HealthCheckResponse;
