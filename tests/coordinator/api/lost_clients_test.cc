@@ -1,6 +1,5 @@
 // Clients whose connection dies without a word, in the middle of an answer: each
 // door notices and cancels. And the pings that may and may not come from clients.
-#include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
@@ -16,7 +15,6 @@ namespace lockstep {
 namespace {
 
 using nlohmann::json;
-using ::testing::HasSubstr;
 
 constexpr size_t kPingFrameBytes = 17;
 
