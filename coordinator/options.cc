@@ -191,7 +191,7 @@ absl::Status Check(const CoordinatorOptions& o) {
 }  // namespace
 
 absl::Status ValidateOptions(const CoordinatorOptions& o) {
-  const absl::Status checked = Check(o);
+  absl::Status checked = Check(o);
   if (checked.ok()) return checked;
   return FlagError(std::string(checked.message()));
 }
