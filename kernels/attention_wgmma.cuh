@@ -66,14 +66,6 @@ __device__ __forceinline__ void FenceForTensorCores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Barriers among some of the block's warps; `threads` in all.
-__device__ __forceinline__ void NamedSync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void NamedArrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // A matrix in swizzled 128-byte rows. leading: bytes from one 64 elements of the
 // contiguous dimension to the next, where a product spans several and that
 // dimension is not the summed one.

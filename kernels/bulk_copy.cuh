@@ -1,5 +1,6 @@
 // Bulk copies from device to shared memory and the barriers that count their bytes
-// (sm_90 and later), with waits that end in a trap instead of a hang.
+// (sm_90 and later; before, nothing may call them), with waits that end in a trap instead
+// of a hang.
 #ifndef LOCKSTEP_KERNELS_BULK_COPY_CUH_
 #define LOCKSTEP_KERNELS_BULK_COPY_CUH_
 
@@ -55,18 +56,23 @@ __device__ __forceinline__ void BarrierInit(uint64_t* barrier, int arrivals) {
 }
 // Makes initialised barriers known to the copy engine and to the cluster.
 __device__ __forceinline__ void FenceBarrierInit() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 __device__ __forceinline__ void BarrierArriveExpecting(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
       "r"(bytes)
       : "memory");
+#endif
 }
 __device__ __forceinline__ bool BarrierTry(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
   uint32_t done;
   asm volatile(
       "{\n.reg .pred p;\n"
@@ -76,6 +82,9 @@ __device__ __forceinline__ bool BarrierTry(uint64_t* barrier, uint32_t parity) {
       : "r"(SharedAddress(barrier)), "r"(parity)
       : "memory");
   return done != 0;
+#else
+  return true;
+#endif
 }
 __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity, const char* what) {
   if (BarrierTry(barrier, parity)) return;
@@ -88,11 +97,13 @@ __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity, 
 // Of one thread; addresses and bytes are multiples of 16.
 __device__ __forceinline__ void BulkCopy(void* to, const void* from, uint32_t bytes,
                                          uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(SharedAddress(to)),
       "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
       : "memory");
+#endif
 }
 
 }  // namespace lockstep::kernels

@@ -27,6 +27,14 @@ __device__ __forceinline__ void WaitForPrevious() {
 #endif
 }
 
+// Barriers among some of the block's warps; `threads` in all.
+__device__ __forceinline__ void NamedSync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void NamedArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // One clock for every SM of a device; it ticks more slowly than once a nanosecond.
 __device__ __forceinline__ uint64_t DeviceClockNs() {
   uint64_t now;

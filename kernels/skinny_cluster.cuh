@@ -181,7 +181,9 @@ class Multiplier {
     if (lane_ == 0) BarrierArrive(s_.empty + slot);
   }
 
-  // A warp has 16 rows of the tile: rows g and g + 8 of a lane, by pairs of columns.
+  // A warp has 16 rows of the tile: rows g and g + 8 of a lane, by pairs of columns, of
+  // which two that are 8 apart go together. So the receiver's columns 4 i to 4 i + 3 are
+  // rows m, m + 1, m + 8 and m + 9 of x: Finisher::RowOf.
   __device__ __forceinline__ void HandOver(const float (&sum)[kSums]) {
     const int rows_log2 = 6 - p_.split_log2, rows = 1 << rows_log2, rank = ClusterRank();
     const int g = lane_ / 4, q = lane_ % 4;

@@ -1,0 +1,164 @@
+// What of a decoded row itself the kernel needs: its query heads, and its own k and v where
+// they come with them, turned by rotary embedding on the way.
+#ifndef LOCKSTEP_KERNELS_ATTENTION_DECODE_QUERY_CUH_
+#define LOCKSTEP_KERNELS_ATTENTION_DECODE_QUERY_CUH_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/attention_decode_launch.h"
+#include "kernels/attention_mma.cuh"
+
+
+namespace lockstep::kernels::decode {
+
+// What turns chunk `chunk` of a head: cosine and sine of eight elements.
+struct Angles {
+  float4 twos[4];
+  bool low;  // of a head's first half
+
+  __device__ __forceinline__ void Load(const float2* rotary, int chunk, int half) {
+    low = chunk * 8 < half;
+    const float4* at =
+        reinterpret_cast<const float4*>(rotary + (low ? chunk * 8 : chunk * 8 - half));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) twos[i] = __ldg(at + i);
+  }
+};
+// Rotates a chunk in place; `partner` holds the other half's.
+__device__ __forceinline__ void Rotate(float (&x)[8], const float (&partner)[8],
+                                       const Angles& angles) {
+  const bool low = angles.low;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float4 two = angles.twos[i];
+    const float sin0 = low ? -two.y : two.y, sin1 = low ? -two.w : two.w;
+    x[2 * i] = __fmaf_rn(partner[2 * i], sin0, x[2 * i] * two.x);
+    x[2 * i + 1] = __fmaf_rn(partner[2 * i + 1], sin1, x[2 * i + 1] * two.z);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Packed<T, 8> LoadChunk(const T* head, int chunk) {
+  return LoadData<T, 8>(head + chunk * 8);
+}
+
+template <typename KV>
+__device__ __forceinline__ typename Chunk<KV>::Raw Narrow(float (&x)[8], float inverse_scale) {
+  if constexpr (sizeof(KV) == 1) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= inverse_scale;
+  }
+  return Pack<KV, 8>(x).raw;
+}
+
+// The row's own k and v, one chunk a lane: into `stash` and, where they are
+// fresh, into the cache. In two parts, so that q can be requested in between.
+template <typename T, typename KV>
+class OwnPosition {
+ public:
+  using Raw = typename Chunk<KV>::Raw;
+  __device__ __forceinline__ OwnPosition(const Params& p, int64_t offset)
+      : p_(p),
+        k_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.k) + offset) + threadIdx.x % 32),
+        v_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.v) + offset) + threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void Request(int row, const float2* rotary) {
+    const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8, half = chunks / 2;
+    if (chunk >= chunks) return;
+    if (rotary != nullptr) angles_.Load(rotary, chunk, p_.head_dim / 2);
+    if (p_.fresh_k == nullptr) {
+      k_ = __ldcg(k_at_);
+      v_ = __ldcg(v_at_);
+      return;
+    }
+    const int64_t at = static_cast<int64_t>(row) * p_.q_stride + blockIdx.y * p_.head_dim;
+    const T* k = static_cast<const T*>(p_.fresh_k) + at;
+    fresh_k_ = LoadChunk(k, chunk);
+    partner_ = LoadChunk(k, chunk < half ? chunk + half : chunk - half);
+    fresh_v_ = LoadChunk(static_cast<const T*>(p_.fresh_v) + at, chunk);
+  }
+
+  __device__ __forceinline__ void Store(const float2* rotary, Raw* stash_k, Raw* stash_v) {
+    const int chunk = threadIdx.x % 32;
+    if (chunk < p_.head_dim / 8) {
+      if (p_.fresh_k != nullptr) {
+        float x[8], partner[8];
+        Unpack<T, 8>(fresh_k_, x);
+        Unpack<T, 8>(partner_, partner);
+        if (rotary != nullptr) Rotate(x, partner, angles_);
+        k_ = Narrow<KV>(x, p_.inverse_k_scale);
+        Unpack<T, 8>(fresh_v_, x);
+        v_ = Narrow<KV>(x, p_.inverse_v_scale);
+        *k_at_ = k_;
+        *v_at_ = v_;
+      }
+      stash_k[chunk] = k_;
+      stash_v[chunk] = v_;
+    }
+    __syncwarp();
+  }
+
+ private:
+  const Params& p_;
+  Raw* k_at_;
+  Raw* v_at_;
+  Raw k_ = {}, v_ = {};
+  Packed<T, 8> fresh_k_ = {}, partner_ = {}, fresh_v_ = {};
+  Angles angles_ = {};
+};
+
+// The block's query heads, turned, scaled and as the products take them: [head][chunk].
+// Together, since every warp waits as long for what one thread would load as for all.
+template <typename T, typename M>
+__device__ __forceinline__ void StageQuery(const Params& p, int row, const float2* rotary,
+                                           uint4* to) {
+  const int chunks = p.head_dim / 8, half = chunks / 2;
+  const T* heads = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride +
+                   static_cast<int64_t>(blockIdx.y) * p.group * p.head_dim;
+  for (int i = threadIdx.x; i < p.group * chunks; i += kThreads) {
+    const int head = i / chunks, chunk = i - head * chunks;
+    const T* at = heads + head * p.head_dim;
+    const Packed<T, 8> own = LoadChunk(at, chunk);
+    if (std::is_same_v<T, M> && rotary == nullptr) {
+      to[i] = own.raw;
+      continue;
+    }
+    float x[8];
+    if (rotary != nullptr) {
+      const Packed<T, 8> other = LoadChunk(at, chunk < half ? chunk + half : chunk - half);
+      Angles angles;
+      angles.Load(rotary, chunk, p.head_dim / 2);
+      float partner[8];
+      Unpack<T, 8>(own, x);
+      Unpack<T, 8>(other, partner);
+      Rotate(x, partner, angles);
+    } else {
+      Unpack<T, 8>(own, x);
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] *= p.q_factor;
+    to[i] = Pack<M, 8>(x).raw;
+  }
+}
+
+// What a lane needs of that: chunks c + 4 j of head r of each tile of 8, zero where
+// there is no such head or chunk.
+template <int kHeadTiles, int kKChunks>
+__device__ __forceinline__ void LoadQuery(const Params& p, const uint4* staged,
+                                          uint4 (&q)[kHeadTiles][kKChunks]) {
+  const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, chunks = p.head_dim / 8;
+#pragma unroll
+  for (int n = 0; n < kHeadTiles; ++n) {
+#pragma unroll
+    for (int j = 0; j < kKChunks; ++j) {
+      const int head = 8 * n + r, chunk = c + 4 * j;
+      q[n][j] =
+          head < p.group && chunk < chunks ? staged[head * chunks + chunk] : make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+}  // namespace lockstep::kernels::decode
+
+#endif  // LOCKSTEP_KERNELS_ATTENTION_DECODE_QUERY_CUH_

@@ -1,0 +1,65 @@
+// The other way of a warp's tiles: not to its registers, but ahead through shared memory.
+#ifndef LOCKSTEP_KERNELS_ATTENTION_DECODE_RING_CUH_
+#define LOCKSTEP_KERNELS_ATTENTION_DECODE_RING_CUH_
+
+#include <cstdint>
+
+#include "kernels/attention_decode_launch.h"
+#include "kernels/attention_mma.cuh"
+#include "kernels/cluster.cuh"
+
+
+namespace lockstep::kernels::decode {
+
+// A warp's next tiles on their way through shared memory by the copy engine: a tile of
+// K or of V is one piece of the cache. The warp's first lane asks; all of it waits.
+template <typename KV, int kDim>
+class Ring {
+ public:
+  static constexpr int kHalf = kTile * kDim * static_cast<int>(sizeof(KV));  // K or V of a tile
+  static constexpr int kStages = kRingBytes / (2 * kHalf);
+  using Barriers = uint64_t[kStages][2];
+
+  __device__ __forceinline__ Ring(const Params& p, void* memory, Barriers& barriers)
+      : p_(p), memory_(static_cast<uint8_t*>(memory)), barriers_(barriers) {}
+  __device__ __forceinline__ void Init() {
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) {
+        BarrierInit(&barriers_[i][0], 1);
+        BarrierInit(&barriers_[i][1], 1);
+      }
+      FenceBarrierInit();
+    }
+    __syncwarp();
+  }
+  // The i-th tile's K (part 0) or V (part 1), once every lane has read what was there.
+  __device__ __forceinline__ void Ask(int i, int part, const KV* from) {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    const uint32_t bytes = kTile * p_.head_dim * static_cast<uint32_t>(sizeof(KV));
+    BarrierArriveExpecting(&barriers_[i % kStages][part], bytes);
+    BulkCopy(At(i, part), from, bytes, &barriers_[i % kStages][part]);
+  }
+  __device__ __forceinline__ void Await(int i, int part) {
+    AwaitBarrier(&barriers_[i % kStages][part], i / kStages & 1);
+  }
+  // Of position `row` of the tile.
+  __device__ __forceinline__ const typename Chunk<KV>::Raw* Row(int i, int part, int row) const {
+    return reinterpret_cast<const typename Chunk<KV>::Raw*>(
+        At(i, part) + row * p_.head_dim * static_cast<int>(sizeof(KV)));
+  }
+
+ private:
+  __device__ __forceinline__ uint8_t* At(int i, int part) const {
+    return memory_ + (i % kStages * 2 + part) * kHalf;
+  }
+
+  const Params& p_;
+  uint8_t* memory_;
+  Barriers& barriers_;
+};
+
+}  // namespace lockstep::kernels::decode
+
+#endif  // LOCKSTEP_KERNELS_ATTENTION_DECODE_RING_CUH_
