@@ -1,18 +1,10 @@
 #include "worker/comm/gloo_communicator.h"
 
-#include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cmath>
-#include <csignal>
 #include <cstring>
-#include <filesystem>
-#include <functional>
-#include <latch>
-#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -22,105 +14,14 @@
 #include "absl/time/time.h"
 #include "model/memory_model.h"
 #include "tests/fakes/exchanges.h"
+#include "tests/worker/gloo_ranks.h"
 
 namespace lockstep {
 namespace {
 
-using ::testing::HasSubstr;
-
-CommunicatorOptions Options(int rank, int size, int64_t max_skew_ms = 20'000) {
-  CommunicatorOptions options;
-  options.id = "test/e1";
-  options.rank = rank;
-  options.size = size;
-  options.bind_address = "127.0.0.1";
-  options.max_skew_ms = max_skew_ms;
-  return options;
-}
-
-// On a busy machine; a peer that does not come is waited for ten times as long.
-constexpr absl::Duration kAtOnce = absl::Seconds(2);
-
-// Runs body(communicator) on `size` ranks, one thread each.
-void OnThreads(int size, const std::function<void(RankCommunicator&)>& body,
-               int64_t max_skew_ms = 20'000, const std::string& bind_address = "127.0.0.1") {
-  fakes::MemoryExchange exchange;
-  std::vector<std::thread> threads;
-  // A communicator that is dropped resets its connections, so none is before
-  // all are done.
-  std::latch done(size);
-  for (int rank = 0; rank < size; ++rank) {
-    threads.emplace_back([&, rank] {
-      CommunicatorOptions options = Options(rank, size, max_skew_ms);
-      options.bind_address = bind_address;
-      auto comm = MakeGlooCommunicator(options);
-      const absl::Status joined = comm->Join(exchange);
-      EXPECT_TRUE(joined.ok()) << joined;
-      if (joined.ok()) body(*comm);
-      if (::testing::Test::HasFailure()) comm->Abort();
-      done.arrive_and_wait();
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
-
-// Forks `size` ranks; each exits with body's value. Killed after a bound.
-class Ranks {
- public:
-  // `together`: none drops its communicator before all are done.
-  Ranks(int size, const std::function<int(RankCommunicator&)>& body, int64_t max_skew_ms,
-        bool together = false) {
-    folder_ = std::filesystem::temp_directory_path() /
-              ("lockstep_comm_" + std::to_string(getpid()) + "_" + std::to_string(counter_++));
-    std::filesystem::create_directories(folder_);
-    for (int rank = 0; rank < size; ++rank) {
-      const pid_t pid = fork();
-      if (pid == 0) {
-        fakes::FileExchange exchange(folder_);
-        auto comm = MakeGlooCommunicator(Options(rank, size, max_skew_ms));
-        const bool joined = comm->Join(exchange).ok();
-        if (joined) (void)exchange.Publish("joined" + std::to_string(rank), "");
-        const int code = joined ? body(*comm) : 99;
-        (void)exchange.Publish("done" + std::to_string(rank), "");
-        for (int other = 0; together && other < size; ++other) {
-          (void)exchange.Await("done" + std::to_string(other));
-        }
-        comm.reset();
-        _exit(code);
-      }
-      pids_.push_back(pid);
-    }
-  }
-  ~Ranks() {
-    for (const pid_t pid : pids_) {
-      if (pid > 0) kill(pid, SIGKILL), waitpid(pid, nullptr, 0);
-    }
-    std::filesystem::remove_all(folder_);
-  }
-  void AwaitJoined() {
-    fakes::FileExchange exchange(folder_);
-    for (size_t i = 0; i < pids_.size(); ++i) {
-      ASSERT_TRUE(exchange.Await("joined" + std::to_string(i)).ok());
-    }
-  }
-  pid_t pid(int rank) const { return pids_[rank]; }
-  // The exit code, -signal, or -1000 when it did not end within `bound`.
-  int Await(int rank, absl::Duration bound) {
-    const absl::Time deadline = absl::Now() + bound;
-    int status = 0;
-    while (waitpid(pids_[rank], &status, WNOHANG) == 0) {
-      if (absl::Now() > deadline) return -1000;
-      absl::SleepFor(absl::Milliseconds(1));
-    }
-    pids_[rank] = -1;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
-  }
-
- private:
-  static inline int counter_ = 0;
-  std::string folder_;
-  std::vector<pid_t> pids_;
-};
+using gloo_testing::OnThreads;
+using gloo_testing::Options;
+using gloo_testing::Ranks;
 
 // Small integers: sums of them are exact in float32.
 std::vector<float> Integers(int rank, size_t count, uint32_t round) {
@@ -298,175 +199,6 @@ TEST(GlooCommunicator, WorksBetweenProcesses) {
   }
 }
 
-int ReduceForEver(RankCommunicator& comm, absl::StatusCode expected) {
-  std::vector<float> values(1024, 1.0f);
-  absl::Status status;
-  while (status.ok()) status = comm.AllReduceSum(absl::MakeSpan(values));
-  if (!comm.AllReduceSum(absl::MakeSpan(values)).ok()) {
-    return status.code() == expected ? 0 : static_cast<int>(status.code());
-  }
-  return 50;
-}
-
-TEST(GlooCommunicator, FailsOnEveryRankWhenAPeerIsKilled) {
-  Ranks ranks(
-      4, [](RankCommunicator& comm) { return ReduceForEver(comm, absl::StatusCode::kUnavailable); },
-      20'000);
-  ranks.AwaitJoined();
-  kill(ranks.pid(2), SIGKILL);
-  EXPECT_EQ(ranks.Await(2, absl::Seconds(5)), -SIGKILL);
-  for (const int rank : {0, 1, 3}) EXPECT_EQ(ranks.Await(rank, absl::Seconds(1)), 0) << rank;
-}
-
-TEST(GlooCommunicator, FailsWithinTheSkewWhenAPeerIsStopped) {
-  Ranks ranks(
-      2,
-      [](RankCommunicator& comm) {
-        return ReduceForEver(comm, absl::StatusCode::kDeadlineExceeded);
-      },
-      300);
-  ranks.AwaitJoined();
-  kill(ranks.pid(1), SIGSTOP);
-  EXPECT_EQ(ranks.Await(0, absl::Seconds(3)), 0);
-}
-
-TEST(GlooCommunicator, FailsWithinTheSkewWhenARankSkipsACollective) {
-  OnThreads(
-      3,
-      [](RankCommunicator& comm) {
-        std::vector<float> values(256, 1.0f);
-        for (int i = 0; i < 10; ++i) {
-          if (comm.rank() == 1 && i == 9) break;  // the last one of a step
-          ASSERT_TRUE(comm.AllReduceSum(absl::MakeSpan(values)).ok() || i == 9);
-        }
-        if (comm.rank() == 1) {
-          // It waits for a plan that never comes, until the others give up.
-          EXPECT_FALSE(comm.Barrier().ok());
-        } else {
-          EXPECT_FALSE(comm.AllReduceSum(absl::MakeSpan(values)).ok());
-        }
-      },
-      300);
-}
-
-TEST(GlooCommunicator, NamesTheRankThatIsAtAnotherCollective) {
-  std::atomic<int> named{0};
-  OnThreads(2, [&](RankCommunicator& comm) {
-    std::vector<float> values(256, 1.0f);
-    absl::Status status = comm.rank() == 0 ? comm.AllReduceSum(absl::MakeSpan(values))
-                                           : comm.AllReduceSum(absl::MakeSpan(values).first(16));
-    EXPECT_FALSE(status.ok());
-    // The second to notice may only see the connection close.
-    if (status.code() == absl::StatusCode::kFailedPrecondition) {
-      EXPECT_THAT(std::string(status.message()),
-                  HasSubstr("rank " + std::to_string(1 - comm.rank()) + ": is at all-reduce 1"));
-      ++named;
-    }
-  });
-  EXPECT_GE(named.load(), 1);
-}
-
-TEST(GlooCommunicator, AbortEndsACollectiveUnderWayAtOnce) {
-  for (const size_t count : {16u, 1u << 20}) {
-    fakes::MemoryExchange exchange;
-    std::vector<std::unique_ptr<RankCommunicator>> comms;
-    std::vector<std::thread> joins;
-    for (int rank = 0; rank < 2; ++rank) comms.push_back(MakeGlooCommunicator(Options(rank, 2)));
-    for (auto& comm : comms) {
-      joins.emplace_back([&] { ASSERT_TRUE(comm->Join(exchange).ok()); });
-    }
-    for (std::thread& join : joins) join.join();
-    std::atomic<bool> entered{false};
-    absl::Status status;
-    std::thread waiting([&] {
-      std::vector<float> values(count, 1.0f);
-      entered = true;
-      status = comms[0]->AllReduceSum(absl::MakeSpan(values));
-    });
-    while (!entered) absl::SleepFor(absl::Milliseconds(1));
-    absl::SleepFor(absl::Milliseconds(20));  // most likely it blocks by now; right either way
-    const absl::Time start = absl::Now();
-    comms[0]->Abort();
-    waiting.join();
-    EXPECT_LT(absl::Now() - start, kAtOnce);
-    EXPECT_EQ(status.code(), absl::StatusCode::kAborted) << status;
-    EXPECT_EQ(comms[0]->Barrier().code(), absl::StatusCode::kAborted);
-    // The peer learns of it as well.
-    EXPECT_FALSE(comms[1]->Barrier().ok());
-  }
-}
-
-TEST(GlooCommunicator, AbortEndsAJoinUnderWay) {
-  fakes::MemoryExchange exchange;
-  auto comm = MakeGlooCommunicator(Options(0, 2));
-  absl::Status status;
-  std::thread joining([&] { status = comm->Join(exchange); });
-  comm->Abort();
-  exchange.Cancel();
-  joining.join();
-  EXPECT_EQ(status.code(), absl::StatusCode::kAborted) << status;
-}
-
-TEST(GlooCommunicator, AbortEndsAJoinThatWaitsForAPeerToConnect) {
-  fakes::MemoryExchange exchange;
-  auto comm = MakeGlooCommunicator(Options(0, 2));
-  std::thread peer([&] {
-    // Publishes an address and never connects to the other's.
-    auto other = MakeGlooCommunicator(Options(1, 2));
-    absl::StatusOr<std::string> address = exchange.Await("rank/0");
-    ASSERT_TRUE(address.ok());
-    // Port 65535 of an address that sorts above: rank 0 stays the listening side.
-    std::string mine = *address;
-    mine[2] = mine[3] = static_cast<char>(0xff);
-    ASSERT_TRUE(exchange.Publish("rank/1", mine).ok());
-  });
-  absl::Status status;
-  std::thread joining([&] { status = comm->Join(exchange); });
-  peer.join();
-  const absl::Time start = absl::Now();
-  comm->Abort();
-  joining.join();
-  EXPECT_LT(absl::Now() - start, kAtOnce);
-  EXPECT_FALSE(status.ok());
-}
-
-TEST(GlooCommunicator, RefusesAnAddressListOfAnotherLength) {
-  fakes::MemoryExchange exchange;
-  ASSERT_TRUE(exchange.Publish("rank/1", "short").ok());
-  auto comm = MakeGlooCommunicator(Options(0, 2));
-  const absl::Status status = comm->Join(exchange);
-  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1"));
-}
-
-TEST(GlooCommunicator, RefusesAnotherGroupsGreeting) {
-  fakes::MemoryExchange exchange;
-  std::atomic<int> failed{0};
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < 2; ++rank) {
-    threads.emplace_back([&, rank] {
-      CommunicatorOptions options = Options(rank, 2);
-      options.id = "test/e" + std::to_string(rank);
-      auto comm = MakeGlooCommunicator(options);
-      if (!comm->Join(exchange).ok()) ++failed;
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  EXPECT_GE(failed.load(), 1);
-}
-
-TEST(GlooCommunicator, NamesABindAddressThatIsNotOurs) {
-  for (const char* address : {"203.0.113.7", "0.0.0.0", "::", "no-such-host.invalid"}) {
-    CommunicatorOptions options = Options(0, 2);
-    options.bind_address = address;
-    fakes::MemoryExchange exchange;
-    const absl::Status status = MakeGlooCommunicator(options)->Join(exchange);
-    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_THAT(std::string(status.message()), HasSubstr(address));
-    EXPECT_THAT(std::string(status.message()), HasSubstr("--comm-address"));
-  }
-}
-
 TEST(GlooCommunicator, SpeaksIpv6Too) {
   const auto adds_up = [](RankCommunicator& comm) {
     float value = 1;
@@ -477,23 +209,6 @@ TEST(GlooCommunicator, SpeaksIpv6Too) {
 }
 
 // Whatever a peer publishes is an error of this rank's, no more.
-TEST(GlooCommunicator, SurvivesAddressesThatAreNone) {
-  std::mt19937 random(7);
-  for (int i = 0; i < 20; ++i) {
-    fakes::MemoryExchange exchange;
-    auto comm = MakeGlooCommunicator(Options(0, 2, 50));
-    std::thread liar([&] {
-      absl::StatusOr<std::string> theirs = exchange.Await("rank/0");
-      ASSERT_TRUE(theirs.ok());
-      for (char& c : *theirs) c = static_cast<char>(random());
-      if (i == 0) theirs->assign(theirs->size(), '\0');
-      ASSERT_TRUE(exchange.Publish("rank/1", *theirs).ok());
-    });
-    EXPECT_FALSE(comm->Join(exchange).ok());
-    liar.join();
-  }
-}
-
 TEST(GlooCommunicator, CountsTheWaitForALateRankAsWait) {
   CollectiveStats stats[2];
   OnThreads(2, [&](RankCommunicator& comm) {
