@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -36,7 +37,6 @@ class Browser:
         )  # fmt: skip
         os.close(commands)
         os.close(answers)
-        os.set_blocking(self.answers, False)
         self.session, self.number, self.unread = None, 0, b""
         self.asked, self.complaints, self.events = [], [], []
 
@@ -60,12 +60,9 @@ class Browser:
 
     def _message(self):
         while b"\0" not in self.unread:
-            assert time.monotonic() < self.until, "the browser does not answer"
-            try:
-                more = os.read(self.answers, 1 << 20)
-            except BlockingIOError:
-                time.sleep(0.01)
-                continue
+            patience = max(0, self.until - time.monotonic())
+            assert select.select([self.answers], [], [], patience)[0], "the browser does not answer"
+            more = os.read(self.answers, 1 << 20)
             assert more, f"the browser ended with {self.process.poll()}"
             self.unread += more
         line, self.unread = self.unread.split(b"\0", 1)

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import tempfile
-import time
 import unittest
 
 import harness
@@ -83,10 +82,8 @@ class WorkerGroupTest(unittest.TestCase):
         last = workers(group.pid)
         self.assertEqual(harness.stop(group, 10), 0)
         # The last of them may still be on its way out of the process table.
-        deadline = time.monotonic() + 10
-        while any(pathlib.Path(f"/proc/{pid}").exists() for pid in last):
-            self.assertLess(time.monotonic(), deadline, f"workers {last} outlive their group")
-            time.sleep(0.01)
+        harness.wait_for(f"the end of the workers {last}", lambda: not any(
+            pathlib.Path(f"/proc/{pid}").exists() for pid in last), seconds=10)
         self.assertIn("exit 137; starting it again in 0 s", group_log.read_text())
 
     def answer(self, port):
