@@ -34,8 +34,6 @@ absl::Status FlagError(std::string_view message) {
 
 namespace {
 
-absl::Status Bad(std::string_view message) { return FlagError(message); }
-
 // "--max-model-len" of an option that has that long name.
 std::string LongName(const CLI::Option& option) {
   return option.get_lnames().empty() ? "" : option.get_lnames().front();
@@ -62,7 +60,7 @@ absl::Status Append(const CLI::App& app, const std::string& name, const std::str
   }
   const CLI::Option* const option = app.get_option_no_throw("--" + name);
   if (option != nullptr && option->get_expected_max() == 0) {
-    return Bad(absl::StrCat("--", name, " '': expected true or false", source));
+    return FlagError(absl::StrCat("--", name, " '': expected true or false", source));
   }
   args->push_back(absl::StrCat("--", name));
   args->push_back("");
@@ -117,25 +115,25 @@ bool TakeValue(std::string_view text, std::string* value) {
 absl::Status AppendFile(const CLI::App& app, const std::string& path,
                         std::vector<std::string>* args) {
   if (!std::filesystem::is_regular_file(path)) {
-    return Bad(absl::StrCat("--config ", path, ": no such file"));
+    return FlagError(absl::StrCat("--config ", path, ": no such file"));
   }
   std::ifstream file(path);
-  if (!file) return Bad(absl::StrCat("--config ", path, ": cannot read"));
+  if (!file) return FlagError(absl::StrCat("--config ", path, ": cannot read"));
   for (std::string raw; std::getline(file, raw);) {
     const std::string line(absl::StripAsciiWhitespace(raw));
     if (line.empty() || line.front() == '#' || line.front() == ';') continue;
     const size_t equals = line.find('=');
     const std::string key(absl::StripTrailingAsciiWhitespace(line.substr(0, equals)));
     if (key.empty() || key == "config" || app.get_option_no_throw("--" + key) == nullptr) {
-      return Bad(absl::StrCat("--config ", path, ": unknown key '", key,
-                              "': keys are flag names without dashes"));
+      return FlagError(absl::StrCat("--config ", path, ": unknown key '", key,
+                                    "': keys are flag names without dashes"));
     }
     std::string value = "true";  // a key alone
     if (equals != line.npos) {
       const std::string text(absl::StripLeadingAsciiWhitespace(line.substr(equals + 1)));
       value.clear();
       if (!TakeValue(text, &value)) {
-        return Bad(absl::StrCat("--config ", path, ": ", key, ": expected one value"));
+        return FlagError(absl::StrCat("--config ", path, ": ", key, ": expected one value"));
       }
     }
     const std::string source = absl::StrCat(" (in --config ", path, ")");
@@ -189,8 +187,8 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
   } catch (const CLI::CallForVersion& e) {
     return absl::NotFoundError(absl::StrCat(e.what(), "\n"));
   } catch (const CLI::ExtrasError&) {
-    return Bad(absl::StrCat("unknown argument ", absl::StrJoin(app.remaining(), " "),
-                            ": --help lists what there is"));
+    return FlagError(absl::StrCat("unknown argument ", absl::StrJoin(app.remaining(), " "),
+                                  ": --help lists what there is"));
   } catch (const CLI::ParseError& e) {
     std::string line = FlagErrorLine(app, e.what());
     for (const std::string& name : from_environment) {
@@ -201,7 +199,7 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
     if (!path.empty() && num_inherited > from_environment.size()) {
       absl::StrAppend(&line, " (with --config ", path, ")");
     }
-    return Bad(line);
+    return FlagError(line);
   }
   return absl::OkStatus();
 }
