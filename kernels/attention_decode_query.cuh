@@ -9,7 +9,6 @@
 #include "kernels/attention_decode_launch.h"
 #include "kernels/attention_mma.cuh"
 
-
 namespace lockstep::kernels::decode {
 
 // What turns chunk `chunk` of a head: cosine and sine of eight elements.

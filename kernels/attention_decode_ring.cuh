@@ -8,7 +8,6 @@
 #include "kernels/attention_mma.cuh"
 #include "kernels/cluster.cuh"
 
-
 namespace lockstep::kernels::decode {
 
 // A warp's next tiles on their way through shared memory by the copy engine: a tile of

@@ -9,7 +9,6 @@
 #include "kernels/device.cuh"
 #include "kernels/gemv_elements.cuh"
 
-
 namespace lockstep::kernels::row {
 
 // A lane's part of x, as it meets the weights. Over e4m3: pairs of f16 for the tensor
