@@ -36,7 +36,7 @@ inline constexpr absl::Duration kAtOnce = absl::Seconds(2);
 
 // Runs body(communicator) on `size` ranks, one thread each.
 inline void OnThreads(int size, const std::function<void(RankCommunicator&)>& body,
-               int64_t max_skew_ms = 20'000, const std::string& bind_address = "127.0.0.1") {
+                      int64_t max_skew_ms = 20'000, const std::string& bind_address = "127.0.0.1") {
   fakes::MemoryExchange exchange;
   std::vector<std::thread> threads;
   // A communicator that is dropped resets its connections, so none is before
