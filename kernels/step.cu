@@ -57,9 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   TriggerDependents();
   WaitForPrevious();
   const uint64_t sequence = *io.sequence;
-  const size_t entry_bytes =
-      sizeof(StepStamp) + io.capacity.logit_rows * (sizeof(SampledRow) + sizeof(RowLogprobs));
-  std::byte* entry = io.outbox + (sequence % kStepRing) * entry_bytes;
+  std::byte* entry = io.outbox + (sequence % kStepRing) * OutboxBytes(io.capacity);
   auto* rows = reinterpret_cast<SampledRow*>(entry + sizeof(StepStamp));
   for (int i = threadIdx.x; i < logit_rows; i += kThreads) rows[i] = results[i];
   if (logprobs != nullptr) {

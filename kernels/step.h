@@ -66,6 +66,13 @@ struct alignas(64) StepStamp {
   CollectiveClock collectives;        // of the step
 };
 
+// Of an outbox entry: the next one's stamp is aligned again, whatever the capacity.
+constexpr size_t OutboxBytes(const StepCapacity& capacity) {
+  const size_t bytes = sizeof(StepStamp) + static_cast<size_t>(capacity.logit_rows) *
+                                               (sizeof(SampledRow) + sizeof(RowLogprobs));
+  return (bytes + alignof(StepStamp) - 1) / alignof(StepStamp) * alignof(StepStamp);
+}
+
 struct StepArrays {
   int32_t* slot = nullptr;       // [rows]
   int32_t* position = nullptr;   // [rows]

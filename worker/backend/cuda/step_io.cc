@@ -25,8 +25,7 @@ absl::Status StepIo::Allocate(const BackendLimits& limits, int64_t max_logit_row
                   .spans = seqs + 1,  // one may be cut in two
                   .updates = 2 * seqs + rows / static_cast<int>(limits.block_size) + 64};
   io_.inbox_layout = kernels::MakeInboxLayout(io_.capacity);
-  outbox_bytes_ = sizeof(kernels::StepStamp) +
-                  logit_rows * (sizeof(kernels::SampledRow) + sizeof(kernels::RowLogprobs));
+  outbox_bytes_ = kernels::OutboxBytes(io_.capacity);
   arrays_.table_stride =
       static_cast<int>((limits.max_model_len + limits.block_size - 1) / limits.block_size);
   const size_t table = static_cast<size_t>(seqs) * arrays_.table_stride;
