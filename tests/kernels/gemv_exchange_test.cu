@@ -190,6 +190,8 @@ void ExpectExactRounds(int size, int width, int rounds, bool pdl) {
     group.Use(r);
     residuals[r] = ranks[r].residuals->template Read<T>();
     outs[r] = ranks[r].outs->template Read<T>();
+    ASSERT_TRUE(ranks[r].residuals->GuardsIntact()) << "rank " << r;
+    ASSERT_TRUE(ranks[r].outs->GuardsIntact()) << "rank " << r;
   }
   std::vector<float> residual(width);
   for (int i = 0; i < width; ++i) residual[i] = static_cast<float>(start[i]);
@@ -330,6 +332,7 @@ std::vector<std::vector<uint16_t>> RunGraphs(int size, int blocks_at_once, bool 
   for (int r = 0; r < size; ++r) {
     group.Use(r);
     residuals.push_back(ranks[r].residuals->Read<uint16_t>());
+    EXPECT_TRUE(ranks[r].residuals->GuardsIntact() && ranks[r].x->GuardsIntact()) << "rank " << r;
     EXPECT_CUDA(cudaGraphExecDestroy(ranks[r].exec));
     ranks[r] = Rank{};
   }

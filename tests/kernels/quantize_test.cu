@@ -160,6 +160,8 @@ TYPED_TEST(QuantizeTest, NormsQuantiseAsQuantizeRowsDoes) {
                                   .out_stride = hidden,
                                   .scales = apart_scales.get()}));
     ASSERT_CUDA(cudaDeviceSynchronize());
+    residual.ExpectGuards("residual");
+    normed.ExpectGuards("normed");
     fused.ExpectGuards("fused");
     fused_scales.ExpectGuards("fused scales");
     EXPECT_EQ(fused_scales.Bits(), apart_scales.Bits()) << hidden;
