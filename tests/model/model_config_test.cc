@@ -229,11 +229,32 @@ TEST(ModelConfigTest, EveryPublishedConfigParses) {
   }
 }
 
+// As such checkpoints write it.
+json CompressedTensors(const char* strategy) {
+  const json weights = {{"num_bits", 8},         {"type", "float"},
+                        {"strategy", strategy},  {"symmetric", true},
+                        {"dynamic", false},      {"block_structure", nullptr},
+                        {"group_size", nullptr}, {"observer", "minmax"}};
+  const json inputs = {{"num_bits", 8},
+                       {"type", "float"},
+                       {"strategy", "token"},
+                       {"dynamic", true},
+                       {"symmetric", true}};
+  const json group = {{"targets", {"Linear"}}, {"weights", weights}, {"input_activations", inputs}};
+  return {{"quant_method", "compressed-tensors"},
+          {"format", "float-quantized"},
+          {"quantization_status", "compressed"},
+          {"kv_cache_scheme", nullptr},
+          {"ignore", {"lm_head"}},
+          {"config_groups", {{"group_0", group}}}};
+}
+
 TEST(ModelConfigTest, RecognisesFp8AndOnlyTheCpuBackendRefusesIt) {
   json config = PublishedJson("llama-3.1-405b");
   for (const json& quantization :
        {json{{"quant_method", "fp8"}}, json{{"quant_method", "fbgemm_fp8"}},
-        json{{"quant_method", "compressed-tensors"}, {"format", "float-quantized"}}}) {
+        json{{"quant_method", "compressed-tensors"}, {"format", "float-quantized"}},
+        CompressedTensors("tensor"), CompressedTensors("channel")}) {
     config["quantization_config"] = quantization;
     const absl::StatusOr<ModelConfig> c = Parse(config);
     ASSERT_TRUE(c.ok()) << c.status();

@@ -5,9 +5,13 @@
 
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "model/memory_model.h"
 #include "worker/backend/cpu/half.h"
+#include "worker/weight_pieces.h"
 
 namespace lockstep {
 namespace {
@@ -225,6 +229,112 @@ TEST(WeightsTest, DummyRanksHoldPiecesOfOneModel) {
       }
     }
   }
+}
+
+// One float8 matrix "w" of 6 x 4 and what is given beside it.
+struct StoredScale {
+  std::string dtype = "F32";
+  std::vector<int64_t> shape;
+  std::vector<float> values;
+};
+std::unique_ptr<Checkpoint> WriteFp8(const std::string& scale_name, const StoredScale& scale) {
+  const std::string dir = testing::TempDir() + "/stored_fp8";
+  std::filesystem::remove_all(dir);
+  std::filesystem::create_directories(dir);
+  std::string data;
+  for (char byte = 0; byte < 24; ++byte) data.push_back(byte);
+  for (const float v : scale.values) {
+    if (scale.dtype == "F32") data.append(reinterpret_cast<const char*>(&v), 4);
+    if (scale.dtype != "F32") {
+      const uint16_t bits =
+          scale.dtype == "BF16" ? cpu::ToBFloat16(v).bits : cpu::ToFloat16(v).bits;
+      data.append(reinterpret_cast<const char*>(&bits), 2);
+    }
+  }
+  const std::string header =
+      absl::StrCat(R"({"w":{"dtype":"F8_E4M3","shape":[6,4],"data_offsets":[0,24]},")", scale_name,
+                   R"(":{"dtype":")", scale.dtype, R"(","shape":[)",
+                   absl::StrJoin(scale.shape, ","), R"(],"data_offsets":[24,)", data.size(), "]}}");
+  const uint64_t length = header.size();
+  std::ofstream out(dir + "/model.safetensors", std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&length), 8);
+  out << header << data;
+  out.close();
+  auto checkpoint = Checkpoint::Open(dir);
+  EXPECT_TRUE(checkpoint.ok()) << checkpoint.status();
+  return checkpoint.ok() ? *std::move(checkpoint) : nullptr;
+}
+
+// Rows 2 to 4 of the matrix, columns 1 and 2.
+TensorSlice PartOfFp8() {
+  return {.name = "other.w",
+          .alternatives = {"w"},
+          .rows = 6,
+          .cols = 4,
+          .row_begin = 2,
+          .row_end = 5,
+          .col_begin = 1,
+          .col_end = 3};
+}
+
+TEST(Fp8WeightsTest, AScaleIsOfTheTensorOrOfEachRow) {
+  const std::vector<float> each = {0.5f, 1.0f, 2.0f, 4.0f, 8.0f, 16.0f};
+  for (const char* dtype : {"F32", "BF16", "F16"}) {
+    for (const auto& shape : std::vector<std::vector<int64_t>>{{}, {1}, {1, 1}}) {
+      const auto checkpoint = WriteFp8("w_scale", {dtype, shape, {0.25f}});
+      const auto scales = ReadScales(*checkpoint, PartOfFp8());
+      ASSERT_TRUE(scales.ok()) << scales.status();
+      EXPECT_EQ(*scales, std::vector<float>(3, 0.25f)) << dtype;
+    }
+    for (const auto& shape : std::vector<std::vector<int64_t>>{{6}, {6, 1}}) {
+      const auto checkpoint = WriteFp8("w_scale", {dtype, shape, each});
+      const auto scales = ReadScales(*checkpoint, PartOfFp8());
+      ASSERT_TRUE(scales.ok()) << scales.status();
+      EXPECT_EQ(*scales, (std::vector<float>{2.0f, 4.0f, 8.0f})) << dtype;
+    }
+  }
+}
+
+TEST(Fp8WeightsTest, NamesAScaleThatIsMissingOrOfAnotherKind) {
+  const auto missing = WriteFp8("w_scale_inv", {"F32", {1}, {1.0f}});
+  EXPECT_THAT(
+      std::string(ReadScales(*missing, PartOfFp8()).status().message()),
+      HasSubstr("\"other.w_scale\" is missing; supported: one scale a tensor or one a row"));
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{4}, {1, 6}, {3, 2}, {6, 1, 1}}) {
+    int64_t count = 1;
+    for (const int64_t size : shape) count *= size;
+    const auto checkpoint = WriteFp8("w_scale", {"F32", shape, std::vector<float>(count, 1.0f)});
+    const auto scales = ReadScales(*checkpoint, PartOfFp8());
+    EXPECT_EQ(scales.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(scales.status().message()),
+                HasSubstr(absl::StrCat("\"w_scale\" is F32 of shape [", absl::StrJoin(shape, ", "),
+                                       "]; supported: one scale, or 6 of them")));
+  }
+}
+
+TEST(Fp8WeightsTest, StoredBytesArriveAsTheyAreWhereFloat8IsTaken) {
+  const auto checkpoint = WriteFp8("w_scale", {"F32", {}, {1.0f}});
+  const TensorSlice slice = PartOfFp8();
+  EXPECT_THAT(std::string(FindChecked(*checkpoint, slice).status().message()),
+              HasSubstr("weights are read as float32, float16 and bfloat16"));
+  ShardPlan plan;
+  plan.tensors.push_back({.name = "w", .rows = 3, .cols = 2, .slices = {slice}, .is_matrix = true});
+  const auto pieces = CutIntoPieces(
+      plan, [](const LocalTensor&) { return DType::kFloat8E4M3; },
+      [&](const TensorSlice& s) { return FindChecked(*checkpoint, s, /*takes_fp8=*/true); });
+  ASSERT_TRUE(pieces.ok()) << pieces.status();
+  std::vector<std::byte> got;
+  int64_t stored = 0;
+  for (const WeightPiece& piece : *pieces) {
+    std::vector<std::byte> rows(static_cast<size_t>(piece.bytes()));
+    CopyPiece(*checkpoint, piece, rows.data());
+    got.insert(got.end(), rows.begin(), rows.end());
+    stored += piece.stored_bytes();
+  }
+  std::vector<std::byte> wanted;
+  for (const int byte : {9, 10, 13, 14, 17, 18}) wanted.push_back(std::byte(byte));
+  EXPECT_EQ(got, wanted);
+  EXPECT_EQ(stored, 6) << "no byte of another rank";
 }
 
 }  // namespace
