@@ -226,7 +226,8 @@ std::unique_ptr<ModelHost> InjectFaults(std::vector<Fault> faults, std::unique_p
   if (faults.empty()) return host;
   auto state = std::make_shared<State>();
   state->faults = std::move(faults);
-  *make_communicator = [state, make = *make_communicator](const CommunicatorOptions& options) {
+  *make_communicator = [state, make = *make_communicator](CommunicatorOptions options) {
+    options.skips = [state] { return state->skip_next.exchange(false); };
     return std::make_unique<FaultyCommunicator>(state, make(options));
   };
   return std::make_unique<FaultyHost>(state, std::move(host));

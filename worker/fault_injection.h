@@ -6,7 +6,8 @@
 //                            phases: load, communicator (rank has joined), kv
 //   hang@step=4              step 4 of an epoch never returns (the process lives,
 //                            heartbeats go on); likewise hang@phase=...
-//   skip_collective@step=3   leaves out that step's first all-reduce
+//   skip_collective@step=3   leaves out that step's first all-reduce (on GPUs of a step
+//                            that is no replay of a graph, as one with a prompt)
 //   lie_token@step=3         reports another token than was sampled, at rank 0
 //   lie_digest@step=3        reports another digest
 //   poison@token=7           reports NaN logits for a sequence whose prompt has 7

@@ -39,7 +39,10 @@ TEST(FaultInjection, NamesWhatItDoesNotUnderstand) {
 
 struct Rig {
   explicit Rig(const std::string& spec) : control(std::make_shared<fakes::HostControl>()) {
-    MakeCommunicator make = MakeGlooCommunicator;
+    MakeCommunicator make = [this](const CommunicatorOptions& options) {
+      skips = options.skips;
+      return MakeGlooCommunicator(options);
+    };
     host = InjectFaults(*ParseFaults(spec), std::make_unique<fakes::FakeHost>(control), &make);
     comm = make({.id = "t", .rank = 0, .size = 1, .bind_address = "127.0.0.1", .max_skew_ms = 0});
     worker::v1::Configure configure;
@@ -64,6 +67,7 @@ struct Rig {
   std::shared_ptr<fakes::HostControl> control;
   std::unique_ptr<ModelHost> host;
   std::unique_ptr<RankCommunicator> comm;
+  std::function<bool()> skips;  // what a communicator of GPUs asks
 };
 
 TEST(FaultInjection, ActsAtItsStepAlone) {
@@ -75,6 +79,19 @@ TEST(FaultInjection, ActsAtItsStepAlone) {
   EXPECT_EQ(rig.Step(5)->num_collectives, 0u);
   EXPECT_EQ(rig.Step(6)->num_collectives, 1u);
   EXPECT_EQ(rig.Step(6)->sampled[0].token, 6u);
+}
+
+// A GPU's all-reduces do not come by here: its communicator asks.
+TEST(FaultInjection, TellsADeviceWhichAllReduceToLeaveOut) {
+  Rig rig("skip_collective@step=2,rank=0");
+  StepPlan plan;
+  plan.epoch = 1;
+  for (plan.step = 1; plan.step <= 3; ++plan.step) {
+    ASSERT_TRUE(rig.host->Submit(plan, 1).ok());
+    EXPECT_EQ(rig.skips(), plan.step == 2);
+    EXPECT_FALSE(rig.skips()) << "one, not all of the step's";
+    ASSERT_TRUE(rig.host->Collect().ok());
+  }
 }
 
 TEST(FaultInjection, PoisonsTheSequenceThatHasTheToken) {

@@ -9,6 +9,7 @@
 #define LOCKSTEP_WORKER_COMM_RANK_COMMUNICATOR_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -36,6 +37,9 @@ struct CommunicatorOptions {
   int size = 1;
   std::string bind_address;  // local address or name that the other ranks can reach
   int64_t max_skew_ms = 0;   // a collective that waits longer for a rank fails; 0: 30,000
+  // Of a test alone (worker/fault_injection.h), for GPUs: asked before each all-reduce,
+  // which this rank leaves out if so.
+  std::function<bool()> skips = nullptr;
 };
 
 // Abort returns soon, whatever the peers do: the session calls it from the

@@ -28,8 +28,9 @@ bool Collectives::has_peers() const { return comm_ != nullptr && comm_->peers() 
 
 absl::Status Collectives::AllReduce(const kernels::Launch& launch,
                                     const kernels::AllReduceArgs& args, bool* fused) {
-  Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
   *fused = false;
+  if (comm_->Skips()) return absl::OkStatus();
+  Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
   if (has_peers()) {
     const kernels::AllReducePath path = kernels::ChooseAllReduce(args, comm_->layout(), size_);
     if (path != kernels::AllReducePath::kNone) {
@@ -43,6 +44,7 @@ absl::Status Collectives::AllReduce(const kernels::Launch& launch,
 
 absl::Status Collectives::AllReduceAside(const kernels::Launch& launch,
                                          const kernels::AllReduceArgs& args) {
+  if (comm_->Skips()) return absl::OkStatus();
   Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
   return SumByNccl(launch, args);
 }

@@ -46,6 +46,9 @@ class DeviceCommunicator final : public RankCommunicator {
   // Which rank a kernel waited for in vain; OK if none did.
   absl::Status Fault() const { return peers_ ? peers_->Fault() : absl::OkStatus(); }
 
+  // Whether this rank leaves out the all-reduce that it is about to enqueue.
+  bool Skips() const { return options_.skips != nullptr && options_.skips(); }
+
   absl::Status AllReduceSum(absl::Span<float>) override { return OnHost(); }
   absl::Status Gather(absl::Span<const float>, absl::Span<float>, int) override { return OnHost(); }
   absl::Status Broadcast(absl::Span<std::byte>, int) override { return OnHost(); }
