@@ -1,17 +1,30 @@
-// lockstep-links: how this host's GPUs reach each other, measured; what
-// `lockstep doctor --links` shows. One process drives all devices, so it tells
-// what the hardware does, not whether processes may share memory.
+// lockstep-links: how this host's GPUs reach each other, measured, and from which
+// message on NCCL is faster than the own all-reduce; what `lockstep doctor
+// --links` shows. One process drives all devices, so it tells what the hardware
+// does, not whether processes may share memory.
 //
 // Exit code 0: every pair is in reach; 1: some are not; 2: no GPU, or a CUDA error.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <barrier>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
 #include <vector>
 
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "kernels/all_reduce.h"
+#include "worker/comm/cuda/nccl_communicator.h"
 
 namespace lockstep {
 namespace {
@@ -21,9 +34,15 @@ using kernels::ExchangeLayout;
 using kernels::Peers;
 
 constexpr size_t kCopyBytes = 256 << 20;
+constexpr size_t kExchangeBytes[] = {8 << 10, 64 << 10, 256 << 10, 1 << 20, 8 << 20, 64 << 20};
 constexpr int kExchanges = 200;
 
 // The first failing call ends the program.
+void Check(const absl::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "lockstep-links: %s\n", std::string(status.message()).c_str());
+  std::exit(2);
+}
 void Check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   std::fprintf(stderr, "lockstep-links: %s: %s\n", what, cudaGetErrorString(error));
@@ -35,7 +54,6 @@ struct Device {
   cudaStream_t stream = nullptr;
   std::byte* region = nullptr;
   void* data = nullptr;
-  cudaGraphExec_t graph = nullptr;
 };
 
 bool Reaches(int from, int to) {
@@ -103,49 +121,49 @@ bool PrintPairs(const std::vector<Device>& devices) {
   return all;
 }
 
-// Replays a captured chain of exchanges on every device at once.
-double ExchangeMicroseconds(std::vector<Device>& devices, const ExchangeLayout& layout,
-                            const Peers& peers, size_t bytes) {
-  for (Device& d : devices) {
-    Check(cudaSetDevice(d.index), "device");
-    Check(cudaStreamBeginCapture(d.stream, cudaStreamCaptureModeThreadLocal), "capture");
-    Peers mine = peers;
-    mine.rank = d.index;
-    AllReduceArgs args;
-    args.rows = 1;
-    args.hidden = static_cast<int>(bytes / 2);
-    args.in = args.out = d.data;
-    for (int i = 0; i < kExchanges; ++i) {
-      Check(AllReduce({d.stream, true}, mine, layout, ChooseAllReduce(args, layout, peers.size),
-                      args),
-            "all-reduce");
-    }
-    cudaGraph_t graph = nullptr;
-    Check(cudaStreamEndCapture(d.stream, &graph), "capture");
-    Check(cudaGraphInstantiate(&d.graph, graph, 0), "graph");
-    Check(cudaGraphDestroy(graph), "graph");
-  }
-  double best = 0;
-  for (int i = 0; i < 5; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    for (const Device& d : devices) {
+// What one device enqueues, and what it stands for when it fails.
+using EnqueueOn = std::function<absl::Status(const Device& device)>;
+
+// Microseconds of one exchange in a captured chain of `count`, replayed on every
+// device at once; a thread each, since a call of NCCL may wait for the other ranks'.
+double ReplayMicroseconds(std::vector<Device>& devices, int count, const EnqueueOn& enqueue) {
+  constexpr int kReplays = 5;
+  std::barrier<> together(static_cast<std::ptrdiff_t>(devices.size()));
+  std::vector<double> best(devices.size(), 0);
+  std::vector<std::thread> threads;
+  for (const Device& d : devices) {
+    threads.emplace_back([&together, &best, &enqueue, &d, count] {
       Check(cudaSetDevice(d.index), "device");
-      Check(cudaGraphLaunch(d.graph, d.stream), "launch");
-    }
-    for (const Device& d : devices) {
-      Check(cudaSetDevice(d.index), "device");
-      Check(cudaStreamSynchronize(d.stream), "all-reduce");
-    }
-    const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - start;
-    if (i == 0 || took.count() / kExchanges < best) best = took.count() / kExchanges;
+      Check(cudaStreamBeginCapture(d.stream, cudaStreamCaptureModeThreadLocal), "capture");
+      for (int i = 0; i < count; ++i) Check(enqueue(d));
+      cudaGraph_t graph = nullptr;
+      cudaGraphExec_t exec = nullptr;
+      Check(cudaStreamEndCapture(d.stream, &graph), "capture");
+      Check(cudaGraphInstantiate(&exec, graph, 0), "graph");
+      Check(cudaGraphDestroy(graph), "graph");
+      Check(cudaGraphUpload(exec, d.stream), "graph");
+      for (int i = 0; i < kReplays; ++i) {
+        Check(cudaStreamSynchronize(d.stream), "all-reduce");
+        together.arrive_and_wait();
+        const auto start = std::chrono::steady_clock::now();
+        Check(cudaGraphLaunch(exec, d.stream), "launch");
+        Check(cudaStreamSynchronize(d.stream), "all-reduce");
+        together.arrive_and_wait();
+        const std::chrono::duration<double, std::micro> took =
+            std::chrono::steady_clock::now() - start;
+        double& least = best[static_cast<size_t>(d.index)];
+        if (i == 0 || took.count() / count < least) least = took.count() / count;
+      }
+      Check(cudaGraphExecDestroy(exec), "graph");
+    });
   }
-  for (Device& d : devices) Check(cudaGraphExecDestroy(d.graph), "graph");
-  return best;
+  for (std::thread& thread : threads) thread.join();
+  return *std::max_element(best.begin(), best.end());
 }
 
-void PrintExchanges(std::vector<Device>& devices) {
+// The own kernels' regions, one a device.
+Peers MakeRegions(std::vector<Device>& devices, const ExchangeLayout& layout) {
   const int size = static_cast<int>(devices.size());
-  const ExchangeLayout layout = kernels::DefaultExchangeLayout(size);
   Peers peers;
   peers.size = size;
   peers.patience_ns = 5'000'000'000;
@@ -158,14 +176,119 @@ void PrintExchanges(std::vector<Device>& devices) {
     Check(ClearExchangeRegion(layout, size, d.region, d.stream), "memory");
     Check(cudaStreamSynchronize(d.stream), "memory");
   }
-  for (const size_t bytes :
-       {size_t{8} << 10, size_t{64} << 10, size_t{256} << 10, size_t{1} << 20}) {
-    std::printf("all-reduce of %4zu KiB among %d GPUs: %.1f us\n", bytes >> 10, size,
-                ExchangeMicroseconds(devices, layout, peers, bytes));
+  return peers;
+}
+
+// What the ranks of one process tell each other.
+class ThreadExchange final : public AddressExchange {
+ public:
+  absl::Status Publish(const std::string& key, const std::string& value) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    values_[key] = value;
+    changed_.notify_all();
+    return absl::OkStatus();
+  }
+  absl::StatusOr<std::string> Await(const std::string& key) override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return cancelled_ || values_.count(key) > 0; });
+    if (cancelled_) return absl::AbortedError("cancelled");
+    return values_[key];
+  }
+  void Cancel() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    cancelled_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<std::string, std::string> values_;
+  bool cancelled_ = false;
+};
+
+using NcclRanks = std::vector<std::unique_ptr<NcclCommunicator>>;
+
+// As a server's workers would make them; or why there are none.
+absl::StatusOr<NcclRanks> JoinNccl(const std::vector<Device>& devices) {
+  NcclRanks ranks;
+  for (const Device& d : devices) {
+    CommunicatorOptions options;
+    options.id = "links";
+    options.rank = d.index;
+    options.size = static_cast<int>(devices.size());
+    absl::StatusOr<std::unique_ptr<NcclCommunicator>> nccl =
+        NcclCommunicator::Create(options, d.index);
+    if (!nccl.ok()) return nccl.status();
+    ranks.push_back(*std::move(nccl));
+  }
+  ThreadExchange exchange;
+  std::vector<absl::Status> joined(ranks.size());
+  std::vector<std::thread> threads;
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    threads.emplace_back([&, r] {
+      joined[r] = ranks[r]->Join(exchange);
+      if (!joined[r].ok()) exchange.Cancel();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const absl::Status& status : joined) {
+    if (!status.ok()) return status;
+  }
+  return ranks;
+}
+
+std::string SizeName(size_t bytes) {
+  return bytes < (1 << 20) ? absl::StrCat(bytes >> 10, " KiB") : absl::StrCat(bytes >> 20, " MiB");
+}
+
+// Own kernels beside NCCL, and from which size on it is the faster.
+void PrintExchanges(std::vector<Device>& devices) {
+  const int size = static_cast<int>(devices.size());
+  const ExchangeLayout layout = kernels::DefaultExchangeLayout(size);
+  const Peers peers = MakeRegions(devices, layout);
+  const absl::StatusOr<NcclRanks> nccl = JoinNccl(devices);
+  if (!nccl.ok()) std::printf("without NCCL: %s\n", std::string(nccl.status().message()).c_str());
+  std::printf("all-reduce among %d GPUs, us  %8s  %s\n", size, "own",
+              nccl.ok() ? nccl->front()->version().c_str() : "");
+  std::string slower_from;  // of the sizes up to the largest, without a gap
+  for (const size_t bytes : kExchangeBytes) {
+    const int count = bytes <= (1 << 20) ? kExchanges : kExchanges / 10;
+    const double own = ReplayMicroseconds(devices, count, [&](const Device& d) {
+      Peers mine = peers;
+      mine.rank = d.index;
+      AllReduceArgs args;
+      args.rows = 1;
+      args.hidden = static_cast<int>(bytes / 2);
+      args.in = args.out = d.data;
+      const cudaError_t error = AllReduce({d.stream, true}, mine, layout,
+                                          ChooseAllReduce(args, layout, peers.size), args);
+      return error == cudaSuccess ? absl::OkStatus()
+                                  : absl::InternalError(cudaGetErrorString(error));
+    });
+    std::printf("%26s  %8.1f", SizeName(bytes).c_str(), own);
+    if (nccl.ok()) {
+      const double theirs = ReplayMicroseconds(devices, count, [&](const Device& d) {
+        return (*nccl)[static_cast<size_t>(d.index)]->AllReduceSum(kernels::Type::kBF16, d.data,
+                                                                   d.data, bytes / 2, d.stream);
+      });
+      std::printf("  %8.1f", theirs);
+      if (own <= theirs) slower_from.clear();
+      if (own > theirs && slower_from.empty()) slower_from = SizeName(bytes);
+    }
+    std::printf("\n");
+  }
+  if (nccl.ok()) {
+    std::printf("%s\n", slower_from.empty()
+                            ? "the own kernels are the faster at each of these sizes"
+                            : absl::StrCat("NCCL is the faster from ", slower_from, " on").c_str());
   }
 }
 
 int Main() {
+  // Ranks wait for each other inside kernels, and one that is loaded when first used
+  // would wait for its device.
+  setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/1);
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
