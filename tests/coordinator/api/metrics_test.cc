@@ -186,6 +186,10 @@ TEST_F(MetricsTest, StepsAreTimedByKindAndRank) {
   step.timings[1].collective_wait_ns = 2'000'000;
   step.timings[1].collective_transfer_ns = 1'000'000;
   step.timings[1].collective_bytes = 512;
+  step.timings[1].compute_ns = 4'000'000;
+  step.timings[1].sampling_ns = 500'000;
+  step.timings[1].total_ns = 8'000'000;
+  step.timings[1].device_idle_ns = 3'000;
   plan.spans = {{Slot(0), 1}, {Slot(1), 1}};
   observer->OnStep(plan, step, 1e-5, 0.002);
   plan.spans[0].num_tokens = 5;
@@ -201,6 +205,20 @@ TEST_F(MetricsTest, StepsAreTimedByKindAndRank) {
   EXPECT_EQ(series["lockstep_collective_wait_seconds_count{rank=\"0\"}"], 3);
   EXPECT_EQ(series["lockstep_collective_bytes_total{rank=\"1\"}"], 3 * 512);
   EXPECT_EQ(series["lockstep_plan_seconds_count"], 3);
+  const auto own = [&](const std::string& kind, int rank) {
+    return series["lockstep_rank_step_seconds_sum{kind=\"" + kind + "\",rank=\"" +
+                  std::to_string(rank) + "\"}"];
+  };
+  EXPECT_NEAR(own("compute", 1), 0.012, 1e-9);
+  EXPECT_NEAR(own("sampling", 1), 0.0015, 1e-9);
+  EXPECT_NEAR(own("total", 1), 0.024, 1e-9);
+  EXPECT_EQ(own("compute", 0), 0);
+  EXPECT_EQ(series["lockstep_rank_step_seconds_count{kind=\"total\",rank=\"0\"}"], 3);
+  // A rank that does not tell its idle time has no histogram of zeros.
+  EXPECT_NEAR(series["lockstep_device_idle_seconds_sum{rank=\"1\"}"], 9e-6, 1e-12);
+  EXPECT_EQ(series["lockstep_device_idle_seconds_count{rank=\"1\"}"], 3);
+  EXPECT_EQ(series["lockstep_device_idle_seconds_bucket{rank=\"1\",le=\"5e-06\"}"], 3);
+  EXPECT_EQ(series.count("lockstep_device_idle_seconds_count{rank=\"0\"}"), 0u);
 }
 
 TEST_F(MetricsTest, TheRankThatTheOthersWaitForIsCounted) {
