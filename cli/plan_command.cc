@@ -82,6 +82,11 @@ absl::StatusOr<Question> Understand(const PlanOptions& options) {
       options.dtype == "auto" ? question.config.dtype : ParseDType(options.dtype);
   if (!dtype.ok()) return Flag("dtype", dtype.status());
   shape.dtype = *dtype;
+  const absl::StatusOr<DType> kv_dtype = ParseKvCacheDType(options.kv_cache_dtype, *dtype);
+  absl::Status keeps = kv_dtype.status();
+  if (keeps.ok()) keeps = CheckKvDType(*kv_dtype, *dtype, question.backend);
+  if (!keeps.ok()) return Flag("kv-cache-dtype", keeps);
+  shape.kv_dtype = *kv_dtype;
   shape.quantization =
       options.quantization.empty() ? question.config.quantization : options.quantization;
   shape.block_size = options.block_size;
@@ -103,11 +108,13 @@ std::string_view UnitName(BackendKind backend) {
 
 void PrintTable(const Question& q, const PlanReport& report, std::ostream& out) {
   const ModelConfig& config = q.config;
+  const DType kv_dtype = q.shape.kv_dtype.value_or(q.shape.dtype);
   out << absl::StreamFormat(
-      "%s: %d layers, %d heads (%d KV), %s%s; read from %s\n", config.architecture,
+      "%s: %d layers, %d heads (%d KV), %s%s%s; read from %s\n", config.architecture,
       config.num_layers, config.num_heads, config.num_kv_heads,
       std::string(DTypeName(q.shape.dtype)),
       q.shape.quantization.empty() ? "" : absl::StrCat(" with ", q.shape.quantization, " matrices"),
+      kv_dtype == q.shape.dtype ? "" : absl::StrCat(" and KV of ", AbslView(DTypeName(kv_dtype))),
       q.checkpoint_files == 0
           ? "config.json alone"
           : absl::StrCat("config.json, with the headers of ", q.checkpoint_files,
@@ -166,6 +173,7 @@ void PrintJson(const std::string& model, const Question& q, const PlanReport& re
       {"backend", std::string(BackendName(q.backend))},
       {"dtype", std::string(DTypeName(q.shape.dtype))},
       {"quantization", q.shape.quantization},
+      {"kv_cache_dtype", std::string(DTypeName(q.shape.kv_dtype.value_or(q.shape.dtype)))},
       {"memory_bytes", q.memory_bytes},
       {"max_num_seqs", q.shape.max_num_seqs},
       {"max_model_len", q.shape.max_model_len},

@@ -14,12 +14,13 @@ namespace lockstep {
 // Named like the flags. 0 and "auto" stand for the default that follows from
 // the model or the backend.
 struct PlanOptions {
-  std::string model;                 // a directory, or a config.json
-  std::string gpu_memory = "80GiB";  // of one rank
-  std::string backend = "cuda";      // cuda, cpu
-  std::string dtype = "auto";        // auto, float32, float16, bfloat16
-  std::string quantization;          // "", fp8
-  int64_t max_model_len = 0;         // the smaller of 8192 and the model's
+  std::string model;                    // a directory, or a config.json
+  std::string gpu_memory = "80GiB";     // of one rank
+  std::string backend = "cuda";         // cuda, cpu
+  std::string dtype = "auto";           // auto, float32, float16, bfloat16
+  std::string quantization;             // "", fp8
+  std::string kv_cache_dtype = "auto";  // auto, fp8
+  int64_t max_model_len = 0;            // the smaller of 8192 and the model's
   int64_t max_num_seqs = 24;
   int64_t max_num_batched_tokens = 0;  // 8192 on cuda, 2048 on cpu, as `serve` has it
   int64_t block_size = 16;

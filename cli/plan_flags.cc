@@ -19,6 +19,8 @@ void AddPlanCommand(CLI::App* app, Command* chosen) {
   command->add_option("--dtype", options->dtype, "auto, float32, bfloat16 or float16")
       ->capture_default_str();
   command->add_option("--quantization", options->quantization, "fp8");
+  command->add_option("--kv-cache-dtype", options->kv_cache_dtype, "auto or fp8")
+      ->capture_default_str();
   command->add_option("--max-model-len", options->max_model_len,
                       "Tokens; 0: the smaller of 8192 and the model's");
   command->add_option("--max-num-seqs", options->max_num_seqs, "Sequences at once")

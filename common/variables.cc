@@ -48,6 +48,7 @@ constexpr const char* kSettings[] = {
     "HOST",
     "HTTP_PORT",
     "INSECURE",
+    "KV_CACHE_DTYPE",
     "LOAD_FORMAT",
     "LOG_FORMAT",
     "LOG_LEVEL",

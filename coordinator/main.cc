@@ -119,6 +119,7 @@ absl::Status Coordinator::Start() {
       LoadServedModel(options_.model, plan->model, plan->served_name);
   if (!served.ok()) return served.status();
   served->dtype = std::string(DTypeName(plan->shape.dtype));
+  served->kv_dtype = std::string(DTypeName(plan->shape.kv_dtype.value_or(plan->shape.dtype)));
   served->max_model_len = plan->scheduler.max_model_len;
   served->tp_size = options_.tensor_parallel_size;
   served->block_size = options_.block_size;

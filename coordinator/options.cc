@@ -55,6 +55,8 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* o) {
   option("--dtype", &o->dtype, "auto (the checkpoint's), float32, bfloat16 or float16", g);
   option("--load-format", &o->load_format, "auto, or dummy: random weights from config.json", g);
   option("--quantization", &o->quantization, "fp8; default: as the checkpoint", g);
+  option("--kv-cache-dtype", &o->kv_cache_dtype,
+         "auto (the serving dtype) or fp8 (cuda): a byte a value, twice the KV blocks", g);
   option("--max-model-len", &o->max_model_len,
          "Tokens of a prompt and its answer; 0: the smaller of 8192 and the model's", g);
   g = "Memory";
@@ -128,6 +130,7 @@ absl::Status Check(const CoordinatorOptions& o) {
       CheckChoice("--dtype", o.dtype, {"auto", "float32", "bfloat16", "float16"}),
       CheckChoice("--load-format", o.load_format, {"auto", "dummy"}),
       CheckChoice("--quantization", o.quantization, {"", "fp8"}),
+      CheckChoice("--kv-cache-dtype", o.kv_cache_dtype, {"auto", "fp8", "fp8_e4m3"}),
       CheckChoice("--log-format", o.log_format, {"text", "json"}),
       CheckRange("--tensor-parallel-size", o.tensor_parallel_size, 1, 64, " workers"),
       CheckRange("--block-size", o.block_size, 1, 1024, " tokens"),

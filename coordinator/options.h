@@ -35,6 +35,7 @@ struct CoordinatorOptions {
   std::string dtype = "auto";
   std::string load_format = "auto";
   std::string quantization;
+  std::string kv_cache_dtype = "auto";
   uint32_t max_model_len = 0;
   // Memory
   uint32_t block_size = 16;

@@ -69,6 +69,14 @@ absl::StatusOr<int64_t> ChooseMaxModelLen(const ModelConfig& model, const Coordi
   return o.max_model_len;
 }
 
+absl::StatusOr<DType> KvDType(const std::string& flag, DType dtype, BackendKind backend) {
+  absl::StatusOr<DType> kv_dtype = ParseKvCacheDType(flag, dtype);
+  absl::Status status = kv_dtype.status();
+  if (status.ok()) status = CheckKvDType(*kv_dtype, dtype, backend);
+  if (status.ok()) return kv_dtype;
+  return Bad(absl::StrCat("--kv-cache-dtype ", flag, ": ", std::string(status.message())));
+}
+
 int64_t MaxSequences(BackendKind backend) { return backend == BackendKind::kCpu ? 64 : 256; }
 
 // Bytes that one rank may use, on the rank that has least.
@@ -143,6 +151,9 @@ absl::StatusOr<ServingPlan> PlanServing(const CoordinatorOptions& options) {
   if (!dtype.ok()) return dtype.status();
   ServingShape& shape = plan.shape;
   shape.dtype = *dtype;
+  absl::StatusOr<DType> kv_dtype = KvDType(options.kv_cache_dtype, *dtype, plan.backend);
+  if (!kv_dtype.ok()) return kv_dtype.status();
+  shape.kv_dtype = *kv_dtype;
   shape.quantization =
       options.quantization.empty() ? plan.model.quantization : options.quantization;
   shape.block_size = options.block_size;
@@ -242,6 +253,9 @@ GroupOptions MakeGroupOptions(const ServingPlan& plan, const CoordinatorOptions&
   configure.set_model_path(error ? options.model : absolute.lexically_normal().string());
   configure.set_model_digest(plan.model_digest);
   configure.set_dtype(std::string(DTypeName(plan.shape.dtype)));
+  if (const DType kv = plan.shape.kv_dtype.value_or(plan.shape.dtype); kv != plan.shape.dtype) {
+    configure.set_kv_dtype(std::string(DTypeName(kv)));
+  }
   configure.set_load_format(options.load_format);
   configure.set_quantization(plan.shape.quantization);
   configure.set_block_size(options.block_size);

@@ -251,10 +251,14 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
   const absl::StatusOr<ShardPlan> plan = MakeShardPlan(config, tp_size, rank);
   if (!plan.ok()) return plan.status();
   if (absl::Status status = CheckShape(config, shape); !status.ok()) return status;
+  const DType kv_dtype = shape.kv_dtype.value_or(shape.dtype);
+  if (absl::Status status = CheckKvDType(kv_dtype, shape.dtype, backend); !status.ok()) {
+    return status;
+  }
   RankMemory memory;
   memory.weight_bytes = WeightBytes(*plan, shape.dtype, shape.quantization, backend);
   memory.kv_bytes_per_token =
-      2 * config.num_layers * plan->local_kv_heads * config.head_dim * DTypeBytes(shape.dtype);
+      2 * config.num_layers * plan->local_kv_heads * config.head_dim * DTypeBytes(kv_dtype);
   const bool cpu = backend == BackendKind::kCpu;
   memory.activation_bytes =
       cpu ? CpuActivationBytes(config, shape, *plan) : CudaActivationBytes(config, shape, *plan);

@@ -4,7 +4,7 @@
 //   weights       every LocalTensor of the shard plan: matrices in the serving
 //                 dtype (fp8: one byte and a float32 scale a row), vectors in
 //                 float32 (cpu) or the serving dtype (cuda)
-//   KV            2 (K and V) x layers x local_kv_heads x head_dim x bytes a token
+//   KV            2 (K and V) x layers x local_kv_heads x head_dim x bytes of kv_dtype a token
 //   activations   of the largest step: max_batched_tokens rows of every buffer
 //                 between two matrices, the logits of a chunk of rows, and, on
 //                 rank 0, those of the whole vocabulary; on cpu also the scratch
@@ -29,7 +29,8 @@
 namespace lockstep {
 
 struct ServingShape {
-  DType dtype = DType::kFloat32;  // of weights and KV in memory
+  DType dtype = DType::kFloat32;  // of weights in memory
+  std::optional<DType> kv_dtype;  // of keys and values; nothing: dtype (see CheckKvDType)
   // "" or "fp8": the matrices of the layers in one byte an element, with a
   // float32 scale a row; embedding, head, norms and biases as without it.
   std::string quantization;

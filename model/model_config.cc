@@ -169,6 +169,32 @@ absl::StatusOr<DType> ParseDType(std::string_view name) {
       "unknown dtype \"", Printable(name), "\"; known: float32, float16, bfloat16, float8_e4m3fn"));
 }
 
+absl::StatusOr<DType> ParseKvCacheDType(std::string_view name, DType serving) {
+  if (name == "auto") return serving;
+  if (name == "fp8" || name == "fp8_e4m3") return DType::kFloat8E4M3;
+  return absl::InvalidArgumentError(
+      absl::StrCat("\"", Printable(name), "\" is not known; auto, fp8 or fp8_e4m3"));
+}
+
+absl::Status CheckKvDType(DType kv_dtype, DType serving, BackendKind backend) {
+  if (kv_dtype == serving) return absl::OkStatus();
+  if (kv_dtype != DType::kFloat8E4M3) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("keys and values of ", AbslView(DTypeName(kv_dtype)), " beside ",
+                     AbslView(DTypeName(serving)), "; expected the same, or float8_e4m3fn"));
+  }
+  if (backend == BackendKind::kCpu) {
+    return absl::InvalidArgumentError(
+        "the cpu backend keeps keys and values in the serving dtype alone; use auto, or "
+        "--backend cuda");
+  }
+  if (serving == DType::kFloat32) {
+    return absl::InvalidArgumentError(
+        "no keys and values of 8 bits beside float32; use auto, or --dtype bfloat16 or float16");
+  }
+  return absl::OkStatus();
+}
+
 std::string SupportedArchitectures() {
   std::string names;
   for (const Family& family : Families()) {

@@ -112,6 +112,12 @@ std::string_view BackendName(BackendKind backend);  // "cpu", "cuda"
 // at start, before any worker is asked to. Unimplemented names the field.
 absl::Status CheckServable(const ModelConfig& config, BackendKind backend);
 
+// --kv-cache-dtype: "auto" is the serving dtype's, "fp8" and "fp8_e4m3" one byte a value
+// (float8_e4m3fn). Without a prefix that names the flag.
+absl::StatusOr<DType> ParseKvCacheDType(std::string_view name, DType serving);
+// Whether a backend can keep keys and values so. The flag is for the caller to name.
+absl::Status CheckKvDType(DType kv_dtype, DType serving, BackendKind backend);
+
 // Defaults for sampling and the ending tokens, from generation_config.json (absent: empty).
 struct GenerationConfig {
   std::vector<uint32_t> eos_token_ids;

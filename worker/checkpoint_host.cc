@@ -38,6 +38,16 @@ std::string Wish(Configure configure) {
   return configure.SerializeAsString();
 }
 
+absl::StatusOr<DType> KvDType(const Configure& configure, DType dtype, BackendKind backend) {
+  if (configure.kv_dtype().empty()) return dtype;
+  absl::StatusOr<DType> kv_dtype = ParseDType(configure.kv_dtype());
+  absl::Status status = kv_dtype.status();
+  if (status.ok()) status = CheckKvDType(*kv_dtype, dtype, backend);
+  if (status.ok()) return kv_dtype;
+  return absl::InvalidArgumentError(absl::StrCat("Configure.kv_dtype ", configure.kv_dtype(), ": ",
+                                                 std::string(status.message())));
+}
+
 // Calls `body`, whose containers may run out of memory, at the border where
 // exceptions end.
 template <typename Body>
@@ -131,13 +141,12 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
   const bool dummy = configure.load_format() == "dummy";
   const absl::StatusOr<DType> dtype = ParseDType(configure.dtype());
   if (!dtype.ok()) return dtype.status();
+  const BackendKind kind = gpu_ == nullptr ? BackendKind::kCpu : BackendKind::kCuda;
+  const absl::StatusOr<DType> kv_dtype = KvDType(configure, *dtype, kind);
+  if (!kv_dtype.ok()) return kv_dtype.status();
   const absl::StatusOr<ModelConfig> config = LoadModelConfig(configure.model_path());
   if (!config.ok()) return config.status();
-  if (absl::Status servable =
-          CheckServable(*config, gpu_ == nullptr ? BackendKind::kCpu : BackendKind::kCuda);
-      !servable.ok()) {
-    return servable;
-  }
+  if (absl::Status servable = CheckServable(*config, kind); !servable.ok()) return servable;
   const absl::StatusOr<ShardPlan> plan =
       MakeShardPlan(*config, configure.tp_size(), configure.rank());
   if (!plan.ok()) return plan.status();
@@ -178,6 +187,7 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
     backend = gpu_->Load(*config, *plan,
                          {.checkpoint = checkpoint.get(),
                           .dtype = *dtype,
+                          .kv_dtype = *kv_dtype,
                           .quantization = configure.quantization(),
                           .limits = limits,
                           .progress = on_progress,
@@ -193,7 +203,7 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
     checkpoint_bytes = (*weights)->checkpoint_bytes();
     end_phase("load");
     backend =
-        MakeCpuBackend(*config, *plan, *std::move(weights), limits, *dtype, loaded.pool.get());
+        MakeCpuBackend(*config, *plan, *std::move(weights), limits, *kv_dtype, loaded.pool.get());
   }
   if (!backend.ok()) return backend.status();
   report.checkpoint_bytes = static_cast<uint64_t>(checkpoint_bytes);

@@ -39,6 +39,9 @@ absl::Status CheckConfigure(const worker::v1::Configure& c) {
   if (c.load_format() != "auto" && c.load_format() != "dummy") {
     return absl::InvalidArgumentError("Configure.load_format: expected auto or dummy");
   }
+  if (!c.kv_dtype().empty() && c.kv_dtype() != "float8_e4m3fn") {
+    return absl::InvalidArgumentError("Configure.kv_dtype: expected float8_e4m3fn, or nothing");
+  }
   return absl::OkStatus();
 }
 

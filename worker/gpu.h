@@ -29,7 +29,8 @@ struct GpuInfo {
 struct GpuLoad {
   const Checkpoint* checkpoint = nullptr;  // null: dummy weights
   DType dtype = DType::kBFloat16;
-  std::string quantization;  // "" or "fp8"
+  std::optional<DType> kv_dtype;  // nothing: dtype
+  std::string quantization;       // "" or "fp8"
   BackendLimits limits;
   bool graphs = true;
   std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;

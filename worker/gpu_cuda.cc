@@ -12,6 +12,7 @@
 #include "worker/backend/cuda/kernel_trace.h"
 #include "worker/comm/cuda/device_communicator.h"
 #include "worker/gpu.h"
+#include "worker/kv_scales.h"
 #include "worker/nvml.h"
 
 namespace lockstep {
@@ -46,6 +47,18 @@ class CudaTrace final : public DeviceTrace {
   const int device_;
   const std::unique_ptr<cuda::KernelTrace> trace_;
 };
+
+absl::StatusOr<std::vector<KvScales>> KvScalesOf(const ModelConfig& config, const GpuLoad& load) {
+  if (load.kv_dtype != DType::kFloat8E4M3 || load.checkpoint == nullptr) {
+    return std::vector<KvScales>();
+  }
+  absl::StatusOr<std::vector<KvScales>> scales = ReadKvScales(*load.checkpoint, config.num_layers);
+  if (scales.ok()) {
+    LogInfo(scales->empty() ? "keys and values of 8 bits, stored as they are"
+                            : "keys and values of 8 bits, by the checkpoint's scales");
+  }
+  return scales;
+}
 
 class CudaGpu final : public Gpu {
  public:
@@ -117,11 +130,16 @@ class CudaGpu final : public Gpu {
             ? cuda::DeviceWeights::Dummy(plan, config, options)
             : cuda::DeviceWeights::Load(*load.checkpoint, plan, options, pool);
     if (!weights.ok()) return weights.status();
+    const absl::StatusOr<std::vector<KvScales>> kv_scales = KvScalesOf(config, load);
+    if (!kv_scales.ok()) return kv_scales.status();
     if (load.checkpoint_bytes != nullptr) *load.checkpoint_bytes = (*weights)->checkpoint_bytes();
     if (load.end_phase) load.end_phase("load");
-    return cuda::MakeCudaBackend(
-        config, plan, *std::move(weights),
-        {.limits = load.limits, .dtype = load.dtype, .graphs = load.graphs});
+    return cuda::MakeCudaBackend(config, plan, *std::move(weights),
+                                 {.limits = load.limits,
+                                  .dtype = load.dtype,
+                                  .kv_dtype = load.kv_dtype.value_or(load.dtype),
+                                  .kv_scales = *kv_scales,
+                                  .graphs = load.graphs});
   }
 
   std::optional<worker::v1::DeviceStats> TakeStats() override {

@@ -43,6 +43,7 @@ std::vector<std::string> ServeArgs(const BenchFlags& flags, const ServerNeeds& n
   add("--dtype", flags.dtype);
   add("--load-format", flags.load_format);
   add("--quantization", flags.quantization);
+  add("--kv-cache-dtype", flags.kv_cache_dtype);
   add("--max-num-seqs", number(needs.sequences));
   add("--max-queued-requests", number(needs.requests));
   add("--max-model-len", number(needs.tokens));
@@ -106,9 +107,14 @@ absl::StatusOr<std::optional<Floor>> MakeFloor(const BenchFlags& flags,
   if (!config.ok()) return config.status();
   const absl::StatusOr<DType> dtype = ParseDType(info.dtype());
   if (!dtype.ok()) return dtype.status();
-  absl::StatusOr<Floor> floor = Floor::Make(
-      *config, *dtype, flags.quantization.empty() ? config->quantization : flags.quantization,
-      info.tp_size(), hardware);
+  // A server of before FP8 KV does not say.
+  const absl::StatusOr<DType> kv_dtype =
+      info.kv_cache_dtype().empty() ? dtype : ParseDType(info.kv_cache_dtype());
+  if (!kv_dtype.ok()) return kv_dtype.status();
+  absl::StatusOr<Floor> floor =
+      Floor::Make(*config, *dtype, *kv_dtype,
+                  flags.quantization.empty() ? config->quantization : flags.quantization,
+                  info.tp_size(), hardware);
   if (!floor.ok()) return floor.status();
   return *std::move(floor);
 }
@@ -132,6 +138,8 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags) {
   app->add_option("--dtype", flags->dtype, "As serve's, with --model")->group(group);
   app->add_option("--load-format", flags->load_format, "auto or dummy, with --model")->group(group);
   app->add_option("--quantization", flags->quantization, "fp8: with --model, and for the floor")
+      ->group(group);
+  app->add_option("--kv-cache-dtype", flags->kv_cache_dtype, "auto or fp8, with --model")
       ->group(group);
   app->add_option("serve-flags", flags->serve_flags,
                   "After --, with --model: further flags of `lockstep serve`")
@@ -221,6 +229,7 @@ nlohmann::ordered_json DescribeTarget(const BenchFlags& flags, const BenchTarget
       {"architecture", info.architecture()},
       {"dtype", info.dtype()},
       {"quantization", flags.quantization},
+      {"kv_cache_dtype", info.kv_cache_dtype()},
       {"tensor_parallel_size", info.tp_size()},
       {"device", info.ranks_size() > 0 ? info.ranks(0).device() : ""},
       {"max_num_seqs", info.max_num_seqs()},
@@ -236,7 +245,10 @@ nlohmann::ordered_json DescribeTarget(const BenchFlags& flags, const BenchTarget
 std::string TargetLine(const BenchTarget& target) {
   const v1::GetModelInfoResponse& info = target.info;
   std::string line =
-      absl::StrFormat("%s (%s, %s), tp %u on %s", info.model(), info.architecture(), info.dtype(),
+      absl::StrFormat("%s (%s, %s%s), tp %u on %s", info.model(), info.architecture(), info.dtype(),
+                      info.kv_cache_dtype() == info.dtype() || info.kv_cache_dtype().empty()
+                          ? ""
+                          : ", KV " + info.kv_cache_dtype(),
                       info.tp_size(), info.ranks_size() > 0 ? info.ranks(0).device() : "?");
   if (target.local != nullptr) absl::StrAppendFormat(&line, ", ready in %.2f s", target.started_s);
   if (target.floor) {

@@ -24,9 +24,9 @@ struct BenchFlags {
   ServerAccess access;  // to it
   std::string model;    // to serve; with `server`: where its config.json is, for the floor
   uint32_t tensor_parallel_size = 1;
-  std::string backend, dtype, load_format, quantization;  // empty: as serve has it
-  std::vector<std::string> serve_flags;                   // after --
-  std::string bandwidth, compute;                         // of a rank; empty: the backend's
+  std::string backend, dtype, load_format, quantization, kv_cache_dtype;  // empty: as serve has it
+  std::vector<std::string> serve_flags;                                   // after --
+  std::string bandwidth, compute;  // of a rank; empty: the backend's
   uint32_t runs = 3;
   uint64_t seed = 0;  // 0: drawn
   bool json = false;

@@ -17,7 +17,7 @@ bool IsHead(const LocalTensor& tensor) { return tensor.name == "head.weight"; }
 
 }  // namespace
 
-absl::StatusOr<Floor> Floor::Make(const ModelConfig& config, DType dtype,
+absl::StatusOr<Floor> Floor::Make(const ModelConfig& config, DType dtype, DType kv_dtype,
                                   const std::string& quantization, int64_t tp_size,
                                   const Hardware& hardware) {
   absl::StatusOr<ShardPlan> plan = MakeShardPlan(config, tp_size, /*rank=*/0);
@@ -41,7 +41,7 @@ absl::StatusOr<Floor> Floor::Make(const ModelConfig& config, DType dtype,
       std::count(config.sliding_layers.begin(), config.sliding_layers.end(), true));
   const double full = static_cast<double>(config.num_layers) - sliding;
   const double per_layer = 2.0 * static_cast<double>(plan->local_kv_heads * config.head_dim) *
-                           static_cast<double>(DTypeBytes(dtype));
+                           static_cast<double>(DTypeBytes(kv_dtype));
   floor.kv_bytes_full_ = per_layer * full;
   floor.kv_bytes_sliding_ = per_layer * sliding;
   floor.sliding_window_ = static_cast<double>(config.sliding_window);

@@ -20,8 +20,9 @@ struct Hardware {
 
 class Floor {
  public:
-  // quantization: "" or "fp8". InvalidArgument when tp_size cannot work.
-  static absl::StatusOr<Floor> Make(const ModelConfig& config, DType dtype,
+  // quantization: "" or "fp8"; kv_dtype: of keys and values. InvalidArgument when
+  // tp_size cannot work.
+  static absl::StatusOr<Floor> Make(const ModelConfig& config, DType dtype, DType kv_dtype,
                                     const std::string& quantization, int64_t tp_size,
                                     const Hardware& hardware);
 

@@ -162,6 +162,7 @@ v1::GetModelInfoResponse DescribeModel(const RequestPath& path) {
   out.set_model(model.name);
   out.set_architecture(model.architecture);
   out.set_dtype(model.dtype);
+  out.set_kv_cache_dtype(model.kv_dtype);
   out.set_vocab_size(model.vocab_size);
   out.set_max_model_len(model.max_model_len);
   out.set_tp_size(model.tp_size);

@@ -27,7 +27,7 @@ absl::StatusOr<ServedModel> LoadServedModel(const std::string& model_dir, const 
   ServedModel model;
   model.name = name.empty() ? LastPart(model_dir) : name;
   model.architecture = config.architecture;
-  model.dtype = std::string(DTypeName(config.dtype));
+  model.dtype = model.kv_dtype = std::string(DTypeName(config.dtype));
   model.vocab_size = static_cast<uint32_t>(config.vocab_size);
   model.max_model_len = static_cast<uint32_t>(config.max_position_embeddings);
   model.tokenizer = *std::move(tokenizer);

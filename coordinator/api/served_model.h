@@ -22,6 +22,7 @@ struct ServedModel {
   std::string name;          // --served-model-name, or the model directory's last part
   std::string architecture;  // as config.json names it
   std::string dtype;         // what is computed with: "float32", ...
+  std::string kv_dtype;      // of keys and values in memory, likewise
   uint32_t vocab_size = 0;   // of the logits; ids at or above it are refused
   uint32_t max_model_len = 0;
   uint32_t tp_size = 1;
@@ -34,7 +35,7 @@ struct ServedModel {
 };
 
 // Reads tokenizer, chat template and generation_config.json of `model_dir` and
-// what `config` says. The caller sets dtype (here: the checkpoint's),
+// what `config` says. The caller sets dtype and kv_dtype (here: the checkpoint's),
 // max_model_len (here: the model's), tp_size, block_size and prefix caching.
 // An empty `name` is the directory's last part. Errors name the file.
 absl::StatusOr<ServedModel> LoadServedModel(const std::string& model_dir, const ModelConfig& config,

@@ -111,6 +111,19 @@ TEST_F(OptionsTest, AnEmptyValueIsAValue) {
   EXPECT_EQ(options_.block_size, 8u);
 }
 
+TEST_F(OptionsTest, TheKvCachesDTypeComesFromEverySource) {
+  ASSERT_TRUE(Parse({"--model", "m"}).ok());
+  EXPECT_EQ(options_.kv_cache_dtype, "auto");
+  const std::string file = File("kv-cache-dtype = fp8\n");
+  ASSERT_TRUE(Parse({"--model", "m", "--config", file}).ok());
+  EXPECT_EQ(options_.kv_cache_dtype, "fp8");
+  EXPECT_TRUE(ValidateOptions(options_).ok());
+  SetVariable("LOCKSTEP_KV_CACHE_DTYPE", "fp8_e4m3");
+  ASSERT_TRUE(Parse({"--model", "m", "--config", file}).ok());
+  EXPECT_EQ(options_.kv_cache_dtype, "fp8_e4m3");
+  EXPECT_TRUE(ValidateOptions(options_).ok());
+}
+
 TEST_F(OptionsTest, ASwitchIsTrueOrFalse) {
   EXPECT_EQ(Error({"--insecure="}), "--insecure '': expected true or false");
   EXPECT_THAT(Error({"--config", File("reflection =\n")}),
@@ -140,6 +153,8 @@ TEST_F(OptionsTest, BadInputIsOneLineThatNamesIt) {
   EXPECT_THAT(Error({"--model", "m", "--backend", "tpu"}),
               AllOf(HasSubstr("tpu"), HasSubstr("cpu, cuda")));
   EXPECT_THAT(Error({"--model", "m", "--dtype", "int3"}), HasSubstr("bfloat16"));
+  EXPECT_THAT(Error({"--model", "m", "--kv-cache-dtype", "int8"}),
+              AllOf(HasSubstr("--kv-cache-dtype 'int8'"), HasSubstr("auto, fp8, fp8_e4m3")));
   EXPECT_THAT(Error({"--model", "m", "--tensor-parallel-size", "0"}),
               HasSubstr("--tensor-parallel-size"));
   EXPECT_THAT(Error({"--model", "m", "--gpu-memory-utilization", "1.5"}),

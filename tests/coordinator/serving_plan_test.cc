@@ -176,6 +176,35 @@ TEST_F(ServingPlanTest, ConfigureCarriesThePlan) {
   EXPECT_TRUE(std::filesystem::path(group.configure.model_path()).is_absolute());
 }
 
+TEST_F(ServingPlanTest, KeysAndValuesOfOneByteGiveTwiceTheBlocks) {
+  options_.backend = "cuda";
+  options_.dtype = "bfloat16";
+  options_.max_num_batched_tokens = 64;
+  const std::vector<WorkerMemory> workers = {{"h", "", 3 * kGiB, 3 * kGiB}};
+  const absl::StatusOr<GroupSizes> sixteen = Sizes(workers);
+  ASSERT_TRUE(sixteen.ok()) << sixteen.status();
+  EXPECT_EQ(MakeGroupOptions(*PlanServing(options_), options_).configure.kv_dtype(), "");
+  for (const char* fp8 : {"fp8", "fp8_e4m3"}) {
+    options_.kv_cache_dtype = fp8;
+    const absl::StatusOr<GroupSizes> eight = Sizes(workers);
+    ASSERT_TRUE(eight.ok()) << eight.status();
+    EXPECT_NEAR(eight->num_kv_blocks, 2.0 * sixteen->num_kv_blocks, 1);
+    const ServingPlan plan = *PlanServing(options_);
+    EXPECT_EQ(MakeGroupOptions(plan, options_).configure.kv_dtype(), "float8_e4m3fn");
+    EXPECT_EQ(PredictGroup(plan, {.num_kv_blocks = 10, .max_num_seqs = 4})[0].kv,
+              10u * 16 * 2 * 2 * 4 * 8);  // tokens, k and v, layers, KV heads, head_dim
+  }
+}
+
+TEST_F(ServingPlanTest, KeysAndValuesOfOneByteAreRefusedWhereNobodyKeepsThem) {
+  options_.kv_cache_dtype = "fp8";
+  EXPECT_THAT(Error(), AllOf(HasSubstr("--kv-cache-dtype fp8"), HasSubstr("--backend cuda")));
+  options_.backend = "cuda";  // the model is of float32
+  EXPECT_THAT(Error(), AllOf(HasSubstr("--kv-cache-dtype fp8"), HasSubstr("--dtype bfloat16")));
+  options_.dtype = "bfloat16";
+  EXPECT_TRUE(PlanServing(options_).ok());
+}
+
 TEST_F(ServingPlanTest, MemoryIsPredictedForTheSizesThatTheGroupHas) {
   options_.tensor_parallel_size = 2;
   const ServingPlan plan = *PlanServing(options_);

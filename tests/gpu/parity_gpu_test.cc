@@ -16,8 +16,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "tests/worker/group_runner.h"
-#include "worker/gpu.h"
+#include "tests/gpu/on_gpu.h"
 
 namespace lockstep {
 namespace {
@@ -26,51 +25,6 @@ namespace {
 // weights spread logits over tens: the widest seen are 1.00 (bfloat16) and 0.16
 // (float16, three bits more).
 constexpr double kBFloat16Bound = 1.25, kFloat16Bound = 0.2;
-
-std::string GoldenDir() {
-  const char* root = std::getenv("LOCKSTEP_GOLDEN");
-  return root != nullptr ? std::string(root) + "/"
-                         : std::string(LOCKSTEP_SOURCE_DIR) + "/tests/golden/";
-}
-
-std::vector<std::string> GoldenModels() {
-  std::vector<std::string> names;
-  for (const auto& entry : std::filesystem::directory_iterator(GoldenDir())) {
-    if (std::filesystem::exists(entry.path() / "model.safetensors") ||
-        std::filesystem::exists(entry.path() / "model.safetensors.index.json"))
-      names.push_back(entry.path().filename());
-  }
-  std::sort(names.begin(), names.end());
-  return names;
-}
-
-Gpu& TheGpu() {
-  static const std::unique_ptr<Gpu> gpu = [] {
-    absl::StatusOr<std::unique_ptr<Gpu>> opened = Gpu::Open(0);
-    if (!opened.ok()) std::fprintf(stderr, "%s\n", opened.status().ToString().c_str());
-    return opened.ok() ? *std::move(opened) : nullptr;
-  }();
-  return *gpu;
-}
-
-GroupOptions OnGpu(DType dtype, bool graphs, const std::string& quantization = "") {
-  GroupOptions options;
-  options.dtype = dtype;
-  options.block_size = 16;
-  options.make_backend = [dtype, graphs, quantization](
-                             const ModelConfig& config, const ShardPlan& plan,
-                             const Checkpoint* checkpoint, const BackendLimits& limits,
-                             ThreadPool* pool) {
-    return TheGpu().Load(config, plan,
-                         {.checkpoint = checkpoint,
-                          .dtype = dtype,
-                          .quantization = quantization,
-                          .limits = limits,
-                          .graphs = graphs},
-                         pool);
-  };
-  return options;
-}
 
 class GpuParity : public testing::TestWithParam<std::string> {
  protected:
@@ -172,24 +126,6 @@ TEST_P(GpuParity, SixteenBitsStayWithinTheBound) {
                 GetParam().c_str(), std::string(DTypeName(dtype)).c_str(), equal, prefixes.size(),
                 worst);
   }
-}
-
-// Where two runs first differ: "request 2, token 0", or nothing.
-std::string FirstDifference(const std::vector<TestOutput>& a, const std::vector<TestOutput>& b) {
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (a[i] == b[i]) continue;
-    for (size_t t = 0; t < a[i].logprobs.size(); ++t) {
-      if (a[i].tokens[t] == b[i].tokens[t] &&
-          a[i].logprobs[t].logprob == b[i].logprobs[t].logprob) {
-        continue;
-      }
-      return absl::StrCat("request ", i, ", token ", t, ": ", a[i].tokens[t], " at ",
-                          a[i].logprobs[t].logprob, " and ", b[i].tokens[t], " at ",
-                          b[i].logprobs[t].logprob);
-    }
-    return absl::StrCat("request ", i);
-  }
-  return "";
 }
 
 // Writes `from` again with its layers' matrices as float8, one scale a row or one

@@ -121,6 +121,37 @@ TEST(PlanForMemoryTest, KvHeadsThatAreReplicatedCountOnEachRank) {
   }
 }
 
+TEST(PlanForMemoryTest, KeysAndValuesOfOneByteLeaveRoomForTwiceTheTokens) {
+  const ModelConfig config = Published("llama-2-7b");
+  ServingShape shape = PlanShape(config);
+  const PlanReport sixteen = *PlanForMemory(config, shape, BackendKind::kCuda, 80 * kGiB);
+  shape.kv_dtype = DType::kFloat8E4M3;
+  const PlanReport eight = *PlanForMemory(config, shape, BackendKind::kCuda, 80 * kGiB);
+  for (size_t i = 0; i < eight.rows.size(); ++i) {
+    const PlanRow &of8 = eight.rows[i], &of16 = sixteen.rows[i];
+    EXPECT_EQ(2 * of8.memory.kv_bytes_per_token, of16.memory.kv_bytes_per_token);
+    EXPECT_EQ(2 * of8.peak_kv_bytes, of16.peak_kv_bytes);
+    EXPECT_EQ(of8.memory.fixed_bytes(), of16.memory.fixed_bytes());
+    EXPECT_NEAR(static_cast<double>(of8.kv_tokens), 2.0 * static_cast<double>(of16.kv_tokens), 32);
+  }
+}
+
+TEST(PlanForMemoryTest, KeysAndValuesOfOneByteNeedTheCudaBackendAndSixteenBits) {
+  const ModelConfig config = Published("llama-2-7b");
+  const auto refusal = [&](DType dtype, DType kv_dtype, BackendKind backend) {
+    ServingShape shape = PlanShape(config);
+    shape.dtype = dtype;
+    shape.kv_dtype = kv_dtype;
+    return Message(PredictRankMemory(config, shape, 1, 0, backend).status());
+  };
+  const DType e4m3 = DType::kFloat8E4M3, f16 = DType::kFloat16, f32 = DType::kFloat32;
+  EXPECT_THAT(refusal(f16, e4m3, BackendKind::kCpu), HasSubstr("--backend cuda"));
+  EXPECT_THAT(refusal(f32, e4m3, BackendKind::kCuda), HasSubstr("bfloat16"));
+  EXPECT_THAT(refusal(f32, f16, BackendKind::kCuda), HasSubstr("float8_e4m3fn"));
+  EXPECT_EQ(refusal(f16, e4m3, BackendKind::kCuda), "");
+  EXPECT_EQ(refusal(f32, f32, BackendKind::kCpu), "");
+}
+
 TEST(PlanForMemoryTest, ShapesOutOfBoundsAreRefused) {
   const ModelConfig config = Published("llama-2-7b");
   const auto refusal = [&](auto change) {

@@ -75,6 +75,16 @@ TEST(PlanCommandTest, FlagsChangeTheAnswer) {
   options.quantization = "fp8";
   EXPECT_EQ(JsonAnswer(options)["minimum_tensor_parallel_size"], 8);
 
+  options = Ask(PublishedPath("llama-2-7b"));
+  const json sixteen = JsonAnswer(options);
+  EXPECT_EQ(sixteen["kv_cache_dtype"], sixteen["dtype"]);
+  options.kv_cache_dtype = "fp8";
+  const json eight = JsonAnswer(options);
+  EXPECT_EQ(eight["kv_cache_dtype"], "float8_e4m3fn");
+  EXPECT_EQ(2 * eight["rows"][0]["kv_bytes_per_token"].get<int64_t>(),
+            sixteen["rows"][0]["kv_bytes_per_token"].get<int64_t>());
+  EXPECT_THAT(RunPlanWith(options).out, HasSubstr("float16 and KV of float8_e4m3fn"));
+
   options = Ask(PublishedPath("llama-3.1-70b"));
   options.max_num_seqs = 1;
   options.max_model_len = 1024;
@@ -140,6 +150,13 @@ TEST(PlanCommandTest, BadInputIsOneLineThatNamesIt) {
   EXPECT_THAT(error([](PlanOptions& o) { o.backend = "tpu"; }), HasSubstr("--backend"));
   EXPECT_THAT(error([](PlanOptions& o) { o.dtype = "int8"; }), HasSubstr("--dtype"));
   EXPECT_THAT(error([](PlanOptions& o) { o.quantization = "int4"; }), HasSubstr("int4"));
+  EXPECT_THAT(error([](PlanOptions& o) { o.kv_cache_dtype = "fp8_e5m2"; }),
+              AllOf(HasSubstr("--kv-cache-dtype"), HasSubstr("fp8_e4m3")));
+  EXPECT_THAT(error([](PlanOptions& o) {
+                o.kv_cache_dtype = "fp8";
+                o.backend = "cpu";
+              }),
+              AllOf(HasSubstr("--kv-cache-dtype"), HasSubstr("--backend cuda")));
   EXPECT_THAT(error([](PlanOptions& o) { o.max_model_len = 99'999; }),
               AllOf(HasSubstr("max-model-len"), HasSubstr("4096")));
   EXPECT_THAT(error([](PlanOptions& o) { o.max_num_seqs = 0; }), HasSubstr("max-num-seqs"));

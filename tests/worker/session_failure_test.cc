@@ -181,7 +181,8 @@ TEST(Session, RefusesAConfigureThatCannotBe) {
       {"max_model_len", [](auto& c) { c.set_max_model_len(0xffffffff); }},
       {"model_path", [](auto& c) { c.set_model_path(""); }},
       {"communicator", [](auto& c) { c.set_communicator(std::string(1000, 'x')); }},
-      {"load_format", [](auto& c) { c.set_load_format("pickle"); }}};
+      {"load_format", [](auto& c) { c.set_load_format("pickle"); }},
+      {"kv_dtype", [](auto& c) { c.set_kv_dtype("fp8"); }}};
   for (const auto& [field, spoil] : cases) {
     CoordinatorMessage message = Configure(1, 0, 2);
     spoil(*message.mutable_configure());

@@ -326,6 +326,22 @@ TEST(WorkerProcess, NamesTheFileOfABrokenCheckpoint) {
   fs::remove_all(broken);
 }
 
+TEST(WorkerProcess, RefusesKeysAndValuesThatItsBackendDoesNotKeep) {
+  Group group(1);
+  CoordinatorMessage message;
+  *message.mutable_configure() = group.Configure(1, kModel);
+  message.mutable_configure()->set_dtype("bfloat16");
+  message.mutable_configure()->set_kv_dtype("float8_e4m3fn");
+  group.SendAll(message);
+  const auto failure = group.coordinator.AwaitCase(0, WorkerMessage::kFailure);
+  ASSERT_TRUE(failure);
+  EXPECT_THAT(failure->failure().message(),
+              AllOf(HasSubstr("Configure.kv_dtype float8_e4m3fn"), HasSubstr("--backend cuda")));
+  EXPECT_FALSE(failure->failure().recoverable());
+  ASSERT_TRUE(group.Close());
+  EXPECT_TRUE(group.Form(2));  // as it is without
+}
+
 TEST(WorkerProcess, EndsWithItsParentWhenToldTo) {
   FakeCoordinator coordinator("127.0.0.1:0");
   Process shell({"/bin/sh", "-c",

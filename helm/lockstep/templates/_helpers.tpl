@@ -139,6 +139,7 @@ annotations:
 {{- with $v.model.quantization }}
 - --quantization={{ . }}
 {{- end }}
+- --kv-cache-dtype={{ $v.model.kvCacheDtype }}
 - --max-model-len={{ int $v.model.maxModelLen }}
 - --block-size={{ int $v.engine.blockSize }}
 - --num-kv-blocks={{ int $v.engine.numKvBlocks }}

@@ -52,12 +52,15 @@ GemvEpilogue GateEpilogue(const ModelConfig& config) {
 kernels::KvLayer CudaBackend::Kv(int64_t layer) const {
   const size_t half = kv_.bytes() / 2 / config_.num_layers;
   std::byte* k = kv_.get() + 2 * layer * half;
+  const KvScales scales = kv_scales_.empty() ? KvScales() : kv_scales_[layer];
   return {.k = k,
           .v = k + half,
-          .type = type_,
+          .type = kv_type_,
           .kv_heads = static_cast<int>(plan_.local_kv_heads),
           .block_size = static_cast<int>(limits_.block_size),
-          .head_dim = static_cast<int>(config_.head_dim)};
+          .head_dim = static_cast<int>(config_.head_dim),
+          .k_scale = scales.k,
+          .v_scale = scales.v};
 }
 
 bool CudaBackend::TakesCluster(const Linear& linear, int m) const {

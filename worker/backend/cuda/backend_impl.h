@@ -169,7 +169,8 @@ class CudaBackend final : public Backend {
   const ModelConfig config_;
   const ShardPlan plan_;
   const BackendLimits limits_;
-  const kernels::Type type_;
+  const kernels::Type type_, kv_type_;
+  const std::vector<KvScales> kv_scales_;  // of kE4M3, one a layer; empty: 1
   const bool use_graphs_;
   const int hidden_, q_width_, kv_width_, qkv_width_, up_width_, intermediate_;
   const std::unique_ptr<DeviceWeights> weights_;

@@ -44,6 +44,8 @@ CudaBackend::CudaBackend(const ModelConfig& config, const ShardPlan& plan,
       plan_(plan),
       limits_(options.limits),
       type_(ToType(options.dtype)),
+      kv_type_(ToType(options.kv_dtype)),
+      kv_scales_(options.kv_scales),
       use_graphs_(options.graphs),
       hidden_(static_cast<int>(config.hidden_size)),
       q_width_(static_cast<int>(plan.local_heads * config.head_dim)),
@@ -83,7 +85,7 @@ absl::Status CudaBackend::Init() {
   if (status.ok())
     status = sampling_.Allocate(plan_, max_logit_rows_, io_.io().capacity.logit_rows);
   const size_t kv = 2 * static_cast<size_t>(config_.num_layers) * limits_.num_kv_blocks *
-                    limits_.block_size * kv_width_ * kernels::TypeBytes(type_);
+                    limits_.block_size * kv_width_ * kernels::TypeBytes(kv_type_);
   if (status.ok()) status = kv_.AllocateZeroed(kv, "the KV cache");
   if (status.ok()) {
     status = attention_workspace_.AllocateZeroed(

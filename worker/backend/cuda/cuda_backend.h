@@ -10,18 +10,22 @@
 #define LOCKSTEP_WORKER_BACKEND_CUDA_CUDA_BACKEND_H_
 
 #include <memory>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "model/model_config.h"
 #include "model/shard_plan.h"
 #include "worker/backend/backend.h"
 #include "worker/backend/cuda/device_weights.h"
+#include "worker/kv_scales.h"
 
 namespace lockstep::cuda {
 
 struct CudaBackendOptions {
   BackendLimits limits;
-  DType dtype = DType::kBFloat16;  // of activations and KV
+  DType dtype = DType::kBFloat16;     // of activations
+  DType kv_dtype = DType::kBFloat16;  // dtype, or float8_e4m3fn: value / scale, saturated
+  std::vector<KvScales> kv_scales;    // of float8_e4m3fn, one a layer; empty: 1
   bool graphs = true;
 };
 
