@@ -76,34 +76,31 @@ class CudaGpu final : public Gpu {
                                               count == 1 ? " GPU" : " GPUs", "; expected 0 to ",
                                               count - 1));
     }
-    absl::Status status = cuda::ToStatus(cudaSetDevice(device_), absl::StrCat("GPU ", device_));
-    if (status.ok()) {
-      status = cuda::ToStatus(cudaGetDeviceProperties(&properties_, device_), "reading the GPU");
-    }
+    absl::Status status =
+        cuda::ToStatus(cudaGetDeviceProperties(&properties_, device_), "reading the GPU");
     if (!status.ok()) return status;
     if (properties_.major != 9) {
       return absl::NotFoundError(absl::StrCat("GPU ", device_, " is ", properties_.name, " (sm_",
                                               properties_.major, properties_.minor,
                                               "); this build has kernels for sm_90a (Hopper)"));
     }
-    absl::StatusOr<std::unique_ptr<NvmlSampler>> nvml = NvmlSampler::Start(Info().uuid);
+    // Before the context, whose size shows in what is free then and later.
+    absl::StatusOr<std::unique_ptr<NvmlSampler>> nvml = NvmlSampler::Start(Uuid());
     if (nvml.ok()) {
       nvml_ = *std::move(nvml);
+      free_bytes_before_ = nvml_->free_bytes_at_start();
     } else {
       LogInfo(absl::StrCat("no figures of the GPU: ", std::string(nvml.status().message())));
     }
+    status = cuda::ToStatus(cudaSetDevice(device_), absl::StrCat("GPU ", device_));
+    if (!status.ok()) return status;
     return cuda::InitKernels();
   }
 
   GpuInfo Info() override {
     GpuInfo info;
     info.name = properties_.name;
-    const auto* id = reinterpret_cast<const unsigned char*>(properties_.uuid.bytes);
-    info.uuid = "GPU-";
-    for (int i = 0; i < 16; ++i) {
-      if (i == 4 || i == 6 || i == 8 || i == 10) info.uuid += '-';
-      absl::StrAppend(&info.uuid, absl::Hex(id[i], absl::kZeroPad2));
-    }
+    info.uuid = Uuid();
     size_t free_bytes = 0, total_bytes = 0;
     if (cudaSetDevice(device_) == cudaSuccess &&
         cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess) {
@@ -123,6 +120,8 @@ class CudaGpu final : public Gpu {
                                                 const GpuLoad& load, ThreadPool* pool) override {
     absl::Status status = cuda::ToStatus(cudaSetDevice(device_), absl::StrCat("GPU ", device_));
     if (!status.ok()) return status;
+    const absl::StatusOr<std::vector<KvScales>> kv_scales = KvScalesOf(config, load);
+    if (!kv_scales.ok()) return kv_scales.status();
     const cuda::DeviceWeightOptions options = {
         .dtype = load.dtype, .quantization = load.quantization, .progress = load.progress};
     absl::StatusOr<std::unique_ptr<cuda::DeviceWeights>> weights =
@@ -130,8 +129,6 @@ class CudaGpu final : public Gpu {
             ? cuda::DeviceWeights::Dummy(plan, config, options)
             : cuda::DeviceWeights::Load(*load.checkpoint, plan, options, pool);
     if (!weights.ok()) return weights.status();
-    const absl::StatusOr<std::vector<KvScales>> kv_scales = KvScalesOf(config, load);
-    if (!kv_scales.ok()) return kv_scales.status();
     if (load.checkpoint_bytes != nullptr) *load.checkpoint_bytes = (*weights)->checkpoint_bytes();
     if (load.end_phase) load.end_phase("load");
     return cuda::MakeCudaBackend(config, plan, *std::move(weights),
@@ -139,7 +136,8 @@ class CudaGpu final : public Gpu {
                                   .dtype = load.dtype,
                                   .kv_dtype = load.kv_dtype.value_or(load.dtype),
                                   .kv_scales = *kv_scales,
-                                  .graphs = load.graphs});
+                                  .graphs = load.graphs,
+                                  .free_bytes_before = free_bytes_before_});
   }
 
   std::optional<worker::v1::DeviceStats> TakeStats() override {
@@ -153,7 +151,18 @@ class CudaGpu final : public Gpu {
   }
 
  private:
+  std::string Uuid() const {
+    const auto* id = reinterpret_cast<const unsigned char*>(properties_.uuid.bytes);
+    std::string uuid = "GPU-";
+    for (int i = 0; i < 16; ++i) {
+      if (i == 4 || i == 6 || i == 8 || i == 10) uuid += '-';
+      absl::StrAppend(&uuid, absl::Hex(id[i], absl::kZeroPad2));
+    }
+    return uuid;
+  }
+
   const int device_;
+  int64_t free_bytes_before_ = 0;  // 0: not known
   cudaDeviceProp properties_ = {};
   std::unique_ptr<NvmlSampler> nvml_;  // null: the driver has none
 };

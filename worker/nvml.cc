@@ -98,6 +98,7 @@ struct NvmlSampler::Impl {
   nvmlDevice_t device = nullptr;
   nvmlGpmSample_t before = nullptr, now = nullptr;  // null: no GPM
   bool have_before = false;
+  int64_t free_bytes_at_start = 0;
 
   std::mutex mutex;  // guards what follows
   std::condition_variable changed;
@@ -115,6 +116,10 @@ absl::Status NvmlSampler::Impl::Init(const std::string& uuid) {
     return absl::NotFoundError(absl::StrCat("NVML: ", uuid, ": ", nvml.error_string(result)));
   }
   OpenGpm();
+  nvmlMemory_t held = {};
+  if (nvml.memory != nullptr && nvml.memory(device, &held) == NVML_SUCCESS) {
+    free_bytes_at_start = static_cast<int64_t>(held.free);
+  }
   return absl::OkStatus();
 }
 
@@ -224,6 +229,8 @@ absl::StatusOr<std::unique_ptr<NvmlSampler>> NvmlSampler::Start(const std::strin
   impl->thread = std::thread([running] { running->Loop(); });
   return std::unique_ptr<NvmlSampler>(new NvmlSampler(std::move(impl)));
 }
+
+int64_t NvmlSampler::free_bytes_at_start() const { return impl_->free_bytes_at_start; }
 
 std::optional<DeviceStats> NvmlSampler::Take() {
   const std::lock_guard lock(impl_->mutex);

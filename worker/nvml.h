@@ -28,6 +28,8 @@ class NvmlSampler {
                                                             const NvmlOptions& options = {});
   ~NvmlSampler();
 
+  // Of the GPU's memory, as Start found it; 0: the driver does not tell.
+  int64_t free_bytes_at_start() const;
   // The last sample, once: empty until there is a new one. Any thread.
   std::optional<worker::v1::DeviceStats> Take();
 

@@ -33,6 +33,15 @@ def figures(port):
     return found
 
 
+def memory_parts(text, name):
+    """{(rank, part): bytes} of lockstep_NAME, whose labels come in any order."""
+    found = {}
+    for labels, value in re.findall(rf"^lockstep_{name}\{{(.*)\}} (\S+)$", text, re.MULTILINE):
+        of = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        found[int(of["rank"]), of["part"]] = float(value)
+    return found
+
+
 def main():
     ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     busiest = {}
@@ -78,6 +87,15 @@ def main():
         assert max(busiest["sm_active"][0]) > 0, "sm_active is 0 while it computes"
     assert re.search(r'^lockstep_device_idle_seconds_count\{rank="0"\} [1-9]', whole,
                      re.MULTILINE), "no lockstep_device_idle_seconds"
+    actual, predicted = memory_parts(whole, "memory_bytes"), memory_parts(whole, "predicted_memory_bytes")
+    for (rank, part), value in sorted(actual.items()):
+        print(f"memory {part:14} rank {rank}   {value / 2**20:10.1f} MiB, "
+              f"{predicted[rank, part] / 2**20:10.1f} predicted")
+    # Known to the byte, or what the libraries took.
+    for rank in range(ranks):
+        assert actual[rank, "kv"] == predicted[rank, "kv"], f"KV of rank {rank}"
+        assert 0 < actual[rank, "activations"] <= 1.05 * predicted[rank, "activations"], rank
+        assert (rank, "communication") in actual, f"rank {rank} does not tell its communication"
     print("ok")
 
 

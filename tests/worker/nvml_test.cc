@@ -41,6 +41,7 @@ TEST(NvmlTest, SaysWhatTheDriverSays) {
   EXPECT_EQ(stats.nvlink_tx_bytes_per_second(), 1024u << 20);
   EXPECT_FALSE(stats.has_nvlink_rx_bytes_per_second());
   EXPECT_EQ(stats.memory_used_bytes(), 7ull << 30);
+  EXPECT_EQ((*sampler)->free_bytes_at_start(), int64_t{130} << 30);
   EXPECT_EQ(stats.sm_clock_mhz(), 1980u);
   EXPECT_EQ(stats.memory_clock_mhz(), 3201u);
   EXPECT_FLOAT_EQ(stats.power_watts(), 512.5f);
@@ -76,6 +77,7 @@ TEST(NvmlTest, ADriverThatAnswersNothingGivesEmptySamples) {
   ASSERT_TRUE(sampler.ok());
   const DeviceStats stats = Await(sampler->get(), [](const DeviceStats&) { return true; });
   EXPECT_EQ(stats.ByteSizeLong(), 0u);
+  EXPECT_EQ((*sampler)->free_bytes_at_start(), 0);
 }
 
 TEST(NvmlTest, NamesWhatIsMissing) {

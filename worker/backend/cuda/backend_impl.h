@@ -14,6 +14,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -46,6 +47,7 @@ class CudaBackend final : public Backend {
               const CudaBackendOptions& options);
   ~CudaBackend() override;
   absl::Status Init();
+  std::optional<int64_t> MeasureRuntime() const;
   absl::Status PrepareExchange();
 
   absl::Status Attach(Communicator* comm) override;
@@ -85,6 +87,8 @@ class CudaBackend final : public Backend {
   int64_t max_logit_rows() const override { return max_logit_rows_; }
   int64_t weight_bytes() const override { return weights_->allocated_bytes(); }
   int64_t kv_bytes() const override { return static_cast<int64_t>(kv_.bytes()); }
+  std::optional<int64_t> activation_bytes() const override { return activation_bytes_; }
+  std::optional<int64_t> runtime_bytes() const override { return runtime_bytes_; }
   std::string description() const override { return description_; }
 
  private:
@@ -176,6 +180,9 @@ class CudaBackend final : public Backend {
   const std::unique_ptr<DeviceWeights> weights_;
   const ModelWeights model_;
   const int64_t max_logit_rows_;
+  const int64_t free_bytes_before_;
+  int64_t activation_bytes_ = 0;
+  std::optional<int64_t> runtime_bytes_;
   std::string description_;
   cudaStream_t stream_ = nullptr;
   cudaStream_t exchange_stream_ = nullptr;          // of halves' all-reduces

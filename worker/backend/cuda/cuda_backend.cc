@@ -55,7 +55,8 @@ CudaBackend::CudaBackend(const ModelConfig& config, const ShardPlan& plan,
       intermediate_(static_cast<int>(plan.local_intermediate)),
       weights_(std::move(weights)),
       model_(std::move(model)),
-      max_logit_rows_(std::min<int64_t>(kMaxLogitRows, options.limits.max_num_seqs)) {}
+      max_logit_rows_(std::min<int64_t>(kMaxLogitRows, options.limits.max_num_seqs)),
+      free_bytes_before_(options.free_bytes_before) {}
 
 CudaBackend::~CudaBackend() {
   if (stream_ == nullptr) return;
@@ -70,6 +71,7 @@ CudaBackend::~CudaBackend() {
 }
 
 absl::Status CudaBackend::Init() {
+  const int64_t held_before = HeldDeviceBytes();
   absl::StatusOr<std::unique_ptr<LtMatmul>> lt = LtMatmul::Create();
   if (!lt.ok()) return lt.status();
   lt_ = *std::move(lt);
@@ -104,12 +106,27 @@ absl::Status CudaBackend::Init() {
     }
   }
   if (!status.ok()) return status;
+  activation_bytes_ = HeldDeviceBytes() - held_before - kv_bytes();
+  runtime_bytes_ = MeasureRuntime();
   int device = 0;
   cudaDeviceProp properties = {};
   (void)cudaGetDevice(&device);
   status = ToStatus(cudaGetDeviceProperties(&properties, device), "asking for the GPU's name");
   description_ = absl::StrCat("cuda, ", properties.name, ", ", lt_->version());
   return status;
+}
+
+// What the device has lost since before this process, beside its Buffers: the context,
+// kernels, libraries, and what the allocator rounds up. Others who took or gave back memory
+// meanwhile are in it; no answer where that is plain to see.
+std::optional<int64_t> CudaBackend::MeasureRuntime() const {
+  size_t free_bytes = 0, total_bytes = 0;
+  if (free_bytes_before_ == 0 || cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) {
+    return std::nullopt;
+  }
+  const int64_t lost = free_bytes_before_ - static_cast<int64_t>(free_bytes) - HeldDeviceBytes();
+  if (lost <= 0) return std::nullopt;
+  return lost;
 }
 
 absl::Status CudaBackend::Attach(Communicator* comm) {

@@ -4,7 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <utility>
 
@@ -19,6 +21,12 @@ inline absl::Status ToStatus(cudaError_t error, const std::string& what) {
   const std::string text = absl::StrCat(what, ": ", cudaGetErrorString(error));
   if (error == cudaErrorMemoryAllocation) return absl::ResourceExhaustedError(text);
   return absl::InternalError(text);
+}
+
+// Bytes that this process's Buffers hold on its device, as asked for. Any thread.
+inline std::atomic<int64_t>& HeldDeviceBytes() {
+  static std::atomic<int64_t> held = 0;
+  return held;
 }
 
 // `count` elements on the current device, or pinned on the host and mapped into
@@ -50,6 +58,7 @@ class Buffer {
     }
     data_ = device_ = static_cast<T*>(data);
     count_ = count;
+    HeldDeviceBytes() += static_cast<int64_t>(bytes());
     return absl::OkStatus();
   }
 
@@ -75,6 +84,7 @@ class Buffer {
   }
 
   void Reset() {
+    if (data_ != nullptr && !pinned_) HeldDeviceBytes() -= static_cast<int64_t>(bytes());
     if (data_ != nullptr) (void)(pinned_ ? cudaFreeHost(data_) : cudaFree(data_));
     data_ = device_ = nullptr;
     count_ = 0;

@@ -9,6 +9,13 @@
 namespace lockstep {
 namespace {
 
+// Of the current device.
+std::optional<uint64_t> FreeBytes() {
+  size_t free_bytes = 0, total_bytes = 0;
+  if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) return std::nullopt;
+  return free_bytes;
+}
+
 size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
@@ -28,7 +35,11 @@ void DeviceCommunicator::Abort() {
 }
 
 absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
-  if (options_.size == 1) return absl::OkStatus();
+  buffer_bytes_.reset();
+  if (options_.size == 1) {
+    buffer_bytes_ = 0;
+    return absl::OkStatus();
+  }
   if (cudaError_t error = cudaSetDevice(device_); error != cudaSuccess) {
     return absl::InternalError(absl::StrCat("GPU ", device_, ": ", cudaGetErrorString(error)));
   }
@@ -61,7 +72,14 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
   } else {
     return peers.status();
   }
-  return nccl_->Join(exchange);
+  // What an earlier epoch's region was is free again, and the own one is there.
+  const std::optional<uint64_t> before = FreeBytes();
+  if (absl::Status joined = nccl_->Join(exchange); !joined.ok()) return joined;
+  const std::optional<uint64_t> after = FreeBytes();
+  if (before && after && *after <= *before) {
+    buffer_bytes_ = *before - *after + (peers_ != nullptr ? options.bytes : 0);
+  }
+  return absl::OkStatus();
 }
 
 std::string DeviceCollectiveLibrary() {

@@ -11,8 +11,10 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -36,6 +38,9 @@ class DeviceCommunicator final : public RankCommunicator {
   absl::Status Join(AddressExchange& exchange) override;
   void Abort() override;
   DeviceCommunicator* device() override { return this; }
+  // The own region, and what joining NCCL took of the device: it may take more when
+  // its first collective runs.
+  std::optional<uint64_t> buffer_bytes() const override { return buffer_bytes_; }
 
   // Null where the GPUs cannot reach each other, and with one rank.
   const kernels::Peers* peers() const { return peers_ ? &peers_->peers() : nullptr; }
@@ -67,6 +72,7 @@ class DeviceCommunicator final : public RankCommunicator {
   bool aborted_ = false;
   std::unique_ptr<NcclCommunicator> nccl_;
   std::unique_ptr<PeerMemory> peers_;
+  std::optional<uint64_t> buffer_bytes_;  // once joined
 };
 
 // "NCCL 2.28.3", or why there is none.
