@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "model/memory_shortage.h"
 #include "model/model_config.h"
 #include "model/model_digest.h"
 #include "model/safetensors.h"
@@ -181,6 +182,8 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
   const auto on_progress = [&](int64_t done, int64_t total) {
     progress(static_cast<uint64_t>(done), static_cast<uint64_t>(total));
   };
+  const int64_t free_bytes =
+      gpu_ == nullptr ? 0 : static_cast<int64_t>(gpu_->Info().memory_free_bytes);
   absl::StatusOr<std::unique_ptr<Backend>> backend = absl::UnknownError("not loaded");
   int64_t checkpoint_bytes = 0;
   if (gpu_ != nullptr) {
@@ -204,6 +207,17 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
     end_phase("load");
     backend =
         MakeCpuBackend(*config, *plan, *std::move(weights), limits, *kv_dtype, loaded.pool.get());
+  }
+  if (gpu_ != nullptr && absl::IsResourceExhausted(backend.status())) {
+    const ServingShape shape = {.dtype = *dtype,
+                                .kv_dtype = *kv_dtype,
+                                .quantization = configure.quantization(),
+                                .block_size = limits.block_size,
+                                .max_num_seqs = limits.max_num_seqs,
+                                .max_batched_tokens = limits.max_batched_tokens,
+                                .max_model_len = limits.max_model_len};
+    return ExplainShortage(*config, shape, plan->tp_size, plan->rank, BackendKind::kCuda,
+                           limits.num_kv_blocks, free_bytes, backend.status());
   }
   if (!backend.ok()) return backend.status();
   report.checkpoint_bytes = static_cast<uint64_t>(checkpoint_bytes);

@@ -160,6 +160,19 @@ TEST_F(StartTest, NamesBadValues) {
   ExpectRefused(Serve({"--modle", DemoModel()}), {"--modle", "--model"});
 }
 
+// More than any host or GPU has.
+TEST_F(StartTest, NamesTheFlagWhereKeysAndValuesDoNotFit) {
+  std::vector<std::string> named = {"--num-kv-blocks", "16777216 blocks"};
+  if (const char* backend = getenv("LOCKSTEP_BACKEND"); backend != nullptr) {
+    if (std::string(backend) == "cuda") {
+      named.insert(named.end(), {"needs 12", "(weights ", " were free; ", " would fit; "});
+    }
+  }
+  ExpectRefused(Serve({"--model", DemoModel(), "--num-kv-blocks", "16777216", "--block-size", "256",
+                       "--max-model-len", "1024"}),
+                named);
+}
+
 TEST_F(StartTest, NamesAPortThatIsTaken) {
   const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   sockaddr_in address{};
