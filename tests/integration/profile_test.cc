@@ -1,6 +1,7 @@
 // `lockstep profile` against a running server of two ranks.
 #include <atomic>
 #include <csignal>
+#include <cstdlib>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -25,6 +26,13 @@ using ::testing::HasSubstr;
 Shell Profile(const std::string& arguments) {
   return RunShell(absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep profile ", arguments, " 2>&1"));
 }
+
+bool OnGpus() {
+  const char* const backend = std::getenv("LOCKSTEP_BACKEND");
+  return backend != nullptr && std::string(backend) == "cuda";
+}
+// Tokens of an answer that outlasts the start of a command.
+uint32_t Many() { return OnGpus() ? 1800 : 200; }
 
 struct StepSlice {
   double begin = 0, end = 0;  // microseconds
@@ -64,7 +72,7 @@ class ProfileTest : public ::testing::Test {
 };
 
 TEST_F(ProfileTest, TracesTheSameStepsOfEveryRankOnOneTimeAxis) {
-  StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", 200));
+  StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", Many()));
   answer.AwaitTokens(5);
   const Shell shell = Run("--steps 12");
   ASSERT_EQ(shell.code, 0) << shell.out;
@@ -92,14 +100,43 @@ TEST_F(ProfileTest, TracesTheSameStepsOfEveryRankOnOneTimeAxis) {
   EXPECT_EQ(named, (std::set<int>{0, 1}));
   EXPECT_TRUE(waited);
   EXPECT_TRUE(answer.Await().ok());
-  EXPECT_EQ(answer.token_ids().size(), 200u);
+  EXPECT_EQ(answer.token_ids().size(), Many());
+}
+
+// On GPUs: what each rank's device ran, on the same axis as its steps.
+TEST_F(ProfileTest, ShowsTheKernelsOfEveryStepOnGpus) {
+  StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", Many()));
+  answer.AwaitTokens(30);
+  const Shell shell = Run("--steps 10");
+  ASSERT_EQ(shell.code, 0) << shell.out;
+  const json trace = Trace();
+  ASSERT_FALSE(trace.is_discarded());
+  constexpr double kSlackUs = 200;  // two clocks of the device
+  const auto steps = StepsOf(trace);
+  ASSERT_EQ(steps.size(), 2u);
+  std::map<int, std::set<size_t>> with_kernels;
+  for (const json& event : trace.at("traceEvents")) {
+    if (event.at("ph") != "X" || event.at("tid") < 2) continue;
+    const int rank = event.at("pid");
+    const double begin = event.at("ts"), end = begin + event.at("dur").get<double>();
+    EXPECT_GE(begin, steps.at(rank).front().begin - kSlackUs) << event;
+    EXPECT_LE(end, steps.at(rank).back().end + kSlackUs) << event;
+    for (size_t i = 0; i < steps.at(rank).size(); ++i) {
+      const StepSlice& step = steps.at(rank)[i];
+      if (begin < step.end && end > step.begin) with_kernels[rank].insert(i);
+    }
+  }
+  for (int rank = 0; rank < 2; ++rank) {
+    EXPECT_EQ(with_kernels[rank].size(), OnGpus() ? 10u : 0u) << "rank " << rank << shell.out;
+  }
+  EXPECT_TRUE(answer.Await().ok());
 }
 
 TEST_F(ProfileTest, AnIdleServerHasNothingToTraceAndCanBeAskedAgain) {
   const Shell idle = Run("--steps 3 --timeout 0.2");
   EXPECT_EQ(idle.code, 1);
   EXPECT_THAT(idle.out, HasSubstr("no step ran within 200 ms"));
-  StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", 100));
+  StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", Many()));
   const Shell busy = Run("--steps 3");
   EXPECT_EQ(busy.code, 0) << busy.out;
   EXPECT_TRUE(answer.Await().ok());

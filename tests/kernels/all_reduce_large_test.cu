@@ -72,7 +72,6 @@ void ExpectExactSums(const VirtualRanks& ranks, size_t count) {
 TEST(AllReduceLargeTest, SumsUpToSixtyFourMiBExactly) {
   for (const int size : {2, 4}) {
     VirtualRanks ranks(size, DefaultExchangeLayout(size));
-    ranks.set_patience_ns(10'000'000'000);
     const size_t most = SanitizerRun() ? 64 << 10 : 64 << 20;
     for (const size_t bytes : {most / 16, most}) {
       ExpectExactSums<float>(ranks, bytes / 4);
@@ -140,12 +139,16 @@ TEST(CollectiveClockTest, CountsTheWaitForALateRank) {
         const CollectiveClock clock = clocks[r].Get<CollectiveClock>()[0];
         // Launches may be late themselves, by a host that does something else.
         const uint64_t most = kLateNs * (exchange + 1);
-        if (r == kLate) {
-          EXPECT_LT(clock.wait_ns, most / 2) << "of the late rank";
-        } else {
+        if (r != kLate) {
           EXPECT_GT(clock.wait_ns, most / 2) << "rank " << r;
         }
-        EXPECT_LT(clock.transfer_ns, most / 2) << "rank " << r;
+        // Under a sanitizer everything takes long.
+        if (!SanitizerRun()) {
+          if (r == kLate) {
+            EXPECT_LT(clock.wait_ns, most / 2) << "of the late rank";
+          }
+          EXPECT_LT(clock.transfer_ns, most / 2) << "rank " << r;
+        }
         EXPECT_TRUE(clocks[r].GuardsIntact());
       }
     }
