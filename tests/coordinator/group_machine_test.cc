@@ -43,7 +43,8 @@ TEST_F(GroupMachineTest, RefusesAnotherProtocolVersionAndBackend) {
   WorkerMessage hello = Hello(1, -1, "");
   hello.mutable_hello()->set_protocol_version(99);
   Say(1, hello);
-  EXPECT_THAT(Refusal(1), AllOf(HasSubstr("99"), HasSubstr("1")));
+  EXPECT_THAT(Refusal(1), AllOf(HasSubstr("99"),
+                                HasSubstr(absl::StrCat("speaks ", wire::kProtocolVersion, ";"))));
   EXPECT_TRUE(port_.closed.contains(1));
   machine_->OnOpen(2, now_);
   hello = Hello(2, -1, "");
