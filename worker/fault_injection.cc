@@ -192,9 +192,9 @@ absl::Status ParseCondition(const std::string& text, Fault* fault) {
 absl::StatusOr<std::vector<Fault>> ParseFaults(const std::string& spec) {
   // Each with the condition it cannot do without.
   static const std::set<std::pair<std::string, std::string>> known = {
-      {"exit", "phase"},     {"hang", "step"}, {"hang", "phase"}, {"skip_collective", "step"},
-      {"lie_token", "step"}, {"die", "token"}, {"slow", "ms"},    {"lie_digest", "step"},
-      {"poison", "token"},   {"fail", "step"}};
+      {"exit", "phase"},     {"hang", "step"}, {"hang", "phase"},    {"skip_collective", "step"},
+      {"lie_token", "step"}, {"die", "token"}, {"slow", "ms"},       {"lie_digest", "step"},
+      {"poison", "token"},   {"fail", "step"}, {"no_peers", "phase"}};
   std::vector<Fault> faults;
   for (const std::string& part :
        std::vector<std::string>(absl::StrSplit(spec, ';', absl::SkipWhitespace()))) {
@@ -228,6 +228,7 @@ std::unique_ptr<ModelHost> InjectFaults(std::vector<Fault> faults, std::unique_p
   state->faults = std::move(faults);
   *make_communicator = [state, make = *make_communicator](CommunicatorOptions options) {
     options.skips = [state] { return state->skip_next.exchange(false); };
+    for (const Fault& fault : state->faults) options.nccl_only |= fault.name == "no_peers";
     return std::make_unique<FaultyCommunicator>(state, make(options));
   };
   return std::make_unique<FaultyHost>(state, std::move(host));

@@ -14,6 +14,8 @@
 //   die@token=7              ends the process when a prompt has token 7
 //   slow@ms=20               every step takes that much longer
 //   fail@step=3              the step returns an error
+//   no_peers@phase=communicator   GPUs do not use each other's memory: NCCL carries
+//                            every collective; on all ranks and in all epochs
 //
 // With `epoch=N` as a further condition a fault waits for that epoch; `rank=R`
 // limits it to one rank.

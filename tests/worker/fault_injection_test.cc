@@ -41,6 +41,7 @@ struct Rig {
   explicit Rig(const std::string& spec) : control(std::make_shared<fakes::HostControl>()) {
     MakeCommunicator make = [this](const CommunicatorOptions& options) {
       skips = options.skips;
+      nccl_only = options.nccl_only;
       return MakeGlooCommunicator(options);
     };
     host = InjectFaults(*ParseFaults(spec), std::make_unique<fakes::FakeHost>(control), &make);
@@ -68,6 +69,7 @@ struct Rig {
   std::unique_ptr<ModelHost> host;
   std::unique_ptr<RankCommunicator> comm;
   std::function<bool()> skips;  // what a communicator of GPUs asks
+  bool nccl_only = false;
 };
 
 TEST(FaultInjection, ActsAtItsStepAlone) {
@@ -92,6 +94,11 @@ TEST(FaultInjection, TellsADeviceWhichAllReduceToLeaveOut) {
     EXPECT_FALSE(rig.skips()) << "one, not all of the step's";
     ASSERT_TRUE(rig.host->Collect().ok());
   }
+}
+
+TEST(FaultInjection, LeavesEveryCollectiveToNcclWhereAsked) {
+  EXPECT_TRUE(Rig("no_peers@phase=communicator").nccl_only);
+  EXPECT_FALSE(Rig("slow@ms=0").nccl_only);
 }
 
 TEST(FaultInjection, PoisonsTheSequenceThatHasTheToken) {

@@ -62,7 +62,9 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
     return error != cudaSuccess ? error
                                 : cudaMemsetAsync(own + gemv_offset_, 0xff, gemv_bytes, stream);
   };
-  absl::StatusOr<std::unique_ptr<PeerMemory>> peers = PeerMemory::Join(options, clear, exchange);
+  absl::StatusOr<std::unique_ptr<PeerMemory>> peers =
+      options_.nccl_only ? absl::UnimplementedError("as this worker was told (--inject)")
+                         : PeerMemory::Join(options, clear, exchange);
   if (peers.ok()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (aborted_) return absl::AbortedError("the communicator was aborted");
