@@ -7,6 +7,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -68,6 +69,13 @@ TEST_P(KilledRankTest, StreamsPauseAndGoOnWithTheSameTokens) {
   ASSERT_LT(before, kTokens) << "the stream ended before the fault";
   const auto killed = std::chrono::steady_clock::now();
   kill(served_->WorkerPid(GetParam()), SIGKILL);
+  // Known from the stream's end, at once; a host of two cores may be elsewhere.
+  EXPECT_TRUE(Eventually([&] {
+    const v1::GetModelInfoResponse info = served_->Info();
+    return !info.ready() || info.epoch() > epoch;
+  }));
+  EXPECT_LE(std::chrono::steady_clock::now() - killed,
+            std::thread::hardware_concurrency() >= 8 ? std::chrono::milliseconds(250) : Bound(2));
   // Two tokens may still have been on their way.
   streams[0]->AwaitTokens(std::min<size_t>(kTokens, before + 8));
   const auto pause = std::chrono::steady_clock::now() - killed;

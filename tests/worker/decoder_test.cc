@@ -167,6 +167,10 @@ TEST(DecoderTest, CollectivesAreTwoALayerAndAFewAStep) {
   EXPECT_EQ((*last)[0].num_collectives, 1u + 2 * 3 + 2);  // and gather, broadcast
   EXPECT_EQ((*last)[0].sampled.size(), 1u);
   EXPECT_TRUE((*last)[1].sampled.empty()) << "tokens are rank 0's to report";
+  // Two rows each; the one that is sampled from alone has logits, half of them on rank 1.
+  constexpr uint64_t kBroadcast = 12;  // of the token
+  EXPECT_EQ((*last)[1].timing.collective_bytes - (*prefill)[1].timing.collective_bytes,
+            static_cast<uint64_t>((*group)->config().vocab_size) / 2 * sizeof(float) + kBroadcast);
   const StepTiming& t = (*last)[0].timing;
   EXPECT_EQ(t.plan_received_ns, 7u);
   EXPECT_GT(t.started_ns, 0u);
