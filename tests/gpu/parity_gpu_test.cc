@@ -128,12 +128,22 @@ TEST_P(GpuParity, SixteenBitsStayWithinTheBound) {
   }
 }
 
-// Writes `from` again with its layers' matrices as float8, one scale a row or one
-// for the tensor, the way quantisation at load makes them.
+// Writes `from` again with its layers' matrices as float8, the way quantisation at
+// load makes them: one scale a row as "fp8" checkpoints have it, or one for the tensor
+// as compressed-tensors does.
 void WriteFp8Checkpoint(const std::string& from, const std::string& to, bool a_row) {
   std::ifstream config_file(from + "/config.json");
   nlohmann::json config = nlohmann::json::parse(config_file), header;
-  config["quantization_config"] = {{"quant_method", "fp8"}, {"activation_scheme", "dynamic"}};
+  if (a_row) {
+    config["quantization_config"] = {{"quant_method", "fp8"}, {"activation_scheme", "dynamic"}};
+  } else {
+    const nlohmann::json weights = {{"num_bits", 8}, {"type", "float"}, {"strategy", "tensor"}};
+    config["quantization_config"] = {
+        {"quant_method", "compressed-tensors"},
+        {"format", "float-quantized"},
+        {"ignore", {"lm_head"}},
+        {"config_groups", {{"group_0", {{"targets", {"Linear"}}, {"weights", weights}}}}}};
+  }
   std::ofstream(to + "/config.json") << config;
   auto checkpoint = Checkpoint::Open(from);
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
@@ -167,7 +177,7 @@ void WriteFp8Checkpoint(const std::string& from, const std::string& to, bool a_r
       quantized[i] = __nv_cvt_float_to_fp8(values[i] * inverse, __NV_SATFINITE, __NV_E4M3);
     }
     add(name, "F8_E4M3", info.shape, quantized.data(), quantized.size());
-    add(name + "_scale", "F32", a_row ? std::vector<int64_t>{rows, 1} : std::vector<int64_t>{},
+    add(name + "_scale", "F32", a_row ? std::vector<int64_t>{rows, 1} : std::vector<int64_t>{1},
         scales.data(), scales.size() * 4);
   }
   const std::string text = header.dump();
