@@ -3,6 +3,7 @@
 #include "kernels/attention_prefill.h"
 #include "kernels/attention_prefill_launch.h"
 #include "kernels/attention_prefill_wgmma.h"
+#include "kernels/attention_prefill_widen.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -45,7 +46,35 @@ Params ParamsOf(const PrefillAttentionArgs& args) {
   return p;
 }
 
+// The same over the scratch.
+PrefillAttentionArgs Widened(const PrefillAttentionArgs& args) {
+  PrefillAttentionArgs wide = args;
+  wide.kv.type = args.type;
+  wide.kv.k = args.scratch.k;
+  wide.kv.v = args.scratch.v;
+  wide.block_table = args.scratch.block_table;
+  return wide;
+}
+
+cudaError_t LaunchWidened(const Launch& launch, const PrefillAttentionArgs& args) {
+  if (cudaError_t error = prefill::LaunchWiden(launch, args); error != cudaSuccess) return error;
+  const PrefillAttentionArgs wide = Widened(args);
+  Params p = ParamsOf(wide);
+  p.score_factor *= args.kv.k_scale;
+  p.v_scale = args.kv.v_scale;
+  // Not early: the table is read through a cache that is empty when a kernel begins.
+  Launch after = launch;
+  after.pdl = false;
+  return prefill::LaunchWgmma(after, wide, p);
+}
+
 }  // namespace
+
+bool PrefillAttentionWidens(const PrefillAttentionArgs& args) {
+  const PrefillAttentionArgs wide = Widened(args);
+  return args.kv.type == Type::kE4M3 && Aligned16(args.kv.k) && Aligned16(args.kv.v) &&
+         TakesTensorCores(wide) && prefill::WgmmaTakes(wide);
+}
 
 cudaError_t InitPrefillAttention() {
   const Type pairs[][2] = {{Type::kBF16, Type::kBF16},
@@ -84,6 +113,7 @@ cudaError_t PrefillAttention(const Launch& launch, const PrefillAttentionArgs& a
                                    .scale = args.scale,
                                    .window = args.window});
   }
+  if (args.scratch.k != nullptr && PrefillAttentionWidens(args)) return LaunchWidened(launch, args);
   const Params p = ParamsOf(args);
   if (prefill::WgmmaTakes(args)) return prefill::LaunchWgmma(launch, args, p);
   const int rows = args.max_count * p.group;

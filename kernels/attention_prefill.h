@@ -6,7 +6,7 @@
 //   score[j] = scale * (q . k[j]);  out = sum_j softmax(score)[j] * v[j]
 //
 // FP32 accumulation; f16 and bf16 on tensor cores (wgmma where head_dim is 64,
-// 128 or 256 and the cache of the same type, else mma.sync up to head_dim 256),
+// 128 or 256 and the cache of the same type or widened, else mma.sync up to 256),
 // f32 in plain FP32. The query heads of a KV head share a tile of 128 or 64 rows
 // of (position, head), so a tile reads its part of the cache once for all.
 // A row's bits do not depend on the other spans of the launch.
@@ -30,6 +30,15 @@ struct PrefillSpan {
   int32_t count = 0;
 };
 
+// Room for a cache of e4m3 in 16 bits. With it, wgmma takes what it takes of 16 bits;
+// without, an e4m3 cache is mma.sync's, which is two to three times slower.
+struct PrefillScratch {
+  void* k = nullptr;  // [blocks][kv_heads][block_size][head_dim] of `type`, 16-byte aligned
+  void* v = nullptr;
+  int32_t* block_table = nullptr;  // [slots, table_stride]
+  int blocks = 0;  // the sum over the spans of (begin + count) / block_size, rounded up
+};
+
 struct PrefillAttentionArgs {
   Type type = Type::kBF16;  // of q and out
   KvLayer kv;               // of `type`, or kE4M3
@@ -48,7 +57,12 @@ struct PrefillAttentionArgs {
 
   float scale = 1.0f;
   int window = 0;  // positions seen, the row's own included; 0: all
+
+  PrefillScratch scratch = {};  // of an e4m3 cache; k null: none
 };
+
+// Whether `scratch` would serve: an e4m3 cache whose like of 16 bits is wgmma's.
+bool PrefillAttentionWidens(const PrefillAttentionArgs& args);
 
 // Once a process and device, before the first launch: loads the kernels.
 cudaError_t InitPrefillAttention();

@@ -297,7 +297,7 @@ class Consumer {
       total += __shfl_xor_sync(~0u, total, 2);
       const int m = group_ * kGroupRows + warp_ * 16 + r_ + 8 * row;
       if (m >= rows_.count) continue;
-      const float factor = 1.0f / total;
+      const float factor = p_.v_scale / total;
       T* at = static_cast<T*>(p_.out) + RowOffset(p_, rows_, m, p_.out_stride, kv_head_) + 2 * c_;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {

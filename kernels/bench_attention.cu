@@ -180,8 +180,15 @@ void BenchDecode(const Options& options, char* pool) {
 }
 
 void BenchPrefill(char* pool) {
-  std::printf("prefill of one prompt, head_dim 128\n%-8s %7s %10s %9s\n", "shape", "tokens", "us",
-              "TFLOP/s");
+  std::printf("prefill of one prompt, head_dim 128\n%-8s %7s %-14s %10s %9s\n", "shape", "tokens",
+              "cache", "us", "TFLOP/s");
+  const struct {
+    const char* name;
+    Type type;
+    bool widened;
+  } caches[] = {{"bf16", Type::kBF16, false},
+                {"e4m3, mma.sync", Type::kE4M3, false},
+                {"e4m3, widened", Type::kE4M3, true}};
   for (const Shape& shape : kShapes) {
     for (const int tokens : {1024, 6144, 8192}) {
       const int blocks = tokens / kBlock, width = (shape.heads + 2 * shape.kv_heads) * kDim;
@@ -191,7 +198,6 @@ void BenchPrefill(char* pool) {
       PrefillSpan* spans = Upload(std::vector<PrefillSpan>{{0, 0, 0, tokens}});
       const int64_t half = int64_t{blocks} * shape.kv_heads * kBlock * kDim * 2;
       PrefillAttentionArgs args;
-      args.kv = {pool, pool + half, Type::kBF16, shape.kv_heads, kBlock, kDim};
       args.heads = shape.heads;
       args.spans = spans;
       args.num_spans = 1;
@@ -203,11 +209,21 @@ void BenchPrefill(char* pool) {
       args.out = out;
       args.out_stride = shape.heads * kDim;
       args.scale = 0.08f;
-      const float us = Time(4, 5, [&](cudaStream_t stream) {
-        for (int i = 0; i < 4; ++i) CHECK_CUDA(PrefillAttention({stream, false}, args));
-      });
-      const double flops = 2.0 * shape.heads * kDim * static_cast<double>(tokens) * (tokens + 1);
-      std::printf("%-8s %7d %10.1f %9.1f\n", shape.name, tokens, us, flops / us / 1e6);
+      int32_t* wide_table = Upload(std::vector<int32_t>(blocks, 0));
+      for (const auto& cache : caches) {
+        args.kv = {pool, pool + half, cache.type, shape.kv_heads, kBlock, kDim};
+        args.scratch = {};
+        if (cache.widened) {
+          args.scratch = {pool + 2 * half, pool + 3 * half, wide_table, blocks};
+        }
+        const float us = Time(4, 5, [&](cudaStream_t stream) {
+          for (int i = 0; i < 4; ++i) CHECK_CUDA(PrefillAttention({stream, false}, args));
+        });
+        const double flops = 2.0 * shape.heads * kDim * static_cast<double>(tokens) * (tokens + 1);
+        std::printf("%-8s %7d %-14s %10.1f %9.1f\n", shape.name, tokens, cache.name, us,
+                    flops / us / 1e6);
+      }
+      CHECK_CUDA(cudaFree(wide_table));
       CHECK_CUDA(cudaFree(q));
       CHECK_CUDA(cudaFree(out));
       CHECK_CUDA(cudaFree(table));

@@ -40,6 +40,9 @@ constexpr int64_t kCudaExchangeBytes = 128 * kMiB;
 // Rows whose logits a step of the cuda backend may ask for at once: one a
 // sequence; longer lists of prompt log-probabilities are computed in turns.
 constexpr int64_t kCudaMaxLogitRows = 1024;
+// Longer sequences attend to keys and values of one byte by another, slower kernel: 128 MiB
+// of scratch for four KV heads of 128.
+constexpr int64_t kCudaMaxWidenedTokens = 65'536;
 constexpr int64_t kCublasWorkspaceBytes = 64 * kMiB;
 constexpr int64_t kCudaResultBytes = 192;             // a row's token and log-probabilities
 constexpr int64_t kCudaSampleExchangeBytes = 41'168;  // a row's, of all phases of sampling
@@ -149,7 +152,12 @@ int64_t CudaActivationBytes(const ModelConfig& config, const ServingShape& shape
   const int64_t slot = 4 * shape.max_model_len + 2 * plan.local_vocab + kCudaSlotBytes;
   const int64_t rotary =
       shape.max_model_len * config.head_dim * 4 * (config.rope_local == config.rope ? 1 : 2);
-  return shape.max_batched_tokens * row +
+  const bool widens = shape.kv_dtype.value_or(shape.dtype) != shape.dtype;
+  const int64_t widened = widens
+                              ? 2 * plan.local_kv_heads * config.head_dim * element *
+                                    WidenedKvTokens(shape.max_model_len, shape.max_batched_tokens)
+                              : 0;
+  return shape.max_batched_tokens * row + widened +
          std::min(shape.max_num_seqs, kCudaMaxLogitRows) * logit_row + shape.max_num_seqs * slot +
          rotary + kCublasWorkspaceBytes;
 }
@@ -224,6 +232,10 @@ void Judge(const ModelConfig& config, const ServingShape& shape, int64_t memory_
 }
 
 }  // namespace
+
+int64_t WidenedKvTokens(int64_t max_model_len, int64_t max_batched_tokens) {
+  return std::min(kCudaMaxWidenedTokens, std::max(max_model_len, max_batched_tokens));
+}
 
 bool IsQuantizedMatrix(const LocalTensor& tensor) {
   return tensor.is_matrix && absl::StartsWith(tensor.name, "layers.");

@@ -8,7 +8,7 @@
 //   activations   of the largest step: max_batched_tokens rows of every buffer
 //                 between two matrices, the logits of a chunk of rows, and, on
 //                 rank 0, those of the whole vocabulary; on cpu also the scratch
-//                 of 16 threads
+//                 of 16 threads; on cuda room for widened keys and values of one byte
 //   communication buffers of the collectives
 //   runtime       what libraries take for themselves
 //
@@ -60,6 +60,10 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
 // Bytes of a shard plan's tensors as the worker allocates them.
 int64_t WeightBytes(const ShardPlan& plan, DType dtype, const std::string& quantization,
                     BackendKind backend = BackendKind::kCpu);
+
+// Tokens of all heads whose keys and values of one byte the cuda backend keeps in 16 bits
+// while a step's prompts attend to them: one sequence of the longest, or a step's rows.
+int64_t WidenedKvTokens(int64_t max_model_len, int64_t max_batched_tokens);
 
 // Whether --quantization touches it: the matrices of the layers. The embedding
 // and the head are looked up and multiplied in the serving dtype by every fp8

@@ -21,13 +21,15 @@ TEST(GpuMemory, PartsAreWhatTheMemoryModelPredicts) {
   const absl::StatusOr<ModelConfig> config = ParseModelConfig(kConfig, "test");
   ASSERT_TRUE(config.ok()) << config.status();
   for (const char* quantization : {"", "fp8"}) {
-    GroupOptions options = OnGpu(DType::kBFloat16, true, quantization);
+    const DType kv_dtype = *quantization == 0 ? DType::kBFloat16 : DType::kFloat8E4M3;
+    GroupOptions options = OnGpu(DType::kBFloat16, true, quantization, kv_dtype);
     options.num_kv_blocks = 1'024;
     options.max_num_seqs = 64;
     options.max_batched_tokens = 2'048;
     options.max_model_len = 2'048;
     ServingShape shape;
     shape.dtype = DType::kBFloat16;
+    shape.kv_dtype = kv_dtype;
     shape.quantization = quantization;
     shape.block_size = options.block_size;
     shape.max_num_seqs = options.max_num_seqs;

@@ -32,9 +32,32 @@ struct Layout {
   int max_count = 0;
 };
 
+// Room for an e4m3 cache in 16 bits, with guards around it; junk where nobody may look.
+template <typename T>
+struct Widened {
+  Widened(const AttentionShape& shape, const Layout& layout, int slots, int table_stride)
+      : blocks(BlocksOf(shape, layout)),
+        k(int64_t{blocks} * shape.kv_heads * shape.block_size * shape.head_dim),
+        v(int64_t{blocks} * shape.kv_heads * shape.block_size * shape.head_dim),
+        table(int64_t{slots} * table_stride) {}
+  static int BlocksOf(const AttentionShape& shape, const Layout& layout) {
+    int sum = 0;
+    for (const PrefillSpan& span : layout.spans) {
+      if (span.slot < 0 || span.count <= 0) continue;
+      sum += (span.begin + span.count + shape.block_size - 1) / shape.block_size;
+    }
+    return sum;
+  }
+  PrefillScratch scratch() const { return {k.get(), v.get(), table.get(), blocks}; }
+
+  int blocks;
+  DeviceRows<T> k, v;
+  DeviceRows<int32_t> table;
+};
+
 template <typename T, typename KV>
 void Check(const AttentionShape& shape, const std::vector<Piece>& pieces, uint32_t seed,
-           int loose = 0) {
+           int loose = 0, bool widened = false) {
   const Layout layout(pieces);
   AttentionCase<T, KV> c(shape, layout.rows, seed);
   DeviceCache<KV> cache(c);
@@ -57,11 +80,20 @@ void Check(const AttentionShape& shape, const std::vector<Piece>& pieces, uint32
   args.out_stride = c.out_stride();
   args.scale = c.scale();
   args.window = shape.window;
+  const Widened<T> wide(shape, layout, static_cast<int>(c.tables().size()) / c.table_stride(),
+                        c.table_stride());
+  if (widened) {
+    ASSERT_TRUE(PrefillAttentionWidens(args)) << Describe(shape);
+    args.scratch = wide.scratch();
+  }
   ASSERT_CUDA(PrefillAttention({nullptr, loose > 0}, args));
   ASSERT_CUDA(cudaDeviceSynchronize());
   const std::string what = Describe(shape) + " pieces " + std::to_string(pieces.size());
   c.Check(out, AttentionTolerance<T>(), what);
   if (testing::Test::HasFatalFailure()) return;
+  wide.k.ExpectGuards(what);
+  wide.v.ExpectGuards(what);
+  wide.table.ExpectGuards(what);
   const std::vector<T> first = out.Bits();
   ASSERT_CUDA(PrefillAttention({nullptr, loose == 0}, args));
   ASSERT_CUDA(cudaDeviceSynchronize());
@@ -105,6 +137,54 @@ TEST_F(PrefillAttentionTest, E4M3CacheWithScales) {
     Check<__nv_bfloat16, __nv_fp8_e4m3>(shape, Pieces(), dim + 1);
     if (HasFatalFailure()) return;
   }
+}
+
+// Every head_dim, block size and window that wgmma takes, and more spans than a warp has lanes.
+TEST_F(PrefillAttentionTest, E4M3CacheWidened) {
+  for (const int dim : {64, 128, 256}) {
+    for (const int block : {8, 16, 64}) {
+      for (const int window : {0, 50}) {
+        if (UnderSanitizer() && (block == 64 || window != 0)) continue;
+        const AttentionShape shape = {.heads = 6,
+                                      .kv_heads = 3,
+                                      .head_dim = dim,
+                                      .block_size = block,
+                                      .window = window,
+                                      .sharpness = 1.0f,
+                                      .k_scale = 0.6f,
+                                      .v_scale = 1.7f};
+        Check<__half, __nv_fp8_e4m3>(shape, Pieces(), dim + block, 0, true);
+        Check<__nv_bfloat16, __nv_fp8_e4m3>(shape, Pieces(), dim + block + 1, 9, true);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+  std::vector<Piece> many;
+  for (int i = 0; i < (UnderSanitizer() ? 35 : 130); ++i) many.push_back({i % 7 * 11, i % 5});
+  Check<__nv_bfloat16, __nv_fp8_e4m3>({.heads = 4, .kv_heads = 1, .head_dim = 64}, many, 5, 0,
+                                      true);
+}
+
+// Whoever asks for a scratch where none would serve: the cache goes where it went.
+TEST_F(PrefillAttentionTest, WhatIsWidenedIsWhatWgmmaTakesOfSixteenBits) {
+  PrefillAttentionArgs args;
+  args.heads = 8;
+  args.q_stride = args.out_stride = 1024;
+  args.kv = {nullptr, nullptr, Type::kE4M3, 2, 16, 128};
+  EXPECT_TRUE(PrefillAttentionWidens(args));
+  for (const int dim : {72, 80, 512}) {
+    args.kv.head_dim = dim;
+    EXPECT_FALSE(PrefillAttentionWidens(args)) << dim;
+  }
+  args.kv.head_dim = 128;
+  args.kv.block_size = 5;
+  EXPECT_FALSE(PrefillAttentionWidens(args));
+  args.kv.block_size = 16;
+  args.kv.type = Type::kBF16;
+  EXPECT_FALSE(PrefillAttentionWidens(args));
+  args.kv.type = Type::kE4M3;
+  args.type = Type::kF32;
+  EXPECT_FALSE(PrefillAttentionWidens(args));
 }
 
 TEST_F(PrefillAttentionTest, WindowsAndBlockSizes) {

@@ -278,8 +278,6 @@ void CudaBackend::RunAttention(const AttentionOp& op) {
     args.type = type_;
     args.kv = Kv(op.layer);
     args.heads = static_cast<int>(plan_.local_heads);
-    args.spans = io_.arrays().spans + part_.first_span;
-    args.num_spans = part_.spans;
     args.max_count = part_.max_count;
     args.block_table = io_.arrays().block_table;
     args.table_stride = io_.arrays().table_stride;
@@ -289,7 +287,12 @@ void CudaBackend::RunAttention(const AttentionOp& op) {
     args.out_stride = q_width_;
     args.scale = op.scale;
     args.window = static_cast<int>(op.window);
-    Check(kernels::PrefillAttention(launch(), args), "attention of spans");
+    for (int first = part_.first_span, end = first + part_.spans; first < end;) {
+      args.spans = io_.arrays().spans + first;
+      args.num_spans = WidenedSpans(first, end, &args.scratch);
+      first += args.num_spans;
+      Check(kernels::PrefillAttention(launch(), args), "attention of spans");
+    }
   }
 }
 

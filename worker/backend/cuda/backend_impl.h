@@ -5,6 +5,7 @@
 //   backend_forward.cc the operations of the forward pass
 //   backend_fold.cc    one decoded row, whose all-reduces are part of its products
 //   backend_halves.cc  a long step, whose all-reduces go on behind its products
+//   backend_widen.cc   keys and values of one byte, for prompts
 //
 // Not thread-safe; see worker/backend/backend.h.
 #ifndef LOCKSTEP_WORKER_BACKEND_CUDA_BACKEND_IMPL_H_
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "kernels/attention_decode.h"
+#include "kernels/attention_prefill.h"
 #include "kernels/gemv.h"
 #include "kernels/norm.h"
 #include "kernels/sample.h"
@@ -168,6 +170,11 @@ class CudaBackend final : public Backend {
     return buffer.get() + size_t(part_.first) * width * kernels::TypeBytes(type_);
   }
   kernels::KvLayer Kv(int64_t layer) const;
+  absl::Status AllocateWidened();
+  // Of span `s` of the step's arrays: blocks of its context.
+  int SpanBlocks(int s) const;
+  // A launch's spans from `first` on: how many, below `end`, and the room for them.
+  int WidenedSpans(int first, int end, kernels::PrefillScratch* scratch) const;
   kernels::DecodeAttentionArgs DecodeArgs(int64_t layer) const;
 
   const ModelConfig config_;
@@ -201,15 +208,20 @@ class CudaBackend final : public Backend {
   Buffer<std::byte> kv_;
   Buffer<float2> rope_, rope_local_;
   Buffer<std::byte> attention_workspace_;
+  // Of an e4m3 cache, for spans that fit: wide_blocks_ of k and of v in 16 bits.
+  Buffer<std::byte> wide_kv_;
+  Buffer<int32_t> wide_table_;
+  int wide_blocks_ = 0;  // 0: none
 
   // Of the step.
   absl::Status status_;
   std::vector<BatchSpan> spans_;
   std::vector<LogitRow> logit_rows_;
-  int rows_ = 0;          // padding included
-  Part part_;             // that is worked on
-  int max_context_ = 0;   // of a decoded row
-  int sampled_rows_ = 0;  // logit rows enqueued so far
+  int rows_ = 0;                // padding included
+  Part part_;                   // that is worked on
+  int max_context_ = 0;         // of a decoded row
+  std::vector<int> span_ends_;  // of the spans that are no decoded rows: begin + count
+  int sampled_rows_ = 0;        // logit rows enqueued so far
   bool capturing_ = false;
   // See backend_halves.cc. stage_: what was called since the last reduction.
   bool halved_ = false;

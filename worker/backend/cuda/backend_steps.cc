@@ -32,6 +32,7 @@ void CudaBackend::SetParts(int cut, int decode_rows) {
   parts[0] = {.first = 0, .rows = cut, .decode_rows = decode_rows};
   parts[1] = {.first = cut, .rows = rows_ - cut};
   int row = decode_rows;
+  span_ends_.clear();
   for (size_t s = decode_rows; s < spans_.size(); ++s) {
     const int end = row + static_cast<int>(spans_[s].count);
     while (row < end) {
@@ -40,6 +41,7 @@ void CudaBackend::SetParts(int cut, int decode_rows) {
       ++part.spans;
       part.max_count = std::max(part.max_count, count);
       row += count;
+      span_ends_.push_back(static_cast<int>(spans_[s].begin + spans_[s].count) - (end - row));
     }
   }
   parts[1].first_span = parts[0].spans;

@@ -89,6 +89,7 @@ absl::Status CudaBackend::Init() {
   const size_t kv = 2 * static_cast<size_t>(config_.num_layers) * limits_.num_kv_blocks *
                     limits_.block_size * kv_width_ * kernels::TypeBytes(kv_type_);
   if (status.ok()) status = kv_.AllocateZeroed(kv, "the KV cache");
+  if (status.ok()) status = AllocateWidened();
   if (status.ok()) {
     status = attention_workspace_.AllocateZeroed(
         kernels::DecodeAttentionWorkspaceBytes(
