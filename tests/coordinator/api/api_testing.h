@@ -25,6 +25,7 @@ inline ServedModel DemoModel() {
   model.name = "demo";
   model.architecture = "LlamaForCausalLM";
   model.dtype = "bfloat16";
+  model.kv_dtype = "float8_e4m3fn";
   model.vocab_size = 1024;
   model.max_model_len = 64;
   model.tp_size = 2;

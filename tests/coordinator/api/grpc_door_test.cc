@@ -379,6 +379,8 @@ TEST_F(GrpcDoorTest, ModelInfoDescribesRanksAndStartup) {
   ASSERT_TRUE(stub_->GetModelInfo(&context, {}, &info).ok());
   EXPECT_EQ(info.model(), "demo");
   EXPECT_TRUE(info.ready());
+  EXPECT_EQ(info.dtype(), "bfloat16");
+  EXPECT_EQ(info.kv_cache_dtype(), "float8_e4m3fn");
   EXPECT_EQ(info.vocab_size(), 1024u);
   EXPECT_EQ(info.num_kv_blocks(), 100u);
   ASSERT_EQ(info.ranks_size(), 1);
