@@ -131,6 +131,7 @@ double ReplayMicroseconds(std::vector<Device>& devices, int count, const Enqueue
   std::barrier<> together(static_cast<std::ptrdiff_t>(devices.size()));
   std::vector<double> best(devices.size(), 0);
   std::vector<std::thread> threads;
+  threads.reserve(devices.size());
   for (const Device& d : devices) {
     threads.emplace_back([&together, &best, &enqueue, &d, count] {
       Check(cudaSetDevice(d.index), "device");
@@ -225,6 +226,7 @@ absl::StatusOr<NcclRanks> JoinNccl(const std::vector<Device>& devices) {
   ThreadExchange exchange;
   std::vector<absl::Status> joined(ranks.size());
   std::vector<std::thread> threads;
+  threads.reserve(ranks.size());
   for (size_t r = 0; r < ranks.size(); ++r) {
     threads.emplace_back([&, r] {
       joined[r] = ranks[r]->Join(exchange);
