@@ -34,6 +34,8 @@ void UseBuiltPrograms() {
 }
 
 TestServer::~TestServer() {
+  // An idle connection does not hear that the server goes away, which would wait for it.
+  client_.reset();
   if (server_ != nullptr) server_->Stop(10 * kSlowdown);
 }
 
