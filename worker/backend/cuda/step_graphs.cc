@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kFirstContext = 2'048;
 
-// 1, 2, 3, 4, 6, 8, 12, 16, then steps of an eighth: a padded row costs little, a
+// 1, 2, 3, 4, 8, 12, 16, then steps of an eighth: a padded row costs little, a
 // capture some milliseconds.
 int BucketOf(int rows) {
   if (rows <= 4) return rows;
