@@ -20,6 +20,7 @@
 #include "kernels/attention_decode_merge.cuh"
 #include "kernels/attention_decode_query.cuh"
 #include "kernels/attention_decode_ring.cuh"
+#include "kernels/attention_decode_tile.cuh"
 #include "kernels/attention_mma.cuh"
 
 namespace lockstep::kernels::decode {
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
     DecodeKernel(const __grid_constant__ Params p) {
   using M = typename Chunk<KV>::M;
   using Raw = typename Chunk<KV>::Raw;
-  constexpr int kKChunks = kDim / 32, kVChunks = kDim / 64, kOutTiles = kDim / 16;
+  constexpr int kKChunks = kDim / 32, kVChunks = kDim / 64;
   // Both operands of the next tile are requested while this one is worked on;
   // with 256 elements there are not the registers.
   constexpr bool kAhead = kDim <= 128;
@@ -196,22 +197,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
   if (owner) own.Store(rotary, stash_k, stash_v);
   __syncthreads();
 
-  float top[kHeadTiles][2], sum[kHeadTiles][2];
-  float out[kHeadTiles][kOutTiles][4];
-#pragma unroll
-  for (int n = 0; n < kHeadTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      top[n][i] = -INFINITY;
-      sum[n][i] = 0.0f;
-    }
-#pragma unroll
-    for (int m = 0; m < kOutTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[n][m][i] = 0.0f;
-    }
-  }
-
+  TileSums<KV, kDim, kHeadTiles> sums;
   if (work.any()) {
     uint4 q[kHeadTiles][kKChunks];
     LoadQuery<kHeadTiles, kKChunks>(p, staged, q);
@@ -237,22 +223,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
           if (r + 8 >= replaced) k[1][j] = mine;
         }
       }
-      // Two chains of products: one would be waited for eight times over.
-      float score[kHeadTiles][4] = {}, other[kHeadTiles][4] = {};
-#pragma unroll
-      for (int j = 0; j < kKChunks; ++j) {
-        const uint4 a = Chunk<KV>::Widen(k[0][j]), b = Chunk<KV>::Widen(k[1][j]);
-#pragma unroll
-        for (int n = 0; n < kHeadTiles; ++n) {
-          Mma<M>(score[n], a.x, b.x, a.y, b.y, q[n][j].x, q[n][j].y);
-          Mma<M>(other[n], a.z, b.z, a.w, b.w, q[n][j].z, q[n][j].w);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kHeadTiles; ++n) {
-#pragma unroll
-        for (int s = 0; s < 4; ++s) score[n][s] += other[n][s];
-      }
+      sums.Multiply(q, k);
       constexpr int kDistance = kRing ? kStages : 1;
       const int next = tile + kDistance * kWarps;
       if (next < work.end) {
@@ -260,41 +231,9 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
         load_k(next, offset, i + kDistance);
       }
 
-      // Lane (r, c) has positions r and r + 8 of heads 2c and 2c + 1.
       const int at = tile * kTile + r;
-      const bool low = at >= work.begin && at <= work.position;
-      const bool high = at + 8 >= work.begin && at + 8 <= work.position;
-      uint32_t weight[kHeadTiles][2];
-#pragma unroll
-      for (int n = 0; n < kHeadTiles; ++n) {
-        float shrink[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float& s0 = score[n][h];
-          float& s1 = score[n][2 + h];
-          s0 = low ? s0 * p.score_factor : -INFINITY;
-          s1 = high ? s1 * p.score_factor : -INFINITY;
-          float m = fmaxf(s0, s1);
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 4));
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 8));
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 16));
-          m = fmaxf(m, top[n][h]);
-          shrink[h] = Exp2(top[n][h] - m);
-          top[n][h] = m;
-          s0 = Exp2(s0 - m);
-          s1 = Exp2(s1 - m);
-          sum[n][h] = sum[n][h] * shrink[h] + (s0 + s1);
-        }
-#pragma unroll
-        for (int m = 0; m < kOutTiles; ++m) {
-          out[n][m][0] *= shrink[0];
-          out[n][m][1] *= shrink[1];
-          out[n][m][2] *= shrink[0];
-          out[n][m][3] *= shrink[1];
-        }
-        weight[n][0] = Transpose8x8(PackPair<M>(score[n][0], score[n][1]));
-        weight[n][1] = Transpose8x8(PackPair<M>(score[n][2], score[n][3]));
-      }
+      sums.Weigh(at >= work.begin && at <= work.position,
+                 at + 8 >= work.begin && at + 8 <= work.position, p.score_factor);
 
       if constexpr (kRing) {
         ring.Await(i, 1);
@@ -315,60 +254,16 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
           }
         }
       }
-      // Rows r and r + 8 of an output tile: element e of chunks r + 8 j and
-      // r + 8 (j + 1), or, of a single chunk, its elements e and e + 4.
-      constexpr int kPairs = kVChunks == 1 ? 1 : kVChunks / 2;
-#pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        uint4 a[4], b[4];
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          a[t] = Chunk<KV>::Widen(v[t][kVChunks == 1 ? 0 : 2 * pair]);
-          b[t] = Chunk<KV>::Widen(v[t][kVChunks == 1 ? 0 : 2 * pair + 1]);
-        }
-        constexpr int kElements = kVChunks == 1 ? 4 : 8;
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) {
-          const int f = kVChunks == 1 ? e + 4 : e;
-          const uint32_t a0 = Interleave(a[0], a[1], e), a1 = Interleave(b[0], b[1], f);
-          const uint32_t a2 = Interleave(a[2], a[3], e), a3 = Interleave(b[2], b[3], f);
-#pragma unroll
-          for (int n = 0; n < kHeadTiles; ++n) {
-            Mma<M>(out[n][pair * kElements + e], a0, a1, a2, a3, weight[n][0], weight[n][1]);
-          }
-        }
-      }
+      sums.Add(v);
       if ((kAhead || kRing) && next < work.end) load_v(next, offset, i + kDistance);
     }
   }
   __syncwarp();  // what was the ring's is the merge's
 
-#pragma unroll
-  for (int n = 0; n < kHeadTiles; ++n) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float total = sum[n][h];
-      total += __shfl_xor_sync(~0u, total, 4);
-      total += __shfl_xor_sync(~0u, total, 8);
-      total += __shfl_xor_sync(~0u, total, 16);
-      const int head = 8 * n + 2 * c + h;
-      if (head >= p.group) continue;
-      if (r == 0) merge.SetWarpStatistics(warp, head, {top[n][h], total});
-#pragma unroll
-      for (int m = 0; m < kOutTiles; m += 4) {
-#pragma unroll
-        for (int row_half = 0; row_half < 2; ++row_half) {
-          const int chunk = kVChunks == 1 ? r : r + 8 * (2 * (m / 8) + row_half);
-          const int first = kVChunks == 1 ? 4 * row_half : m % 8;
-          const int i = 2 * row_half + h;
-          if (chunk > last_chunk) continue;
-          merge.SetWarpOutput(
-              warp, head, chunk * 8 + first,
-              make_float4(out[n][m][i], out[n][m + 1][i], out[n][m + 2][i], out[n][m + 3][i]));
-        }
-      }
-    }
-  }
+  sums.Store(
+      p.group, p.head_dim,
+      [&](int head, float2 statistics) { merge.SetWarpStatistics(warp, head, statistics); },
+      [&](int head, int d, float4 v) { merge.SetWarpOutput(warp, head, d, v); });
   merge.template Finish<T>(row, work.clusters);
 }
 

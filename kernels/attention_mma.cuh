@@ -40,22 +40,6 @@ __device__ __forceinline__ void Mma<__half>(float (&d)[4], uint32_t a0, uint32_t
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Two floats as a pair of M, the first in the low half.
-template <typename M>
-__device__ __forceinline__ uint32_t PackPair(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t PackPair<__nv_bfloat16>(float low, float high) {
-  uint32_t out;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
-}
-template <>
-__device__ __forceinline__ uint32_t PackPair<__half>(float low, float high) {
-  uint32_t out;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
-}
-
 // The transpose of an 8x8 matrix of 16-bit elements spread over the warp.
 __device__ __forceinline__ uint32_t Transpose8x8(uint32_t v) {
   uint32_t out;

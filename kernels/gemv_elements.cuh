@@ -22,18 +22,6 @@ __device__ __forceinline__ float2 UnpackPair(uint32_t word, __half) {
   memcpy(&pair, &word, 4);
   return __half22float2(pair);
 }
-template <typename T>
-__device__ __forceinline__ uint32_t PackPair(float a, float b) {
-  uint32_t word;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(a, b);
-    memcpy(&word, &pair, 4);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    memcpy(&word, &pair, 4);
-  }
-  return word;
-}
 // Two e4m3 in the low half of `word`.
 __device__ __forceinline__ uint32_t HalvesOfE4M3(uint32_t word) {
   const __half2_raw halves =
