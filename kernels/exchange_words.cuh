@@ -15,18 +15,16 @@ inline constexpr int kExchangeSlots = 4;
 struct ExchangeWords {
   uint4* base[kMaxPeers];   // of each rank, slot 0
   int rank, size, vectors;  // a row's 16-byte vectors
-  uint32_t number;
   WaitLimits limits;
 };
 
-inline ExchangeWords MakeExchangeWords(const GemvExchange& exchange, uint32_t number) {
+inline ExchangeWords MakeExchangeWords(const GemvExchange& exchange) {
   ExchangeWords words = {};
   for (int r = 0; r < exchange.peers.size; ++r)
     words.base[r] = reinterpret_cast<uint4*>(exchange.peers.base[r] + exchange.offset);
   words.rank = exchange.peers.rank;
   words.size = exchange.peers.size;
   words.vectors = exchange.width / 8;
-  words.number = number;
   words.limits = LimitsOf(exchange.peers);
   return words;
 }
@@ -39,30 +37,33 @@ __device__ __forceinline__ int64_t ExchangeIndex(const ExchangeWords& e, uint32_
 }
 
 // To the turn-th rank after one's own; 0: to oneself, which is the last.
-__device__ __forceinline__ void PushWords(const ExchangeWords& e, int turn, int v, uint4 words) {
+__device__ __forceinline__ void PushWords(const ExchangeWords& e, uint32_t number, int turn, int v,
+                                          uint4 words) {
   const int to = (e.rank + 1 + turn) % e.size;
-  StoreSystem(e.base[to] + ExchangeIndex(e, e.number, e.rank, v), Sendable(words));
+  StoreSystem(e.base[to] + ExchangeIndex(e, number, e.rank, v), Sendable(words));
 }
 
 // Waits for vectors first, first + stride, ... below `end`, N at most, of every rank
-// and adds each up in rank order. Of a group that is given up, whatever is there.
-template <typename T, int N>
-__device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, int first, int stride, int end,
-                                            float (&sums)[N][8]) {
+// and adds each up in rank order. Of a group that is given up, whatever is there. There are
+// kRanks ranks at most. Of a whole warp, which goes on together: lanes that went on one by
+// one would be far slower from there on.
+template <typename T, int N, int kRanks = kMaxPeers>
+__device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, uint32_t number, int first,
+                                            int stride, int end, float (&sums)[N][8]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
 #pragma unroll
     for (int k = 0; k < 8; ++k) sums[i][k] = 0.0f;
   }
-  const uint4* const from = e.base[e.rank] + ExchangeIndex(e, e.number, 0, 0);
-  uint4 words[N][kMaxPeers];
-  PeerWaiter waiter(e.limits, PeerWait::kPushedPartial, e.number);
+  const uint4* const from = e.base[e.rank] + ExchangeIndex(e, number, 0, 0);
+  uint4 words[N][kRanks];
+  PeerWaiter waiter(e.limits, PeerWait::kPushedPartial, number);
   for (;;) {
     int missing = -1;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
 #pragma unroll
-      for (int r = 0; r < kMaxPeers; ++r) {
+      for (int r = 0; r < kRanks; ++r) {
         const int v = first + i * stride;
         if (r < e.size && v < end) words[i][r] = LoadSystem(from + r * e.vectors + v);
       }
@@ -70,17 +71,18 @@ __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, int first, i
 #pragma unroll
     for (int i = 0; i < N; ++i) {
 #pragma unroll
-      for (int r = 0; r < kMaxPeers; ++r) {
+      for (int r = 0; r < kRanks; ++r) {
         if (r < e.size && first + i * stride < end && !Arrived(words[i][r])) missing = r;
       }
     }
-    if (missing < 0 || waiter.Over(missing)) break;
+    missing = __reduce_max_sync(~0u, missing);
+    if (missing < 0 || __any_sync(~0u, waiter.Over(missing))) break;
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (first + i * stride >= end) break;
 #pragma unroll
-    for (int r = 0; r < kMaxPeers; ++r) {
+    for (int r = 0; r < kRanks; ++r) {
       if (r >= e.size) break;
       float f[8];
       UnpackVector<T>(words[i][r], f);
@@ -93,8 +95,8 @@ __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, int first, i
 // The grid together; call it once this exchange has been read. Nobody reads the slot
 // any more, since the kernel that did ended before this rank pushed; and nobody
 // writes it before having read what this rank pushes next.
-__device__ __forceinline__ void ClearPreviousSlot(const ExchangeWords& e) {
-  uint4* slot = e.base[e.rank] + ExchangeIndex(e, e.number + kExchangeSlots - 1, 0, 0);
+__device__ __forceinline__ void ClearPreviousSlot(const ExchangeWords& e, uint32_t number) {
+  uint4* slot = e.base[e.rank] + ExchangeIndex(e, number + kExchangeSlots - 1, 0, 0);
   constexpr int threads = kGemvThreads;
   for (int i = blockIdx.x * threads + threadIdx.x; i < e.size * e.vectors;
        i += threads * static_cast<int>(gridDim.x))

@@ -45,6 +45,7 @@ struct RowParams {
   int first_id;
 
   ExchangeWords exchange;
+  uint32_t exchange_number;
 };
 
 namespace row {
@@ -90,7 +91,7 @@ template <typename T, int N>
 __device__ __forceinline__ void ReduceBatch(const RowParams& p, int first, int end,
                                             uint4 (&batch)[N]) {
   float sum[N][8];
-  SumsOfRanks<T, N>(p.exchange, XVector(first, 0), kGemvThreads, end, sum);
+  SumsOfRanks<T, N>(p.exchange, p.exchange_number, XVector(first, 0), kGemvThreads, end, sum);
   // Not before: the arrival of the sums says that this is complete.
   LoadBatch(static_cast<const uint4*>(p.residual_in), first, end, batch);
 #pragma unroll
@@ -185,7 +186,7 @@ __device__ __forceinline__ void LoadX(const RowParams& p, const Shared& shared, 
   } else {
     __syncthreads();
   }
-  if (p.prologue == GemvPrologue::kReduce) ClearPreviousSlot(p.exchange);
+  if (p.prologue == GemvPrologue::kReduce) ClearPreviousSlot(p.exchange, p.exchange_number);
 #pragma unroll
   for (int s = 0; s < S; ++s) {
     const int v = VectorOf<S>(wk, s);
@@ -266,7 +267,7 @@ __device__ __forceinline__ void Epilogue(const RowParams& p, const Sums<T>& sum,
         float v[8];
 #pragma unroll
         for (int e = 0; e < 8; ++e) v[e] = sum(i / size * 8 + e);
-        PushWords(p.exchange, i % size, first / 8 + i / size, PackVector<T>(v));
+        PushWords(p.exchange, p.exchange_number, i % size, first / 8 + i / size, PackVector<T>(v));
       }
       break;
     }
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kRowBound<W, S>, 1)
   if (warp == 0) {
     if (lane < p.stages) {
       BarrierInit(full + lane, 1);
-      BarrierInit(empty + lane, split);
+      BarrierInit(empty + lane, 32 * split);
     }
     FenceBarrierInit();
     __syncwarp();
@@ -370,13 +371,10 @@ __global__ void __launch_bounds__(kRowBound<W, S>, 1)
       uint4 w[kPaired][S];
       row::ReadStage<W, S, kPaired>(shared.ring + slot * p.stage_bytes, p.row_bytes, vectors, wk,
                                     min(rows, R), w);
-      __syncwarp();
-      if (lane == 0) {
-        if (split > 1) BarrierArrive(empty + slot);
-        if (wk == 0 && stage + p.stages < num_stages) {
-          if (split > 1) BarrierWait(empty + slot, parity, "gemv: a stage to be read");
-          row::Request(p, stretch, stage + p.stages, slot, shared.ring, full);
-        }
+      BarrierArrive(empty + slot);
+      if (lane == 0 && wk == 0 && stage + p.stages < num_stages) {
+        BarrierWait(empty + slot, parity, "gemv: a stage to be read");
+        row::Request(p, stretch, stage + p.stages, slot, shared.ring, full);
       }
       __syncwarp();
       float sum[kPaired];
@@ -455,8 +453,8 @@ cudaError_t LaunchRow(const Launch& launch, const GemvArgs& args, const RowPlan&
   p.bias = args.bias;
   p.keys = args.keys;
   p.first_id = args.first_id;
-  if (args.exchange != nullptr)
-    p.exchange = MakeExchangeWords(*args.exchange, args.exchange_number);
+  if (args.exchange != nullptr) p.exchange = MakeExchangeWords(*args.exchange);
+  p.exchange_number = args.exchange_number;
   return WithRowKernel<W, T>(plan.vectors, [&](auto* kernel) {
     return LaunchKernel(launch, kernel, plan.blocks, kGemvThreads, plan.shared_bytes, 1, p);
   });
