@@ -1,10 +1,11 @@
 // Speed of the layers of a decode step of an 8B Llama as one graph: what the kernels cost
 // among each other, without exchanges between GPUs, embedding, head and sampling.
 //
-//   bench_layers [rows [tp [fp8] [cluster]]]   us a layer; defaults 1 1
+//   bench_layers [rows [tp [fp8] [cluster] [stack]]]   us a layer; defaults 1 1
 //
 // tp cuts the shapes as for one rank of so many. cluster: products of several rows by
-// kernels/skinny_cluster.h; else by kernels/gemv.h, whatever their K.
+// kernels/skinny_cluster.h; else by kernels/gemv.h, whatever their K. stack: one row by
+// kernels/row_stack.h, with a head of next to no rows.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -19,6 +20,7 @@
 #include "kernels/gemv.h"
 #include "kernels/norm.h"
 #include "kernels/quantize.h"
+#include "kernels/row_stack.h"
 #include "kernels/skinny_cluster.h"
 
 namespace lockstep::kernels {
@@ -48,16 +50,18 @@ __global__ void FillKernel(uint32_t* out, size_t words, uint32_t mask, uint32_t 
 
 class Layers {
  public:
-  Layers(int rows, int tp, bool fp8, bool cluster)
+  Layers(int rows, int tp, bool fp8, bool cluster, bool stack)
       : rows_(rows),
         fp8_(fp8),
         cluster_(cluster),
+        stack_(stack),
         heads_(32 / tp),
         kv_heads_(8 / tp),
         mlp_(14336 / tp) {
     CHECK_CUDA(InitGemv());
     CHECK_CUDA(InitSkinnyCluster());
     CHECK_CUDA(InitDecodeAttention());
+    CHECK_CUDA(InitRowStack());
     CHECK_CUDA(cudaStreamCreate(&stream_));
     layer_bytes_ = Bytes(qkv_width(), kHidden) + Bytes(kHidden, q_width()) +
                    Bytes(2 * mlp_, kHidden) + Bytes(kHidden, mlp_);
@@ -89,6 +93,7 @@ class Layers {
         reinterpret_cast<std::byte*>(Take<char>(GemvExchangeBytes(1, kHidden)));
     exchange_.width = kHidden;
     CHECK_CUDA(ClearGemvExchange(exchange_, stream_));
+    if (stack_) PrepareStack();
     CHECK_CUDA(cudaStreamSynchronize(stream_));
   }
 
@@ -96,7 +101,11 @@ class Layers {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t exec = nullptr;
     CHECK_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-    for (int layer = 0; layer < kLayers; ++layer) rows_ == 1 ? OneRow(layer) : Rows(layer);
+    if (stack_) {
+      CHECK_CUDA(RowStack(launch(), stack_args_));
+    } else {
+      for (int layer = 0; layer < kLayers; ++layer) rows_ == 1 ? OneRow(layer) : Rows(layer);
+    }
     CHECK_CUDA(cudaStreamEndCapture(stream_, &graph));
     CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
     cudaEvent_t begin = nullptr, end = nullptr;
@@ -140,15 +149,48 @@ class Layers {
     return memory;
   }
 
+  KvLayer Kv(int layer) const {
+    return {.k = kv_ + 2 * layer * kv_half_,
+            .v = kv_ + (2 * layer + 1) * kv_half_,
+            .kv_heads = kv_heads_,
+            .block_size = kBlockSize,
+            .head_dim = kHeadDim};
+  }
+  void PrepareStack() {
+    for (int layer = 0; layer < kLayers; ++layer) {
+      stack_layers_.push_back({.qkv = {Qkv(layer), scales_},
+                               .o = {O(layer), scales_},
+                               .gate_up = {Up(layer), scales_},
+                               .down = {Down(layer), scales_},
+                               .attention_norm = ones_,
+                               .mlp_norm = ones_,
+                               .kv = Kv(layer),
+                               .rotary = rotary_,
+                               .scale = 0.088f});
+    }
+    RowStackArgs& args = stack_args_;
+    args.weight_type = fp8_ ? Type::kE4M3 : Type::kBF16;
+    args.hidden = kHidden;
+    args.heads = heads_;
+    args.intermediate = mlp_;
+    args.vocab = 132;
+    args.layers = stack_layers_.data();
+    args.num_layers = kLayers;
+    args.final_norm = ones_;
+    args.head = Take<char>(size_t{2} * args.vocab * kHidden);
+    args.rows = step_;
+    args.residual = residual_;
+    args.logits = Take<float>(args.vocab);
+    args.exchange = &exchange_;
+    args.workspace = Take<char>(RowStackBytes(args));
+    CHECK_CUDA(ClearRowStack(args, stream_));
+  }
+
   void Attention(int layer) {
     DecodeAttentionArgs args;
     args.num_rows = rows_;
     args.rows = step_;
-    args.kv.k = kv_ + 2 * layer * kv_half_;
-    args.kv.v = kv_ + (2 * layer + 1) * kv_half_;
-    args.kv.kv_heads = kv_heads_;
-    args.kv.block_size = kBlockSize;
-    args.kv.head_dim = kHeadDim;
+    args.kv = Kv(layer);
     args.heads = heads_;
     args.q = qkv_;
     args.q_stride = qkv_width();
@@ -275,7 +317,7 @@ class Layers {
   Launch launch() const { return {.stream = stream_, .pdl = true, .brief = true}; }
 
   const int rows_;
-  const bool fp8_, cluster_;
+  const bool fp8_, cluster_, stack_;
   const int heads_, kv_heads_, mlp_;
   size_t layer_bytes_ = 0, kv_half_ = 0;
   cudaStream_t stream_ = nullptr;
@@ -288,6 +330,8 @@ class Layers {
   StepRows step_;
   GemvExchange exchange_;
   uint32_t number_ = 0;
+  std::vector<StackLayer> stack_layers_;
+  RowStackArgs stack_args_;
 };
 
 }  // namespace
@@ -295,18 +339,20 @@ class Layers {
 
 int main(int argc, char** argv) {
   const int rows = argc > 1 ? std::atoi(argv[1]) : 1, tp = argc > 2 ? std::atoi(argv[2]) : 1;
-  bool fp8 = false, cluster = false;
+  bool fp8 = false, cluster = false, stack = false;
   for (int i = 3; i < argc; ++i) {
     fp8 |= std::strcmp(argv[i], "fp8") == 0;
     cluster |= std::strcmp(argv[i], "cluster") == 0;
+    stack |= std::strcmp(argv[i], "stack") == 0;
   }
-  if (rows < 1 || rows > 64 || (tp != 1 && tp != 2 && tp != 4)) {
-    std::fprintf(stderr, "usage: bench_layers [rows 1..64 [tp 1|2|4 [fp8] [cluster]]]\n");
+  if (rows < 1 || rows > 64 || (stack && rows > 1) || (tp != 1 && tp != 2 && tp != 4)) {
+    std::fprintf(stderr, "usage: bench_layers [rows 1..64 [tp 1|2|4 [fp8] [cluster] [stack]]]\n");
     return 2;
   }
-  lockstep::kernels::Layers layers(rows, tp, fp8, cluster);
+  lockstep::kernels::Layers layers(rows, tp, fp8, cluster, stack);
   const double us = layers.MicrosecondsPerLayer();
-  std::printf("%2d rows, 1/%d%s%s: %6.2f us a layer, weights at %4.0f GB/s\n", rows, tp,
-              fp8 ? ", fp8" : "", cluster ? ", cluster" : "", us, layers.layer_bytes() / us * 1e-3);
+  std::printf("%2d rows, 1/%d%s%s%s: %6.2f us a layer, weights at %4.0f GB/s\n", rows, tp,
+              fp8 ? ", fp8" : "", cluster ? ", cluster" : "", stack ? ", stack" : "", us,
+              layers.layer_bytes() / us * 1e-3);
   return 0;
 }

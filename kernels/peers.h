@@ -25,6 +25,7 @@ enum class PeerWait : uint32_t {
   kGather = 3,   // all-reduce, two-shot: a row's sum from its owner
   kSmallAllGather = 4,
   kPushedPartial = 5,  // a partial pushed by the epilogue of a matrix kernel
+  kOwnBlocks = 6,      // other blocks of this rank, in the kernel of a whole step
 };
 
 struct alignas(16) PeerFault {

@@ -420,6 +420,10 @@ void CudaBackend::RunDown(int64_t layer) {
 void CudaBackend::Logits(absl::Span<const LogitRow> rows) {
   if (halved_) JoinHalves();
   if (!status_.ok()) return;
+  if (stacked_) {
+    Check(kernels::RowStack(launch(), StackArgs()), "the layers of a row");
+    return;
+  }
   const int count = capturing_ ? rows_ : static_cast<int>(rows.size());
   const void* hidden = buffers_.normed.get();
   if (!capturing_) {

@@ -4,6 +4,7 @@
 //   backend_steps.cc   a step's begin and end: inputs, graphs, results
 //   backend_forward.cc the operations of the forward pass
 //   backend_fold.cc    one decoded row, whose all-reduces are part of its products
+//   backend_stack.cc   one decoded row, whose layers are one kernel
 //   backend_halves.cc  a long step, whose all-reduces go on behind its products
 //   backend_widen.cc   keys and values of one byte, for prompts
 //
@@ -24,6 +25,7 @@
 #include "kernels/attention_prefill.h"
 #include "kernels/gemv.h"
 #include "kernels/norm.h"
+#include "kernels/row_stack.h"
 #include "kernels/sample.h"
 #include "worker/backend/cuda/activations.h"
 #include "worker/backend/cuda/collectives.h"
@@ -117,7 +119,7 @@ class CudaBackend final : public Backend {
   void RunDown(int64_t layer);
   void Reduce(const kernels::Launch& launch, const ReduceOp& op);
   void Enqueue(std::function<void()> operation) {
-    if (!status_.ok()) return;
+    if (!status_.ok() || stacked_) return;
     if (halved_) return stage_.push_back(std::move(operation));
     operation();
   }
@@ -135,6 +137,8 @@ class CudaBackend final : public Backend {
   // them: then every matrix of the layers goes by Gemv.
   bool CanFold() const;
   void Push(const void* x, const Linear& linear);
+  absl::Status PrepareStack();
+  kernels::RowStackArgs StackArgs();
   bool IsDecode(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) const;
   void Check(cudaError_t error, const char* what) {
     if (status_.ok() && error != cudaSuccess) status_ = ToStatus(error, what);
@@ -199,6 +203,10 @@ class CudaBackend final : public Backend {
   Buffer<std::byte> own_exchange_;  // with one rank, what is pushed stays here
   kernels::GemvExchange exchange_region_;
   bool can_fold_ = false;
+  // See backend_stack.cc.
+  bool can_stack_ = false;
+  std::vector<kernels::StackLayer> stack_layers_;
+  Buffer<std::byte> stack_workspace_;
   Collectives collectives_;
   Slots slots_;
   StepIo io_;
@@ -232,6 +240,7 @@ class CudaBackend final : public Backend {
   // product after it polls for them, adds the residual and norms them as it waits
   // for its weights. No kernel and no launch of its own is left of the all-reduce.
   bool folded_ = false;
+  bool stacked_ = false;  // of those, a step whose layers are one kernel
   bool reduce_pending_ = false;
   kernels::NormSpec pending_norm_;
   uint32_t exchange_ = 0;

@@ -76,7 +76,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
   SetParts(cut, decode_rows);
 
   replay_ = nullptr;
-  capturing_ = folded_ = false;
+  capturing_ = folded_ = stacked_ = false;
   quantized_from_ = nullptr;
   if (use_graphs_ && rows_ > 0 && IsDecode(spans, rows)) {
     key_ = graphs_.KeyFor(rows_, max_context_, needs_);
@@ -87,6 +87,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
     if (replay_ != nullptr) return true;
     capturing_ = true;
     folded_ = can_fold_ && rows_ == 1;
+    stacked_ = can_stack_ && folded_;
     reduce_pending_ = false;
     exchange_ = 0;
     residual_ = buffers_.residual.get();

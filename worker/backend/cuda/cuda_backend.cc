@@ -136,6 +136,7 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
   graphs_.Clear();  // they hold the last epoch's peers
   status_ = collectives_.Attach(comm, hidden_, io_.io().collectives);
   if (status_.ok()) status_ = PrepareExchange();
+  if (status_.ok()) status_ = PrepareStack();
   graphs_.SetLimits(static_cast<int>(max_logit_rows_), static_cast<int>(limits_.max_model_len));
   if (status_.ok()) status_ = io_.Reset(stream_);
   if (status_.ok()) status_ = slots_.Reset(stream_);
@@ -159,6 +160,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const ModelConfig& conf
 absl::Status InitKernels() {
   absl::Status status = ToStatus(kernels::InitGemv(), "loading the matrix kernels");
   if (status.ok()) status = ToStatus(kernels::InitSkinnyCluster(), "loading the matrix kernels");
+  if (status.ok()) status = ToStatus(kernels::InitRowStack(), "loading the kernel of a row");
   if (status.ok()) status = ToStatus(kernels::InitAllReduce(), "loading the all-reduce kernels");
   if (status.ok()) {
     status = ToStatus(kernels::InitDecodeAttention(), "loading the attention kernels");

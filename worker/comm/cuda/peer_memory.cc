@@ -92,6 +92,8 @@ const char* WaitedFor(PeerWait code) {
       return "all-gather";
     case PeerWait::kPushedPartial:
       return "all-reduce in a matrix kernel";
+    case PeerWait::kOwnBlocks:
+      return "kernel of a whole step";
   }
   return "exchange";
 }

@@ -1,0 +1,9 @@
+#include "kernels/row_stack.cuh"
+
+namespace lockstep::kernels::stack {
+
+template cudaError_t InitStack<__nv_fp8_e4m3, __nv_bfloat16>();
+template cudaError_t LaunchStack<__nv_fp8_e4m3, __nv_bfloat16>(const Launch&, bool, int,
+                                                               const Params&);
+
+}  // namespace lockstep::kernels::stack

@@ -1,0 +1,86 @@
+// How blocks of one kernel hand each other results: words in device memory, each its own
+// flag, as between GPUs (kernels/exchange.cuh). Who reads waits for the words themselves.
+#ifndef LOCKSTEP_KERNELS_ROW_STACK_WORDS_CUH_
+#define LOCKSTEP_KERNELS_ROW_STACK_WORDS_CUH_
+
+#include "kernels/device.cuh"
+#include "kernels/exchange_words.cuh"
+#include "kernels/row_stack_plan.h"
+
+namespace lockstep::kernels::stack {
+
+// All threads that compute.
+__device__ __forceinline__ void SyncThreads() { NamedSync(1, kThreads); }
+
+__device__ __forceinline__ uint4 LoadWords(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 LoadWords(const uint2* from) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void StoreWords(uint4* to, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void StoreWords(uint2* to, uint2 v) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y)
+               : "memory");
+}
+__device__ __forceinline__ void StoreWords(uint32_t* to, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ uint32_t Sendable(uint32_t v) {
+  return v == kNothingYet ? kOtherNan : v;
+}
+__device__ __forceinline__ uint2 Sendable(uint2 v) {
+  return make_uint2(Sendable(v.x), Sendable(v.y));
+}
+using kernels::Sendable;
+
+__device__ __forceinline__ bool Arrived(uint2 v) {
+  return v.x != kNothingYet && v.y != kNothingYet;
+}
+using kernels::Arrived;
+
+// Waits for vectors first, first + stride, ..., N of them but none beyond `last`, which takes
+// their place. All at once: an answer takes a microsecond when much else is under way. Of a
+// whole warp, and until all of it has what it waits for: lanes that went on one by one would
+// be far slower from there on.
+template <int N>
+__device__ __forceinline__ void AwaitWords(const ExchangeWords& e, uint32_t number,
+                                           const uint4* from, int first, int stride, int last,
+                                           uint4 (&words)[N]) {
+  PeerWaiter waiter(e.limits, PeerWait::kOwnBlocks, number);
+  for (;;) {
+    bool missing = false;
+#pragma unroll
+    for (int i = 0; i < N; ++i) words[i] = LoadWords(from + min(first + i * stride, last));
+#pragma unroll
+    for (int i = 0; i < N; ++i) missing |= !Arrived(words[i]);
+    if (!__any_sync(~0u, missing) || __any_sync(~0u, waiter.Over(e.rank))) break;
+  }
+}
+
+// The grid together: `bytes`, a multiple of 16, are as if nothing had arrived again.
+__device__ __forceinline__ void ClearWords(const Params& p, void* words, int bytes) {
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+       i < bytes / 16; i += p.blocks * kThreads)
+    StoreWords(static_cast<uint4*>(words) + i, NothingYet());
+}
+
+}  // namespace lockstep::kernels::stack
+
+#endif  // LOCKSTEP_KERNELS_ROW_STACK_WORDS_CUH_
