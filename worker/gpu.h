@@ -43,7 +43,8 @@ class Gpu {
   virtual ~Gpu() = default;
   // Takes the device for this process: makes its context, loads every kernel.
   // NotFound: no driver, no such device, or a build without CUDA.
-  static absl::StatusOr<std::unique_ptr<Gpu>> Open(int device);
+  // row_stack: a row that decodes alone goes by kernels/row_stack.h where that takes it.
+  static absl::StatusOr<std::unique_ptr<Gpu>> Open(int device, bool row_stack = false);
 
   // From any thread.
   virtual GpuInfo Info() = 0;
