@@ -43,7 +43,7 @@ bool PlanProduct(int n, int k, Type type, int unit, ProductPlan* q) {
   const int most = type == Type::kE4M3 ? 4 : 8;
   while (count() > most && 1 << q->split_log2 < stack::kWarps) ++q->split_log2;
   q->count = count();
-  if (q->count > 8) return false;
+  if (q->count > most) return false;
   q->parts = (vectors + q->count - 1) / q->count;
   q->capacity = q->count <= 4 ? 4 : 8;
   return true;

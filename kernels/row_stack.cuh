@@ -3,8 +3,6 @@
 #ifndef LOCKSTEP_KERNELS_ROW_STACK_CUH_
 #define LOCKSTEP_KERNELS_ROW_STACK_CUH_
 
-#include <type_traits>
-
 #include "kernels/row_stack_attention.cuh"
 #include "kernels/row_stack_product.cuh"
 
@@ -145,13 +143,12 @@ __device__ __forceinline__ void RunProduct(const Params& p, const Shared& shared
   for (int from = 0; from < mine.rows; from += chunk) {
     const int to = min(from + chunk, mine.rows), row = mine.begin + from;
     if (from > 0) SyncThreads();  // the last chunk's sums are read
-    const bool wide = q.capacity == 8;
-    if (!std::is_same_v<W, T> && place.step == kHead) {
-      wide ? MultiplyPieces<T, T, 8>(q, mine, shared, from, to, ring)
-           : MultiplyPieces<T, T, 4>(q, mine, shared, from, to, ring);
+    if (sizeof(W) == 1 && place.step != kHead) {
+      MultiplyPieces<W, T, 4>(q, mine, shared, from, to, ring);
+    } else if (q.capacity == 8) {
+      MultiplyPieces<T, T, 8>(q, mine, shared, from, to, ring);
     } else {
-      wide ? MultiplyPieces<W, T, 8>(q, mine, shared, from, to, ring)
-           : MultiplyPieces<W, T, 4>(q, mine, shared, from, to, ring);
+      MultiplyPieces<T, T, 4>(q, mine, shared, from, to, ring);
     }
     SyncThreads();
     AddParts(q, shared, to - from, scales == nullptr ? nullptr : scales + row);

@@ -73,7 +73,7 @@ struct RowStackArgs {
   int max_blocks = 0;                      // 0: one an SM. Fewer where ranks share a GPU
 };
 
-// Whether these shapes can be served: multiples of 8, K up to 16,384 (32,768 of e4m3),
+// Whether these shapes can be served: multiples of 8, K up to 16,384,
 // hidden up to 8,192; head_dim 64 or 128, up to 8 query heads a KV head, KV of `type` or
 // kE4M3, blocks of a power of two of 16 positions and more, 16-byte aligned. Pointers that
 // differ from step to step need not be set yet.
