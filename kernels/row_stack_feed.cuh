@@ -92,6 +92,7 @@ class Ring {
   // Waits for the next piece and says where it is.
   __device__ __forceinline__ const uint8_t* Await() const {
     BarrierWait(full_ + slot_, parity_, "row stack: a piece");
+    __syncwarp();  // whoever waited longer: what comes is for the warp together
     return memory_ + slot_ * kPieceBytes;
   }
   // Of every lane, once it has read what it wants of that piece.
