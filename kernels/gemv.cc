@@ -15,18 +15,6 @@ bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 constexpr int DivUp(int a, int b) { return (a + b - 1) / b; }
 
-// Of the current device; asked once, since all of a process's are alike.
-int SmCount() {
-  static const int count = [] {
-    int device = 0, sms = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-      return 1;
-    return sms;
-  }();
-  return count;
-}
-
 bool SupportsExchange(const GemvArgs& args) {
   const bool reduce = args.prologue == GemvPrologue::kReduce;
   const bool push = args.epilogue == GemvEpilogue::kPush;
@@ -47,6 +35,17 @@ cudaError_t LaunchAs(const Launch& launch, const GemvArgs& args) {
 }
 
 }  // namespace
+
+int SmCount() {
+  static const int count = [] {
+    int device = 0, sms = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+      return 1;
+    return sms;
+  }();
+  return count;
+}
 
 RowPlan PlanRow(const GemvArgs& args, int sm_count) {
   const int weight_bytes = static_cast<int>(TypeBytes(args.weight_type));

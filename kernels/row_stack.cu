@@ -17,17 +17,6 @@ using stack::ProductPlan;
 
 constexpr int kMaxHidden = stack::kRowVectors * stack::kThreads * 8;
 
-int SmCount() {
-  static const int count = [] {
-    int device = 0, sms = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-      return 1;
-    return sms;
-  }();
-  return count;
-}
-
 bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 bool PowerOfTwo(int v) { return v > 0 && (v & (v - 1)) == 0; }
 
