@@ -36,6 +36,7 @@ kernels::RowStackArgs CudaBackend::StackArgs() {
 
 // After PrepareExchange.
 absl::Status CudaBackend::PrepareStack() {
+  if (!use_row_stack_) return absl::OkStatus();
   stack_layers_.clear();
   for (size_t l = 0; l < model_.layers.size(); ++l) {
     const LayerWeights& w = model_.layers[l];
@@ -56,8 +57,8 @@ absl::Status CudaBackend::PrepareStack() {
                              .window = slides ? static_cast<int>(config_.sliding_window) : 0});
   }
   const LayerWeights& any = model_.layers[0];
-  // Not of e4m3: served so, an 8B model has failed at its first decoded token.
-  can_stack_ = use_row_stack_ && can_fold_ && hidden_ <= kMaxStackHidden && !Quantized(any.qkv) &&
+  // Not of e4m3: served so, an 8B model has ended its requests without an answer.
+  can_stack_ = can_fold_ && hidden_ <= kMaxStackHidden && !Quantized(any.qkv) &&
                any.qkv.bias == nullptr && any.q_norm == nullptr && model_.head.type == type_ &&
                kernels::RowStackSupports(StackArgs());
   if (!can_stack_) return absl::OkStatus();
