@@ -34,6 +34,7 @@ class Ring {
   }
   // The i-th tile's K (part 0) or V (part 1), once every lane has read what was there.
   __device__ __forceinline__ void Ask(int i, int part, const KV* from) {
+    FenceReadsBeforeCopies();
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
     const uint32_t bytes = kTile * p_.head_dim * static_cast<uint32_t>(sizeof(KV));

@@ -94,6 +94,14 @@ __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity, 
   }
 }
 
+// Of a thread that has read what a copy is to overwrite, before it says so: copies are not in
+// the order of a thread's reads, and do overtake those that are under way.
+__device__ __forceinline__ void FenceReadsBeforeCopies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // Of one thread; addresses and bytes are multiples of 16.
 __device__ __forceinline__ void BulkCopy(void* to, const void* from, uint32_t bytes,
                                          uint64_t* barrier) {

@@ -368,15 +368,10 @@ __global__ void __launch_bounds__(kRowBound<W, S>, 1)
     for (; stage * R < end; stage += groups) {
       const int first = stage * R, rows = end - first;
       BarrierWait(full + slot, parity, "gemv: weights");
+      __syncwarp();  // tensor cores want the warp together
       uint4 w[kPaired][S];
       row::ReadStage<W, S, kPaired>(shared.ring + slot * p.stage_bytes, p.row_bytes, vectors, wk,
                                     min(rows, R), w);
-      BarrierArrive(empty + slot);
-      if (lane == 0 && wk == 0 && stage + p.stages < num_stages) {
-        BarrierWait(empty + slot, parity, "gemv: a stage to be read");
-        row::Request(p, stretch, stage + p.stages, slot, shared.ring, full);
-      }
-      __syncwarp();
       float sum[kPaired];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
@@ -391,6 +386,13 @@ __global__ void __launch_bounds__(kRowBound<W, S>, 1)
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (lane == r && r < rows) shared.sums[wk * kRowChunk + first - begin + r] = sum[r];
+      }
+      // Not before: sums that are stored say that the stage has been read, and a copy
+      // overtakes reads that are under way.
+      BarrierArrive(empty + slot);
+      if (lane == 0 && wk == 0 && stage + p.stages < num_stages) {
+        BarrierWait(empty + slot, parity, "gemv: a stage to be read");
+        row::Request(p, stretch, stage + p.stages, slot, shared.ring, full);
       }
       slot += groups;
       if (slot >= p.stages) slot -= p.stages, parity ^= 1;

@@ -97,6 +97,7 @@ class Ring {
   }
   // Of every lane, once it has read what it wants of that piece.
   __device__ __forceinline__ void Release() {
+    FenceReadsBeforeCopies();
     BarrierArrive(empty_ + slot_);
     if (++slot_ == depth_) {
       slot_ = 0;

@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
         BarrierWait(my_full + slot, parity, "skinny: weights");
         skinny::MultiplyStage<W, T, kRows, kPhased>(p, my_ring + slot * p.stage_bytes, part.count,
                                                     x, sum[t]);
+        FenceReadsBeforeCopies();
         __syncwarp();
         if (next.tile < stretch.tiles) {
           skinny::Request<W>(p, stretch, next, my_ring + slot * p.stage_bytes, my_full + slot);
