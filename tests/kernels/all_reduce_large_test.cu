@@ -102,6 +102,9 @@ TEST(CollectiveClockTest, CountsTheWaitForALateRank) {
     std::vector<Guarded> in, out, clocks;
     for (int r = 0; r < kSize; ++r) {
       ranks.Use(r);
+      // A kernel is loaded when it is first launched, and not while others wait for it.
+      SpinKernel<<<1, 1>>>(0);
+      ASSERT_CUDA(cudaDeviceSynchronize());
       in.emplace_back(8 * 4096 * sizeof(float));
       out.emplace_back(8 * 4096 * sizeof(float));
       clocks.emplace_back(sizeof(CollectiveClock));
