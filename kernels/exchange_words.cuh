@@ -16,6 +16,7 @@ struct ExchangeWords {
   uint4* base[kMaxPeers];   // of each rank, slot 0
   int rank, size, vectors;  // a row's 16-byte vectors
   WaitLimits limits;
+  CollectiveClock* clock;  // null: waits are not counted
 };
 
 inline ExchangeWords MakeExchangeWords(const GemvExchange& exchange) {
@@ -26,6 +27,7 @@ inline ExchangeWords MakeExchangeWords(const GemvExchange& exchange) {
   words.size = exchange.peers.size;
   words.vectors = exchange.width / 8;
   words.limits = LimitsOf(exchange.peers);
+  words.clock = exchange.peers.size > 1 ? exchange.peers.clock : nullptr;
   return words;
 }
 
@@ -47,6 +49,10 @@ __device__ __forceinline__ void PushWords(const ExchangeWords& e, uint32_t numbe
 // and adds each up in rank order. Of a group that is given up, whatever is there. There are
 // kRanks ranks at most. Of a whole warp, which goes on together: lanes that went on one by
 // one would be far slower from there on.
+//
+// One thread of the grid, that has vector 0, counts the wait: a rank pushes to itself too,
+// and last, so its own words among its own tell when it had sent. The rest of a transfer is
+// hidden behind the weights.
 template <typename T, int N, int kRanks = kMaxPeers>
 __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, uint32_t number, int first,
                                             int stride, int end, float (&sums)[N][8]) {
@@ -58,8 +64,12 @@ __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, uint32_t num
   const uint4* const from = e.base[e.rank] + ExchangeIndex(e, number, 0, 0);
   uint4 words[N][kRanks];
   PeerWaiter waiter(e.limits, PeerWait::kPushedPartial, number);
+  const bool counts = kRanks > 1 && e.clock != nullptr && blockIdx.x == 0 && first == 0;
+  uint64_t sent_ns = 0;  // 0: not seen before the look that sees all
   for (;;) {
     int missing = -1;
+    uint32_t own = kNothingYet;
+    if (counts) own = LoadSystem(from + e.rank * e.vectors).x;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
 #pragma unroll
@@ -75,9 +85,11 @@ __device__ __forceinline__ void SumsOfRanks(const ExchangeWords& e, uint32_t num
         if (r < e.size && first + i * stride < end && !Arrived(words[i][r])) missing = r;
       }
     }
+    if (own != kNothingYet && missing >= 0 && sent_ns == 0) sent_ns = DeviceClockNs();
     missing = __reduce_max_sync(~0u, missing);
     if (missing < 0 || __any_sync(~0u, waiter.Over(missing))) break;
   }
+  if (sent_ns != 0) AddTo(&e.clock->wait_ns, sent_ns, DeviceClockNs());
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (first + i * stride >= end) break;

@@ -200,7 +200,6 @@ cudaError_t RowStack(const Launch& launch, const RowStackArgs& args) {
   p.residual = args.residual;
   p.rows = args.rows;
   p.exchange = MakeExchangeWords(*args.exchange);
-  p.clock = args.exchange->peers.size > 1 ? args.exchange->peers.clock : nullptr;
   for (int i = 0; i < args.num_layers; ++i) p.layers[i] = ToLayer(args, args.layers[i]);
   const bool bf16 = args.type == Type::kBF16;
   const auto run = args.weight_type == Type::kE4M3

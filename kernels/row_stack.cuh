@@ -50,8 +50,6 @@ __device__ __forceinline__ void StageNorm(const Params& p, const Shared& shared,
     const int v = tid + i * kThreads;
     weight[i] = v < end ? __ldg(static_cast<const uint4*>(weights) + v) : uint4{};
   }
-  const bool timed = p.clock != nullptr && !first && blockIdx.x == 0 && tid == 0;
-  const uint64_t begin_ns = timed ? DeviceClockNs() : 0;
   float squares;
   const int size = first ? 0 : p.exchange.size;
   if (size == 0) {
@@ -63,7 +61,6 @@ __device__ __forceinline__ void StageNorm(const Params& p, const Shared& shared,
   } else {
     squares = AddSums<T, 1, kMaxPeers>(p, shared, number);
   }
-  if (timed) AddTo(&p.clock->wait_ns, begin_ns, DeviceClockNs());
   squares = WarpSum(squares);
   if (tid % 32 == 0) shared.norms[tid / 32] = squares;
   SyncThreads();

@@ -77,8 +77,7 @@ struct Params {
   StepRows rows;
   Words words;
   ExchangeWords exchange;
-  CollectiveClock* clock;  // null: waits are not counted
-  size_t x_bytes;          // of shared memory for a row or attention's results
+  size_t x_bytes;  // of shared memory for a row or attention's results
   Layer layers[kMaxStackLayers];
 };
 static_assert(sizeof(Params) < 32'000, "a kernel's parameters end at 32,764 bytes");

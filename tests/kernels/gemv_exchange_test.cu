@@ -11,103 +11,12 @@
 #include <random>
 #include <vector>
 
+#include "kernels/bulk_copy.cuh"
 #include "kernels/gemv.h"
-#include "tests/kernels/gemv_case.cuh"
+#include "tests/kernels/gemv_group.cuh"
 
 namespace lockstep::kernels::testing {
 namespace {
-
-// Before anything touches a device: each rank's stream needs a queue of its own.
-const int kQueues = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-
-constexpr size_t kOffset = 512;  // of the exchange in a region
-
-int Devices() {
-  int devices = 0;
-  EXPECT_CUDA(cudaGetDeviceCount(&devices));
-  return devices;
-}
-
-// Ranks with a region and a stream each.
-class Group {
- public:
-  Group(int size, int width) : size_(size), width_(width), devices_(std::min(Devices(), size)) {
-    EXPECT_CUDA(cudaHostAlloc(&fault_, sizeof(PeerFault), cudaHostAllocMapped));
-    *fault_ = PeerFault{};
-    for (int r = 0; r < size; ++r) {
-      Use(r);
-      EXPECT_CUDA(InitGemv());
-      for (int d = 0; d < devices_; ++d) {
-        if (d != r % devices_ && cudaDeviceEnablePeerAccess(d, 0) != cudaSuccess)
-          cudaGetLastError();  // enabled already
-      }
-      const size_t bytes = GemvExchangeBytes(size, width);
-      memory_.push_back(std::make_unique<Memory>(kOffset + bytes));
-      peers_.base[r] = memory_.back()->get<std::byte>();
-      EXPECT_CUDA(cudaMemset(peers_.base[r], 0, kOffset + bytes));
-      streams_.push_back(nullptr);
-      EXPECT_CUDA(cudaStreamCreateWithFlags(&streams_.back(), cudaStreamNonBlocking));
-    }
-    peers_.size = size;
-    peers_.fault = fault_;
-    for (int r = 0; r < size; ++r) {
-      Use(r);
-      const GemvExchange exchange = Exchange(r);
-      EXPECT_CUDA(ClearGemvExchange(exchange, streams_[r]));
-    }
-    Synchronize();
-  }
-  ~Group() {
-    for (int r = 0; r < size_; ++r) {
-      Use(r);
-      cudaStreamDestroy(streams_[r]);
-      EXPECT_TRUE(memory_[r]->GuardsIntact());
-      memory_[r].reset();
-    }
-    cudaFreeHost(fault_);
-    cudaSetDevice(0);
-  }
-  Group(const Group&) = delete;
-  Group& operator=(const Group&) = delete;
-
-  void Use(int rank) const { EXPECT_CUDA(cudaSetDevice(rank % devices_)); }
-  cudaStream_t stream(int rank) const { return streams_[rank]; }
-  const PeerFault& fault() const { return *fault_; }
-  bool device_each() const { return devices_ == size_; }
-  GemvExchange Exchange(int rank) const {
-    GemvExchange exchange;
-    exchange.peers = peers_;
-    exchange.peers.rank = rank;
-    exchange.offset = kOffset;
-    exchange.width = width_;
-    return exchange;
-  }
-  void set_patience_ns(uint64_t ns) { peers_.patience_ns = ns; }
-  // Blocks of a grid when `at_once` grids of each rank may run at a time.
-  int Blocks(int at_once) const { return device_each() ? 0 : 132 * devices_ / size_ / at_once; }
-  void Synchronize() const {
-    for (int r = 0; r < size_; ++r) {
-      Use(r);
-      const cudaError_t error = cudaStreamSynchronize(streams_[r]);
-      ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error) << "; exchange "
-                                    << fault_->exchange << " missed rank " << fault_->rank;
-    }
-  }
-
- private:
-  const int size_, width_, devices_;
-  PeerFault* fault_ = nullptr;
-  Peers peers_;
-  std::vector<std::unique_ptr<Memory>> memory_;
-  std::vector<cudaStream_t> streams_;
-};
-
-template <typename T>
-std::unique_ptr<Memory> Upload(const std::vector<T>& values) {
-  auto memory = std::make_unique<Memory>(values.size() * sizeof(T));
-  memory->Write(values);
-  return memory;
-}
 
 template <typename T>
 T Rounded(float v) {
@@ -359,43 +268,50 @@ TEST(GemvExchangeTest, ReplaysAsAGraph) {
 
 // A NaN arrives as one instead of never.
 TEST(GemvExchangeTest, CarriesNans) {
-  using T = __nv_bfloat16;
-  constexpr int kWidth = 256;
-  Group group(2, kWidth);
-  std::vector<std::unique_ptr<Memory>> kept;
-  std::vector<const Memory*> residuals;
-  for (int r = 0; r < 2; ++r) {
-    group.Use(r);
-    const auto values = [&](size_t count, float v) {
-      kept.push_back(Upload(std::vector<T>(count, T(v))));
-      return kept.back().get();
-    };
-    const GemvExchange exchange = group.Exchange(r);
-    GemvArgs push;
-    push.weights = values(size_t{kWidth} * 64, 1.0f)->get();
-    push.n = kWidth;
-    push.k = 64;
-    push.x = values(64, r == 0 ? std::nanf("") : 1.0f)->get();
-    push.epilogue = GemvEpilogue::kPush;
-    push.exchange = &exchange;
-    push.max_blocks = group.Blocks(1);
-    GemvArgs reduce = push;
-    reduce.n = 64;
-    reduce.k = kWidth;
-    reduce.epilogue = GemvEpilogue::kStore;
-    reduce.prologue = GemvPrologue::kReduce;
-    reduce.norm_weight = values(kWidth, 1.0f)->get();
-    reduce.residual_in = values(kWidth, 1.0f)->get();
-    residuals.push_back(values(kWidth, 0.0f));
-    reduce.residual_out = residuals.back()->get();
-    reduce.out = values(64, 0.0f)->get();
-    EXPECT_CUDA(Gemv({group.stream(r)}, push));
-    EXPECT_CUDA(Gemv({group.stream(r)}, reduce));
-  }
+  Group group(2, OneRound::kWidth);
+  OneRound ranks[] = {{group, 0, std::nanf("")}, {group, 1, 1.0f}};
+  for (OneRound& rank : ranks) rank.Launch(0);
   group.Synchronize();
+  for (const OneRound& rank : ranks) {
+    for (const auto v : rank.Residual()) ASSERT_TRUE(std::isnan(static_cast<float>(v)));
+  }
+}
+
+__global__ void SpinKernel(uint64_t ns) {
+  const uint64_t begin = GlobalTimerNs();
+  while (GlobalTimerNs() - begin < ns) {
+  }
+}
+
+// The rank on time waits from its own push on; the late one's wait is none.
+TEST(GemvExchangeTest, CountsTheWaitForALateRank) {
+  constexpr uint64_t kLateNs = 30'000'000;
+  Group group(2, OneRound::kWidth);
+  OneRound ranks[] = {{group, 0, 1.0f}, {group, 1, 2.0f}};
+  std::unique_ptr<Memory> clocks[2];
   for (int r = 0; r < 2; ++r) {
     group.Use(r);
-    for (T v : residuals[r]->Read<T>()) ASSERT_TRUE(std::isnan(static_cast<float>(v)));
+    clocks[r] = Upload(std::vector<CollectiveClock>(1));
+    SpinKernel<<<1, 1>>>(0);  // loaded now: it could not be while a rank waits
+    EXPECT_CUDA(cudaDeviceSynchronize());
+  }
+  for (uint32_t number = 0; number < 2; ++number) {
+    group.Use(1);
+    SpinKernel<<<1, 1, 0, group.stream(1)>>>(kLateNs);
+    for (const int r : {0, 1}) ranks[r].Launch(number, clocks[r]->get<CollectiveClock>());
+    group.Synchronize();
+    uint64_t waits[2];
+    for (int r = 0; r < 2; ++r) {
+      group.Use(r);
+      const CollectiveClock clock = clocks[r]->Read<CollectiveClock>()[0];
+      EXPECT_EQ(clock.transfer_ns, 0u);
+      EXPECT_TRUE(clocks[r]->GuardsIntact());
+      waits[r] = clock.wait_ns;
+    }
+    EXPECT_GT(waits[0], (number + 1) * kLateNs / 2);
+    if (!SanitizerRun()) {  // under one all launches are late
+      EXPECT_LT(waits[1], (number + 1) * kLateNs / 2);
+    }
   }
 }
 
