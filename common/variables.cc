@@ -64,7 +64,6 @@ constexpr const char* kSettings[] = {
     "QUANTIZATION",
     "RECOVERY_TIMEOUT",
     "REFLECTION",
-    "ROW_STACK",
     "SERVED_MODEL_NAME",
     "SSL_CA_CERTS",
     "SSL_CERTFILE",

@@ -33,6 +33,7 @@ struct GpuLoad {
   std::string quantization;       // "" or "fp8"
   BackendLimits limits;
   bool graphs = true;
+  bool row_stack = true;  // one decoded row by kernels/row_stack.h, where that takes it
   std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;
   std::function<void(const std::string& phase)> end_phase;
   int64_t* checkpoint_bytes = nullptr;  // read from files; may be null
@@ -43,8 +44,7 @@ class Gpu {
   virtual ~Gpu() = default;
   // Takes the device for this process: makes its context, loads every kernel.
   // NotFound: no driver, no such device, or a build without CUDA.
-  // row_stack: a row that decodes alone goes by kernels/row_stack.h where that takes it.
-  static absl::StatusOr<std::unique_ptr<Gpu>> Open(int device, bool row_stack = false);
+  static absl::StatusOr<std::unique_ptr<Gpu>> Open(int device);
 
   // From any thread.
   virtual GpuInfo Info() = 0;

@@ -62,7 +62,7 @@ absl::StatusOr<std::vector<KvScales>> KvScalesOf(const ModelConfig& config, cons
 
 class CudaGpu final : public Gpu {
  public:
-  CudaGpu(int device, bool row_stack) : device_(device), row_stack_(row_stack) {}
+  explicit CudaGpu(int device) : device_(device) {}
 
   absl::Status Init() {
     int count = 0;
@@ -137,7 +137,7 @@ class CudaGpu final : public Gpu {
                                   .kv_dtype = load.kv_dtype.value_or(load.dtype),
                                   .kv_scales = *kv_scales,
                                   .graphs = load.graphs,
-                                  .row_stack = row_stack_,
+                                  .row_stack = load.row_stack,
                                   .free_bytes_before = free_bytes_before_});
   }
 
@@ -163,7 +163,6 @@ class CudaGpu final : public Gpu {
   }
 
   const int device_;
-  const bool row_stack_;
   int64_t free_bytes_before_ = 0;  // 0: not known
   cudaDeviceProp properties_ = {};
   std::unique_ptr<NvmlSampler> nvml_;  // null: the driver has none
@@ -171,11 +170,11 @@ class CudaGpu final : public Gpu {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Gpu>> Gpu::Open(int device, bool row_stack) {
+absl::StatusOr<std::unique_ptr<Gpu>> Gpu::Open(int device) {
   // Before the driver starts: ranks wait for each other inside kernels, and a
   // kernel loaded when first used would wait for the device, which waits for a peer.
   setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/1);
-  auto gpu = std::make_unique<CudaGpu>(device, row_stack);
+  auto gpu = std::make_unique<CudaGpu>(device);
   if (absl::Status status = gpu->Init(); !status.ok()) return status;
   return gpu;
 }

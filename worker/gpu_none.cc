@@ -2,7 +2,7 @@
 
 namespace lockstep {
 
-absl::StatusOr<std::unique_ptr<Gpu>> Gpu::Open(int, bool) {
+absl::StatusOr<std::unique_ptr<Gpu>> Gpu::Open(int) {
   return absl::NotFoundError(
       "--backend cuda: this build has the cpu backend alone (configure with -DLOCKSTEP_CUDA=ON)");
 }

@@ -45,7 +45,6 @@ struct WorkerOptions {
   std::string comm_address;
   std::string worker_ssl_certfile, worker_ssl_keyfile, worker_ssl_ca_certs;
   bool insecure = false;
-  bool row_stack = false;
   std::string log_format = "text";
   std::string log_level = "info";
   bool exit_with_parent = false;
@@ -86,12 +85,6 @@ void AddFlags(CLI::App& app, WorkerOptions* o) {
       ->group(g);
   app.add_option("--threads", o->threads, "Compute threads; 0: what the coordinator says")
       ->capture_default_str()
-      ->group(g);
-  app.add_flag(
-         "--row-stack", o->row_stack,
-         "A sequence that decodes alone: all its layers in one kernel, where the model allows "
-         "(cuda, 16-bit weights; faster, and not yet proven at full size)")
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
       ->group(g);
   app.add_option("--preferred-rank", o->preferred_rank, "Rank to ask for; -1: any")
       ->capture_default_str()
@@ -201,7 +194,7 @@ SessionOptions MakeSessionOptions(const WorkerOptions& o, Gpu* gpu) {
 int Run(const WorkerOptions& o, const ProcessEvents& events, ServiceManager& service) {
   std::unique_ptr<Gpu> gpu;
   if (o.backend == "cuda") {
-    absl::StatusOr<std::unique_ptr<Gpu>> opened = Gpu::Open(o.device, o.row_stack);
+    absl::StatusOr<std::unique_ptr<Gpu>> opened = Gpu::Open(o.device);
     if (!opened.ok()) return Fail(opened.status(), 1);
     gpu = *std::move(opened);
   }

@@ -419,7 +419,6 @@ class ValuesTest(unittest.TestCase):
         "--port-file": "ports are fixed", "--exit-with-parent": "for `lockstep serve`",
         "--device": "lockstep-worker-group's", "--preferred-rank": "lockstep-worker-group's",
         "--comm-address": "a pod has one address",
-        "--row-stack": "off until it is proven",
     }
 
     def test_every_flag_of_the_daemons_has_a_value_or_a_reason(self):

@@ -45,11 +45,11 @@ inline Gpu& TheGpu() {
 }
 
 inline GroupOptions OnGpu(DType dtype, bool graphs, const std::string& quantization = "",
-                          std::optional<DType> kv_dtype = std::nullopt) {
+                          std::optional<DType> kv_dtype = std::nullopt, bool row_stack = true) {
   GroupOptions options;
   options.dtype = dtype;
   options.block_size = 16;
-  options.make_backend = [dtype, graphs, quantization, kv_dtype](
+  options.make_backend = [dtype, graphs, quantization, kv_dtype, row_stack](
                              const ModelConfig& config, const ShardPlan& plan,
                              const Checkpoint* checkpoint, const BackendLimits& limits,
                              ThreadPool* pool) {
@@ -59,7 +59,8 @@ inline GroupOptions OnGpu(DType dtype, bool graphs, const std::string& quantizat
                           .kv_dtype = kv_dtype,
                           .quantization = quantization,
                           .limits = limits,
-                          .graphs = graphs},
+                          .graphs = graphs,
+                          .row_stack = row_stack},
                          pool);
   };
   return options;

@@ -218,6 +218,42 @@ TEST(GpuFp8, AnFp8CheckpointIsServedAsItIs) {
   }
 }
 
+// A sequence alone decodes by kernels of its own. Up to where its tokens first part from the
+// float32 ones, which may be only where that one's two best are within the bound.
+TEST_P(GpuParity, OneRowDecodesWithinTheBound) {
+  std::unique_ptr<GroupRunner> cpu = Load({});
+  ASSERT_NE(cpu, nullptr);
+  auto reference = cpu->Run(requests_, {.one_by_one = true});
+  ASSERT_TRUE(reference.ok()) << reference.status();
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    const double bound = dtype == DType::kBFloat16 ? kBFloat16Bound : kFloat16Bound;
+    for (const bool row_stack : {true, false}) {
+      SCOPED_TRACE(testing::Message() << DTypeName(dtype) << " row_stack " << row_stack);
+      std::unique_ptr<GroupRunner> group = Load(OnGpu(dtype, true, "", std::nullopt, row_stack));
+      ASSERT_NE(group, nullptr);
+      auto outputs = group->Run(requests_, {.one_by_one = true});
+      ASSERT_TRUE(outputs.ok()) << outputs.status();
+      size_t compared = 0;
+      for (size_t i = 0; i < requests_.size(); ++i) {
+        const TestOutput &got = (*outputs)[i], &want = (*reference)[i];
+        ASSERT_FALSE(want.logprobs.empty());
+        for (size_t t = 0; t < std::min(got.logprobs.size(), want.logprobs.size()); ++t) {
+          const TokenLogprobs& expected = want.logprobs[t];
+          if (got.tokens[t] != want.tokens[t]) {
+            EXPECT_LT(expected.top[0].second - expected.top[1].second, bound)
+                << "request " << i << " token " << t;
+            break;
+          }
+          EXPECT_NEAR(got.logprobs[t].logprob, expected.logprob, bound)
+              << "request " << i << " token " << t;
+          ++compared;
+        }
+      }
+      EXPECT_GT(compared, requests_.size());
+    }
+  }
+}
+
 // Nothing may depend on what memory held before, or on which thread block came first.
 TEST(GpuRepeats, TheSameBatchGivesTheSameBits) {
   std::vector<TestRequest> requests;

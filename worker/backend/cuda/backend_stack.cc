@@ -57,9 +57,8 @@ absl::Status CudaBackend::PrepareStack() {
                              .window = slides ? static_cast<int>(config_.sliding_window) : 0});
   }
   const LayerWeights& any = model_.layers[0];
-  // Not of e4m3: served so, an 8B model has ended its requests without an answer.
-  can_stack_ = can_fold_ && hidden_ <= kMaxStackHidden && !Quantized(any.qkv) &&
-               any.qkv.bias == nullptr && any.q_norm == nullptr && model_.head.type == type_ &&
+  can_stack_ = can_fold_ && hidden_ <= kMaxStackHidden && any.qkv.bias == nullptr &&
+               any.q_norm == nullptr && model_.head.type == type_ &&
                kernels::RowStackSupports(StackArgs());
   if (!can_stack_) return absl::OkStatus();
   const size_t bytes = kernels::RowStackBytes(StackArgs());

@@ -27,7 +27,7 @@ struct CudaBackendOptions {
   DType kv_dtype = DType::kBFloat16;  // dtype, or float8_e4m3fn: value / scale, saturated
   std::vector<KvScales> kv_scales;    // of float8_e4m3fn, one a layer; empty: 1
   bool graphs = true;
-  bool row_stack = false;  // one decoded row by kernels/row_stack.h, where that takes it
+  bool row_stack = true;  // one decoded row by kernels/row_stack.h, where that takes it
   // Free on the device before this process had a context there; 0: not known.
   int64_t free_bytes_before = 0;
 };
