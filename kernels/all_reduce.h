@@ -107,6 +107,11 @@ cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLa
 cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const ExchangeLayout& layout,
                            const void* in, void* out, size_t bytes);
 
+// Around a transfer that is not by these kernels: what passes on the stream between the
+// two marks becomes part of clock->transfer_ns. One at a time.
+enum class TransferMark { kBegin, kEnd };
+cudaError_t MarkTransfer(cudaStream_t stream, CollectiveClock* clock, TransferMark mark);
+
 }  // namespace lockstep::kernels
 
 #endif  // LOCKSTEP_KERNELS_ALL_REDUCE_H_

@@ -66,7 +66,19 @@ __global__ void __launch_bounds__(kThreads)
   CountExchange(p.counter);
 }
 
+__global__ void MarkKernel(CollectiveClock* clock, TransferMark mark) {
+  if (mark == TransferMark::kBegin) {
+    clock->mark_ns = DeviceClockNs();
+  } else {
+    AddTo(&clock->transfer_ns, clock->mark_ns, DeviceClockNs());
+  }
+}
+
 }  // namespace
+
+cudaError_t MarkTransfer(cudaStream_t stream, CollectiveClock* clock, TransferMark mark) {
+  return LaunchKernel({.stream = stream}, MarkKernel, 1, 1, 0, 1, clock, mark);
+}
 
 ExchangeLayout DefaultExchangeLayout(int size) {
   ExchangeLayout layout;

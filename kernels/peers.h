@@ -39,7 +39,8 @@ struct alignas(16) PeerFault {
 // one at a time counts: an exchange is seen by one thread of its first block.
 struct CollectiveClock {
   uint64_t wait_ns = 0;      // from having sent to the arrival of the last rank
-  uint64_t transfer_ns = 0;  // the rest of the kernel
+  uint64_t transfer_ns = 0;  // the rest of the kernel; of other libraries', all of it
+  uint64_t mark_ns = 0;      // when one of those began
 };
 
 struct Peers {

@@ -158,5 +158,27 @@ TEST(CollectiveClockTest, CountsTheWaitForALateRank) {
   }
 }
 
+// What is no kernel of ours, between two marks; two of them add up.
+TEST(CollectiveClockTest, CountsAMarkedTransfer) {
+  constexpr uint64_t kNs = 5'000'000;
+  Guarded memory(sizeof(CollectiveClock));
+  memory.Set(std::vector<CollectiveClock>(1));
+  auto* const clock = static_cast<CollectiveClock*>(memory.get());
+  for (int transfer = 0; transfer < 2; ++transfer) {
+    ASSERT_CUDA(MarkTransfer(nullptr, clock, TransferMark::kBegin));
+    SpinKernel<<<1, 1>>>(kNs);
+    ASSERT_CUDA(MarkTransfer(nullptr, clock, TransferMark::kEnd));
+    SpinKernel<<<1, 1>>>(4 * kNs);  // of nobody's transfer
+  }
+  ASSERT_CUDA(cudaDeviceSynchronize());
+  const CollectiveClock got = memory.Get<CollectiveClock>()[0];
+  EXPECT_GE(got.transfer_ns, 2 * kNs);
+  if (!SanitizerRun()) {
+    EXPECT_LT(got.transfer_ns, 6 * kNs);
+  }
+  EXPECT_EQ(got.wait_ns, 0u);
+  EXPECT_TRUE(memory.GuardsIntact());
+}
+
 }  // namespace
 }  // namespace lockstep::kernels::testing

@@ -5,10 +5,17 @@
 #include "worker/comm/cuda/device_communicator.h"
 
 namespace lockstep::cuda {
+namespace {
+
+// A mark takes 2 us, a message of so much 90 and more.
+constexpr size_t kLeastMarkedBytes = 8 << 20;
+
+}  // namespace
 
 absl::Status Collectives::Attach(Communicator* comm, int hidden, kernels::CollectiveClock* clock) {
   size_ = comm->size();
   comm_ = comm->device();
+  clock_ = clock;
   gemv_exchange_ = {};
   if (size_ == 1) return absl::OkStatus();
   if (comm_ == nullptr) {
@@ -51,8 +58,19 @@ absl::Status Collectives::AllReduceAside(const kernels::Launch& launch,
 
 absl::Status Collectives::SumByNccl(const kernels::Launch& launch,
                                     const kernels::AllReduceArgs& args) {
-  return comm_->nccl()->AllReduceSum(args.type, args.in, const_cast<void*>(args.in),
-                                     static_cast<size_t>(args.rows) * args.hidden, launch.stream);
+  const size_t count = static_cast<size_t>(args.rows) * args.hidden;
+  const bool marked = count * kernels::TypeBytes(args.type) >= kLeastMarkedBytes;
+  const auto mark = [&](kernels::TransferMark which) {
+    if (!marked) return absl::OkStatus();
+    return ToStatus(kernels::MarkTransfer(launch.stream, clock_, which), "all-reduce");
+  };
+  absl::Status status = mark(kernels::TransferMark::kBegin);
+  if (status.ok()) {
+    status = comm_->nccl()->AllReduceSum(args.type, args.in, const_cast<void*>(args.in), count,
+                                         launch.stream);
+  }
+  if (status.ok()) status = mark(kernels::TransferMark::kEnd);
+  return status;
 }
 
 absl::Status Collectives::AllGather(const kernels::Launch& launch, const void* send, void* gathered,

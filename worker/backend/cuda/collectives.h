@@ -55,6 +55,7 @@ class Collectives {
 
   int size_ = 1;
   DeviceCommunicator* comm_ = nullptr;
+  kernels::CollectiveClock* clock_ = nullptr;
   kernels::Peers peers_;  // if has_peers()
   kernels::GemvExchange gemv_exchange_;
   CollectiveStats stats_;

@@ -40,7 +40,9 @@ absl::Status StepIo::Allocate(const BackendLimits& limits, int64_t max_logit_row
   }
   if (status.ok()) status = scores_.AllocateZeroed(logit_rows, "step arrays");
   if (status.ok()) status = spans_.AllocateZeroed(io_.capacity.spans, "step arrays");
-  if (status.ok()) status = counters_.AllocateZeroed(5, "step counters");
+  if (status.ok())
+    status = counters_.AllocateZeroed(3 + sizeof(kernels::CollectiveClock) / sizeof(uint64_t),
+                                      "step counters");
   if (!status.ok()) return status;
 
   io_.inbox = inbox_.device();
