@@ -48,7 +48,13 @@ absl::Status Decoder::Attach(Communicator* comm) {
                                                    impl_->plan.rank, " of ", impl_->plan.tp_size));
   }
   impl_->slots.clear();
-  return impl_->backend->Attach(comm);
+  if (absl::Status status = impl_->backend->Attach(comm); !status.ok()) return status;
+  std::vector<LogitRow> rows;
+  while (impl_->backend->BeginRecording(&rows)) {
+    impl_->Forward(rows);
+    if (absl::Status status = impl_->backend->EndRecording(); !status.ok()) return status;
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Decoder::Admit(const NewSequence& sequence) {

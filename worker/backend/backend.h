@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -92,6 +93,11 @@ class Backend {
 
   // Drops every slot; later collectives go through `comm`, which outlives them.
   virtual absl::Status Attach(Communicator* comm) = 0;
+
+  // Between Attach and the first step. True: the forward pass is to be made once for `rows`,
+  // without running, and then EndRecording; ask again. A step like it will only be replayed.
+  virtual bool BeginRecording(std::vector<LogitRow>*) { return false; }
+  virtual absl::Status EndRecording() { return absl::OkStatus(); }
 
   virtual void Admit(const NewSequence& sequence) = 0;
   virtual void Grow(Slot slot, absl::Span<const BlockId> blocks) = 0;

@@ -55,6 +55,8 @@ class CudaBackend final : public Backend {
   absl::Status PrepareExchange();
 
   absl::Status Attach(Communicator* comm) override;
+  bool BeginRecording(std::vector<LogitRow>* rows) override;
+  absl::Status EndRecording() override { return EndCapture(); }
   void Admit(const NewSequence& sequence) override {
     if (status_.ok()) status_ = slots_.Admit(stream_, sequence, &io_);
   }
@@ -139,6 +141,10 @@ class CudaBackend final : public Backend {
   void Push(const void* x, const Linear& linear);
   absl::Status PrepareStack();
   kernels::RowStackArgs StackArgs();
+  // A step of key_, from here on and to its end.
+  void BeginCapture();
+  absl::Status EndCapture();
+  void Publish();
   bool IsDecode(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) const;
   void Check(cudaError_t error, const char* what) {
     if (status_.ok() && error != cudaSuccess) status_ = ToStatus(error, what);
@@ -213,6 +219,7 @@ class CudaBackend final : public Backend {
   Activations buffers_;
   Sampling sampling_;
   StepGraphs graphs_;
+  std::vector<StepGraphs::Key> to_record_;
   Buffer<std::byte> kv_;
   Buffer<float2> rope_, rope_local_;
   Buffer<std::byte> attention_workspace_;

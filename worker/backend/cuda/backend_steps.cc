@@ -84,44 +84,77 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
     max_context_ = key_.max_context;
     needs_ = key_.needs;
     replay_ = graphs_.Find(key_);
-    if (replay_ != nullptr) return true;
-    capturing_ = true;
-    folded_ = can_fold_ && rows_ == 1;
-    stacked_ = can_stack_ && folded_;
-    reduce_pending_ = false;
-    exchange_ = 0;
-    residual_ = buffers_.residual.get();
-    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
+    if (replay_ == nullptr) BeginCapture();
+    return replay_ != nullptr;
   }
   kernels::StepIo io = io_.io();
-  if (!capturing_ && rows_ >= kCopiedRows && status_.ok()) status_ = io_.CopyInbox(stream_, &io);
-  const int logit_rows = capturing_ ? rows_ : static_cast<int>(rows.size());
-  Check(
-      kernels::PrepareStep({.stream = stream_, .pdl = false}, io, io_.arrays(), rows_, logit_rows),
-      "preparing a step");
+  if (rows_ >= kCopiedRows && status_.ok()) status_ = io_.CopyInbox(stream_, &io);
+  Check(kernels::PrepareStep({.stream = stream_, .pdl = false}, io, io_.arrays(), rows_,
+                             static_cast<int>(rows.size())),
+        "preparing a step");
   return false;
+}
+
+void CudaBackend::BeginCapture() {
+  capturing_ = true;
+  folded_ = can_fold_ && rows_ == 1;
+  stacked_ = can_stack_ && folded_;
+  reduce_pending_ = false;
+  exchange_ = 0;
+  residual_ = buffers_.residual.get();
+  Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
+  Check(
+      kernels::PrepareStep({.stream = stream_, .pdl = false}, io_.io(), io_.arrays(), rows_, rows_),
+      "preparing a step");
+}
+
+// Also of a capture that something went wrong in: no stream is left capturing.
+absl::Status CudaBackend::EndCapture() {
+  Publish();
+  if (!status_.ok()) {
+    cudaGraph_t graph = nullptr;
+    (void)cudaStreamEndCapture(stream_, &graph);
+    if (graph != nullptr) (void)cudaGraphDestroy(graph);
+    return status_;
+  }
+  absl::StatusOr<const StepGraphs::Graph*> graph =
+      graphs_.EndCapture(stream_, key_, collectives_.stats());
+  if (!graph.ok()) return status_ = graph.status();
+  replay_ = *graph;
+  return absl::OkStatus();
+}
+
+bool CudaBackend::BeginRecording(std::vector<LogitRow>* rows) {
+  if (!status_.ok() || to_record_.empty()) return false;
+  key_ = to_record_.back();
+  to_record_.pop_back();
+  collectives_.ResetStats();
+  stage_.clear();
+  halved_ = false;
+  quantized_from_ = nullptr;
+  rows_ = key_.rows;
+  part_ = {.first = 0, .rows = rows_, .decode_rows = rows_};
+  max_context_ = key_.max_context;
+  needs_ = key_.needs;
+  sampled_rows_ = 0;
+  rows->assign(rows_, {.samples = true});
+  BeginCapture();
+  return true;
+}
+
+void CudaBackend::Publish() {
+  if (!status_.ok()) return;
+  Check(kernels::PublishStep(launch(), io_.io(), sampled_rows_, sampling_.results(),
+                             needs_.score ? sampling_.logprobs() : nullptr),
+        "publishing a step");
 }
 
 absl::Status CudaBackend::Submit() {
   if (halved_) JoinHalves();
-  if (!status_.ok()) {
-    if (capturing_) {
-      cudaGraph_t graph = nullptr;
-      (void)cudaStreamEndCapture(stream_, &graph);
-      if (graph != nullptr) (void)cudaGraphDestroy(graph);
-    }
-    return status_;
-  }
-  if (replay_ == nullptr) {
-    Check(kernels::PublishStep(launch(), io_.io(), sampled_rows_, sampling_.results(),
-                               needs_.score ? sampling_.logprobs() : nullptr),
-          "publishing a step");
-    if (capturing_ && status_.ok()) {
-      absl::StatusOr<const StepGraphs::Graph*> graph =
-          graphs_.EndCapture(stream_, key_, collectives_.stats());
-      if (!graph.ok()) return status_ = graph.status();
-      replay_ = *graph;
-    }
+  if (capturing_) {
+    (void)EndCapture();
+  } else if (replay_ == nullptr) {
+    Publish();
   }
   if (replay_ != nullptr) Check(cudaGraphLaunch(replay_->exec, stream_), "launching a step");
   if (!status_.ok()) return status_;

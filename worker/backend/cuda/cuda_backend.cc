@@ -139,6 +139,7 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
   if (status_.ok()) status_ = PrepareExchange();
   if (status_.ok()) status_ = PrepareStack();
   graphs_.SetLimits(static_cast<int>(max_logit_rows_), static_cast<int>(limits_.max_model_len));
+  to_record_ = use_graphs_ ? graphs_.Usual() : std::vector<StepGraphs::Key>();
   if (status_.ok()) status_ = io_.Reset(stream_);
   if (status_.ok()) status_ = slots_.Reset(stream_);
   if (status_.ok()) status_ = sampling_.Reset(stream_);

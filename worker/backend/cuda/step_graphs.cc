@@ -8,6 +8,7 @@ namespace lockstep::cuda {
 namespace {
 
 constexpr int kFirstContext = 2'048;
+constexpr int kUsualContext = 8'192;
 
 // 1, 2, 3, 4, 8, 12, 16, then steps of an eighth: a padded row costs little, a
 // capture some milliseconds.
@@ -28,6 +29,9 @@ constexpr kernels::SampleNeeds kKinds[] = {
     {.adjust = true, .draw = true, .cut = true, .nested = true, .score = true, .min_p = true},
 };
 
+// Of those, the ones that usual requests need: greedy, by temperature, by top-p or top-k too.
+constexpr int kUsualKinds = 3;
+
 bool Covers(const kernels::SampleNeeds& kind, const kernels::SampleNeeds& needs) {
   return (kind.adjust || !needs.adjust) && (kind.draw || !needs.draw) && (kind.cut || !needs.cut) &&
          (kind.nested || !needs.nested) && (kind.score || !needs.score) &&
@@ -46,6 +50,19 @@ StepGraphs::Key StepGraphs::KeyFor(int rows, int max_context,
   while (!Covers(kKinds[key.sampling], needs)) ++key.sampling;
   key.needs = kKinds[key.sampling];
   return key;
+}
+
+std::vector<StepGraphs::Key> StepGraphs::Usual() const {
+  std::vector<Key> keys;
+  for (int rows = 1; rows <= max_rows_; rows = BucketOf(rows) + 1) {
+    for (int context = std::min(kFirstContext, max_context_);;) {
+      for (int kind = 0; kind < kUsualKinds; ++kind)
+        keys.push_back(KeyFor(rows, context, kKinds[kind]));
+      if (context >= std::min(kUsualContext, max_context_)) break;
+      context = std::min({4 * context, kUsualContext, max_context_});
+    }
+  }
+  return keys;
 }
 
 const StepGraphs::Graph* StepGraphs::Find(const Key& key) const {

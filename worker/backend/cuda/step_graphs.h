@@ -1,6 +1,7 @@
 // The captured decode steps of an epoch: one for each bucket of rows, bound of the
-// context and kind of sampling that has come up. They hold addresses of this
-// epoch's peers, so they live as long as it does.
+// context and kind of sampling. The usual ones are captured before the epoch's first step,
+// others when they come up. They hold addresses of this epoch's peers, so they live as
+// long as it does.
 #ifndef LOCKSTEP_WORKER_BACKEND_CUDA_STEP_GRAPHS_H_
 #define LOCKSTEP_WORKER_BACKEND_CUDA_STEP_GRAPHS_H_
 
@@ -8,6 +9,7 @@
 
 #include <cstdint>
 #include <tuple>
+#include <vector>
 
 #include "absl/container/node_hash_map.h"
 #include "absl/status/statusor.h"
@@ -48,6 +50,8 @@ class StepGraphs {
   }
   // Rounded up, so that few captures serve all steps.
   Key KeyFor(int rows, int max_context, const kernels::SampleNeeds& needs) const;
+  // Those of every number of rows, contexts up to 8,192 and the usual ways of sampling.
+  std::vector<Key> Usual() const;
   const Graph* Find(const Key& key) const;
   // Ends the capture on `stream` and keeps it.
   absl::StatusOr<const Graph*> EndCapture(cudaStream_t stream, const Key& key,
