@@ -86,6 +86,22 @@ __device__ __forceinline__ bool BarrierTry(uint64_t* barrier, uint32_t parity) {
   return true;
 #endif
 }
+// The same without BarrierTry's pause where the answer is no: for who has other things to do.
+__device__ __forceinline__ bool BarrierTest(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+#else
+  return true;
+#endif
+}
 __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity, const char* what) {
   if (BarrierTry(barrier, parity)) return;
   Patience patience(kBarrierPatienceNs);

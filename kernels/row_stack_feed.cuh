@@ -114,7 +114,7 @@ class Ring {
   uint32_t parity_ = 0;
 };
 
-// The side that requests: a lane for each warp's ring.
+// The side that requests.
 template <typename KV, int kDim>
 class Feed {
  public:
@@ -129,41 +129,32 @@ class Feed {
         full_(barriers.full[warp]),
         empty_(barriers.empty[warp]) {}
 
-  // Requests everything. read_position is called after a start with what does not depend on
-  // it, and gives the row's position and its block table; the position below 0: the kernel
-  // ends without the rest.
+  // Looks around once and requests a piece where there is room; false: there is no more.
+  // read_position is called after a start with what does not depend on it, and gives the
+  // row's position and its block table; the position below 0: the kernel ends without the
+  // rest.
   template <typename ReadPosition>
-  __device__ __forceinline__ void Run(ReadPosition read_position) {
-    bool begun = false;
-#pragma unroll 1
-    for (;;) {
-      if (step_ == kDone) break;
-      if (!begun) {
-        if (step_ == kCache && position_ < 0 && !Locate(read_position)) return;
-        begun = Begin();
-        if (!begun) {
-          Advance(p_, step_, layer_);
-          continue;
-        }
-      }
-      if (landed_ < asked_ && BarrierTry(full_ + landed_slot_, landed_parity_)) {
-        ++landed_;
-        if (++landed_slot_ == p_.depth) {
-          landed_slot_ = 0;
-          landed_parity_ ^= 1;
-        }
-      }
-      if (asked_ - landed_ == p_.window ||
-          (asked_ >= p_.depth && !BarrierTry(empty_ + slot_, parity_ ^ 1))) {
-        // Nobody takes anything from a full ring before the position is known.
-        if (position_ < 0 && !Locate(read_position)) return;
-        continue;
-      }
-      if (!Ask()) {
-        Advance(p_, step_, layer_);
-        begun = false;
+  __device__ __forceinline__ bool Go(ReadPosition read_position) {
+    if (!begun_) {
+      if (step_ == kCache && position_ < 0 && !Locate(read_position)) return false;
+      begun_ = Begin();
+      if (!begun_) return Advance(p_, step_, layer_);
+    }
+    if (landed_ < asked_ && BarrierTest(full_ + landed_slot_, landed_parity_)) {
+      ++landed_;
+      if (++landed_slot_ == p_.depth) {
+        landed_slot_ = 0;
+        landed_parity_ ^= 1;
       }
     }
+    if (asked_ - landed_ == p_.window ||
+        (asked_ >= p_.depth && !BarrierTest(empty_ + slot_, parity_ ^ 1))) {
+      // Nobody takes anything from a full ring before the position is known.
+      return position_ >= 0 || Locate(read_position);
+    }
+    if (Ask()) return true;
+    begun_ = false;
+    return Advance(p_, step_, layer_);
   }
 
  private:
@@ -253,6 +244,7 @@ class Feed {
 
   // The piece to be asked for next.
   int step_ = kQkv, layer_ = 0;
+  bool begun_ = false;
   const uint8_t* at_ = nullptr;
   int left_ = 0;  // rows of the block's from here on
   int piece_rows_ = 0, turn_ = 0, ahead_ = 0, row_bytes_ = 0, stride_ = 0, bytes_ = 0;

@@ -14,9 +14,8 @@ namespace lockstep::kernels::stack {
 
 inline constexpr int kWarps = 8;
 inline constexpr int kThreads = kWarps * 32;  // that compute
-// And warps that request what those read, for some of them each: a request is one lane's.
-inline constexpr int kRingsPerWarp = 2;
-inline constexpr int kLaunched = kThreads + kWarps / kRingsPerWarp * 32;
+// And warps that request what those read, each for two of them.
+inline constexpr int kLaunched = kThreads + kWarps / 2 * 32;
 inline constexpr int kPieceBytes = 4096;  // of weights or of the cache: a slot of a warp's ring
 inline constexpr int kMaxDepth = 7;       // slots of a warp's ring
 inline constexpr int kWindow = 2;         // of those, on their way at a time
