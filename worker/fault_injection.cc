@@ -227,8 +227,11 @@ std::unique_ptr<ModelHost> InjectFaults(std::vector<Fault> faults, std::unique_p
   auto state = std::make_shared<State>();
   state->faults = std::move(faults);
   *make_communicator = [state, make = *make_communicator](CommunicatorOptions options) {
-    options.skips = [state] { return state->skip_next.exchange(false); };
-    for (const Fault& fault : state->faults) options.nccl_only |= fault.name == "no_peers";
+    for (const Fault& fault : state->faults) {
+      options.nccl_only |= fault.name == "no_peers";
+      if (fault.name == "skip_collective")
+        options.skips = [state] { return state->skip_next.exchange(false); };
+    }
     return std::make_unique<FaultyCommunicator>(state, make(options));
   };
   return std::make_unique<FaultyHost>(state, std::move(host));

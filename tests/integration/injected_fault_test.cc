@@ -135,7 +135,8 @@ TEST_P(InjectedStepFaultTest, EndsTheEpochAndTheStreamGoesOn) {
 
 INSTANTIATE_TEST_SUITE_P(Steps, InjectedStepFaultTest,
                          ::testing::Values("hang@step=9,rank=1", "hang@step=9,rank=0",
-                                           "skip_collective@step=1,rank=1", "fail@step=9,rank=1",
+                                           "skip_collective@step=1,rank=1",
+                                           "skip_collective@step=9,rank=1", "fail@step=9,rank=1",
                                            "lie_digest@step=9,rank=1", "lie_token@step=9,rank=0"),
                          [](const auto& param_info) {
                            std::string name = param_info.param;

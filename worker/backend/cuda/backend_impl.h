@@ -192,7 +192,7 @@ class CudaBackend final : public Backend {
   const BackendLimits limits_;
   const kernels::Type type_, kv_type_;
   const std::vector<KvScales> kv_scales_;  // of kE4M3, one a layer; empty: 1
-  const bool use_graphs_, use_row_stack_;
+  const bool wants_graphs_, use_row_stack_;
   const int hidden_, q_width_, kv_width_, qkv_width_, up_width_, intermediate_;
   const std::unique_ptr<DeviceWeights> weights_;
   const ModelWeights model_;
@@ -218,6 +218,7 @@ class CudaBackend final : public Backend {
   StepIo io_;
   Activations buffers_;
   Sampling sampling_;
+  bool use_graphs_ = false;  // of the epoch
   StepGraphs graphs_;
   std::vector<StepGraphs::Key> to_record_;
   Buffer<std::byte> kv_;

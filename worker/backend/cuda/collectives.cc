@@ -33,6 +33,8 @@ absl::Status Collectives::Attach(Communicator* comm, int hidden, kernels::Collec
 
 bool Collectives::has_peers() const { return comm_ != nullptr && comm_->peers() != nullptr; }
 
+bool Collectives::may_skip() const { return comm_ != nullptr && comm_->MaySkip(); }
+
 absl::Status Collectives::AllReduce(const kernels::Launch& launch,
                                     const kernels::AllReduceArgs& args, bool* fused) {
   *fused = false;

@@ -46,7 +46,7 @@ CudaBackend::CudaBackend(const ModelConfig& config, const ShardPlan& plan,
       type_(ToType(options.dtype)),
       kv_type_(ToType(options.kv_dtype)),
       kv_scales_(options.kv_scales),
-      use_graphs_(options.graphs),
+      wants_graphs_(options.graphs),
       use_row_stack_(options.row_stack),
       hidden_(static_cast<int>(config.hidden_size)),
       q_width_(static_cast<int>(plan.local_heads * config.head_dim)),
@@ -139,6 +139,7 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
   if (status_.ok()) status_ = PrepareExchange();
   if (status_.ok()) status_ = PrepareStack();
   graphs_.SetLimits(static_cast<int>(max_logit_rows_), static_cast<int>(limits_.max_model_len));
+  use_graphs_ = wants_graphs_ && !collectives_.may_skip();
   to_record_ = use_graphs_ ? graphs_.Usual() : std::vector<StepGraphs::Key>();
   if (status_.ok()) status_ = io_.Reset(stream_);
   if (status_.ok()) status_ = slots_.Reset(stream_);
