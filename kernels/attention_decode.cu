@@ -2,8 +2,9 @@
 
 #include "kernels/attention_decode.h"
 #include "kernels/attention_decode_launch.h"
-#include "kernels/attention_mma.cuh"
 #include "kernels/attention_plain.h"
+#include "kernels/device.cuh"
+#include "kernels/vector.cuh"
 
 namespace lockstep::kernels {
 namespace {
@@ -145,7 +146,6 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
                                    .window = args.window});
   }
 
-  const bool narrow = args.kv.type == Type::kE4M3;
   const int group = args.heads / args.kv.kv_heads, pairs = args.num_rows * args.kv.kv_heads;
   Shares shares = Choose(pairs, args.max_context, args.splits);
   if (args.workspace == nullptr) shares.clusters = 1;
@@ -161,14 +161,7 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   p.out = args.out;
   p.q_stride = args.q_stride;
   p.out_stride = args.out_stride;
-  // Over e4m3 the products are f16: q is scaled first, so that bf16's range fits.
-  const float factor = args.scale * kLog2E * (narrow ? args.kv.k_scale : 1.0f);
-  const bool scale_q = narrow && args.type == Type::kBF16;
-  p.q_factor = scale_q ? factor : 1.0f;
-  p.score_factor = scale_q ? 1.0f : factor;
-  p.v_scale = narrow ? args.kv.v_scale : 1.0f;
-  p.inverse_k_scale = narrow ? 1.0f / args.kv.k_scale : 1.0f;
-  p.inverse_v_scale = narrow ? 1.0f / args.kv.v_scale : 1.0f;
+  p.factors = FactorsOf(args.type, args.kv, args.scale);
   p.window = args.window;
   p.cluster_size = shares.cluster_size;
   while ((1 << p.cluster_shift) < shares.cluster_size) ++p.cluster_shift;

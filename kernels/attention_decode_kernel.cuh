@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
 
       const int at = tile * kTile + r;
       sums.Weigh(at >= work.begin && at <= work.position,
-                 at + 8 >= work.begin && at + 8 <= work.position, p.score_factor);
+                 at + 8 >= work.begin && at + 8 <= work.position, p.factors.score);
 
       if constexpr (kRing) {
         ring.Await(i, 1);

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/attention_factors.h"
 #include "kernels/types.h"
 
 namespace lockstep::kernels::decode {
@@ -29,9 +30,7 @@ struct Params {
   const void* q;
   void* out;
   int q_stride, out_stride;
-  float q_factor;      // q is multiplied by it before it is rounded to the product's type
-  float score_factor;  // the rest of scale * log2(e) * k_scale
-  float v_scale, inverse_k_scale, inverse_v_scale;
+  AttentionFactors factors;
   int window;
   int cluster_size;  // thread blocks that merge through shared memory
   int cluster_shift;

@@ -175,7 +175,7 @@ class Merge {
 
   template <typename T>
   __device__ __forceinline__ void Store(int row, int quad, float sum, const float4& v) const {
-    const float factor = p_.v_scale / sum;
+    const float factor = p_.factors.v / sum;
     const float values[4] = {v.x * factor, v.y * factor, v.z * factor, v.w * factor};
     T* out = static_cast<T*>(p_.out) + static_cast<int64_t>(row) * p_.out_stride +
              static_cast<int>(blockIdx.y) * p_.group * p_.head_dim;

@@ -86,9 +86,9 @@ class OwnPosition {
         Unpack<T, 8>(fresh_k_, x);
         Unpack<T, 8>(partner_, partner);
         if (rotary != nullptr) Rotate(x, partner, angles_);
-        k_ = Narrow<KV>(x, p_.inverse_k_scale);
+        k_ = Narrow<KV>(x, p_.factors.inverse_k);
         Unpack<T, 8>(fresh_v_, x);
-        v_ = Narrow<KV>(x, p_.inverse_v_scale);
+        v_ = Narrow<KV>(x, p_.factors.inverse_v);
         *k_at_ = k_;
         *v_at_ = v_;
       }
@@ -136,7 +136,7 @@ __device__ __forceinline__ void StageQuery(const Params& p, int row, const float
       Unpack<T, 8>(own, x);
     }
 #pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] *= p.q_factor;
+    for (int e = 0; e < 8; ++e) x[e] *= p.factors.q;
     to[i] = Pack<M, 8>(x).raw;
   }
 }

@@ -10,8 +10,6 @@
 
 namespace lockstep::kernels {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 __device__ __forceinline__ float Exp2(float v) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
@@ -60,9 +58,14 @@ struct Chunk<__nv_fp8_e4m3> {
   using Raw = uint2;
   using M = __half;
   __device__ static __forceinline__ uint32_t WidenPair(uint16_t pair) {
+#if __CUDA_ARCH__ >= 890
     uint32_t out;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(pair));
     return out;
+#else
+    const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+    return halves.x | static_cast<uint32_t>(halves.y) << 16;
+#endif
   }
   __device__ static __forceinline__ uint4 Widen(const Raw& raw) {
     return make_uint4(

@@ -1,9 +1,10 @@
-#include "kernels/attention_mma.cuh"
 #include "kernels/attention_plain.h"
 #include "kernels/attention_prefill.h"
 #include "kernels/attention_prefill_launch.h"
 #include "kernels/attention_prefill_wgmma.h"
 #include "kernels/attention_prefill_widen.h"
+#include "kernels/device.cuh"
+#include "kernels/vector.cuh"
 
 namespace lockstep::kernels {
 namespace {
@@ -22,7 +23,6 @@ bool TakesTensorCores(const PrefillAttentionArgs& a) {
 }
 
 Params ParamsOf(const PrefillAttentionArgs& args) {
-  const bool narrow = args.kv.type == Type::kE4M3;
   Params p = {};
   p.spans = args.spans;
   p.block_table = args.block_table;
@@ -37,11 +37,7 @@ Params ParamsOf(const PrefillAttentionArgs& args) {
   p.out = args.out;
   p.q_stride = args.q_stride;
   p.out_stride = args.out_stride;
-  const float factor = args.scale * kLog2E * (narrow ? args.kv.k_scale : 1.0f);
-  const bool scale_q = narrow && args.type == Type::kBF16;
-  p.q_factor = scale_q ? factor : 1.0f;
-  p.score_factor = scale_q ? 1.0f : factor;
-  p.v_scale = narrow ? args.kv.v_scale : 1.0f;
+  p.factors = FactorsOf(args.type, args.kv, args.scale);
   p.window = args.window;
   return p;
 }
@@ -60,8 +56,8 @@ cudaError_t LaunchWidened(const Launch& launch, const PrefillAttentionArgs& args
   if (cudaError_t error = prefill::LaunchWiden(launch, args); error != cudaSuccess) return error;
   const PrefillAttentionArgs wide = Widened(args);
   Params p = ParamsOf(wide);
-  p.score_factor *= args.kv.k_scale;
-  p.v_scale = args.kv.v_scale;
+  p.factors.score *= args.kv.k_scale;
+  p.factors.v = args.kv.v_scale;
   // Not early: the table is read through a cache that is empty when a kernel begins.
   Launch after = launch;
   after.pdl = false;

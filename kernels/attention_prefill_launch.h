@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/attention_factors.h"
 #include "kernels/attention_prefill.h"
 #include "kernels/types.h"
 
@@ -23,9 +24,7 @@ struct Params {
   const void* q;
   void* out;
   int q_stride, out_stride;
-  float q_factor;  // see decode::Params
-  float score_factor;
-  float v_scale;
+  AttentionFactors factors;
   int window;
 };
 

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim == 64    ? 3
         float x[8];
         Unpack<T, 8>(raw, x);
 #pragma unroll
-        for (float& value : x) value *= p.q_factor;
+        for (float& value : x) value *= p.factors.q;
         q[i][j] = Pack<M, 8>(x).raw;
       }
     }
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim == 64    ? 3
       float m = top[i];
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
-        m = fmaxf(m, fmaxf(score[n][2 * i], score[n][2 * i + 1]) * p.score_factor);
+        m = fmaxf(m, fmaxf(score[n][2 * i], score[n][2 * i + 1]) * p.factors.score);
       }
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim == 64    ? 3
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float& s = score[n][2 * i + h];
-          s = Exp2(__fmaf_rn(s, p.score_factor, -base));
+          s = Exp2(__fmaf_rn(s, p.factors.score, -base));
           sum[i] += s;
         }
       }
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim == 64    ? 3
     total += __shfl_xor_sync(~0u, total, 2);
     const int m = warp * 16 + r + 8 * i;
     if (m >= rows.count) continue;
-    const float factor = p.v_scale / total;
+    const float factor = p.factors.v / total;
     T* at = static_cast<T*>(p.out) + RowOffset(p, rows, m, p.out_stride, kv_head);
 #pragma unroll
     for (int n = 0; n < kOutTiles; ++n) {

@@ -265,7 +265,7 @@ class Consumer {
       }
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-      m = fmaxf(top_[row], m * p_.score_factor);
+      m = fmaxf(top_[row], m * p_.factors.score);
       const float base = m == -INFINITY ? 0.0f : m;
       shrink_[row] = Exp2(top_[row] - base);
       top_[row] = m;
@@ -275,7 +275,7 @@ class Consumer {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float& s = score[4 * n + 2 * row + h];
-          s = Exp2(__fmaf_rn(s, p_.score_factor, -base));
+          s = Exp2(__fmaf_rn(s, p_.factors.score, -base));
           total += s;
         }
       }
@@ -297,7 +297,7 @@ class Consumer {
       total += __shfl_xor_sync(~0u, total, 2);
       const int m = group_ * kGroupRows + warp_ * 16 + r_ + 8 * row;
       if (m >= rows_.count) continue;
-      const float factor = p_.v_scale / total;
+      const float factor = p_.factors.v / total;
       T* at = static_cast<T*>(p_.out) + RowOffset(p_, rows_, m, p_.out_stride, kv_head_) + 2 * c_;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "kernels/attention_mma.cuh"
 #include "kernels/gemv_elements.cuh"
 #include "kernels/row_stack.h"
 #include "kernels/row_stack_plan.h"
@@ -135,15 +134,7 @@ stack::Layer ToLayer(const RowStackArgs& args, const StackLayer& from) {
   to.k = from.kv.k;
   to.v = from.kv.v;
   to.rotary = from.rotary;
-  // Over e4m3 the products are f16: q is scaled first, so that bf16's range fits.
-  const bool narrow = from.kv.type == Type::kE4M3;
-  const float factor = from.scale * kLog2E * (narrow ? from.kv.k_scale : 1.0f);
-  const bool scale_q = narrow && args.type == Type::kBF16;
-  to.q_factor = scale_q ? factor : 1.0f;
-  to.score_factor = scale_q ? 1.0f : factor;
-  to.v_scale = narrow ? from.kv.v_scale : 1.0f;
-  to.inverse_k_scale = narrow ? 1.0f / from.kv.k_scale : 1.0f;
-  to.inverse_v_scale = narrow ? 1.0f / from.kv.v_scale : 1.0f;
+  to.factors = FactorsOf(args.type, from.kv, from.scale);
   return to;
 }
 

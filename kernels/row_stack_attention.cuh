@@ -82,7 +82,7 @@ class Attention {
       if (lane >= share_.shares) s.x = -INFINITY;
       const float top = WarpMax(s.x);
       const float weight = Exp2(s.x - (top == -INFINITY ? 0.0f : top));
-      const float factor = layer_.v_scale / WarpSum(s.y * weight);
+      const float factor = layer_.factors.v / WarpSum(s.y * weight);
 #pragma unroll
       for (int e = 0; e < 8; ++e) v[e] = WarpSum(v[e] * weight) * factor;
       if (lane == 0) {
@@ -128,13 +128,13 @@ class Attention {
     if (tid >= count) return;
     if (head < group) {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] *= layer_.q_factor;
+      for (int e = 0; e < 8; ++e) x[e] *= layer_.factors.q;
       query_[i] = Pack<M, 8>(x).raw;
       return;
     }
     const bool value = head > group;
     const Raw narrow =
-        decode::Narrow<KV>(x, value ? layer_.inverse_v_scale : layer_.inverse_k_scale);
+        decode::Narrow<KV>(x, value ? layer_.factors.inverse_v : layer_.factors.inverse_k);
     (value ? stash_v_ : stash_k_)[chunk] = narrow;
     const int64_t row =
         ((static_cast<int64_t>(block) * p_.kv_heads + share_.kv_head) << p_.block_shift) +
@@ -167,7 +167,7 @@ class Attention {
       const int at = tile * kTile + r, unseen = share_.begin - tile * kTile;
       sums.Multiply(q, k);
       sums.Weigh(at >= share_.begin && at <= place_.position,
-                 at + 8 >= share_.begin && at + 8 <= place_.position, layer_.score_factor);
+                 at + 8 >= share_.begin && at + 8 <= place_.position, layer_.factors.score);
       rows = reinterpret_cast<const Raw*>(ring.Await());
       Raw v[4][kVChunks];
 #pragma unroll

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/attention_factors.h"
 #include "kernels/exchange_words.cuh"
 #include "kernels/row_stack.h"
 
@@ -47,8 +48,7 @@ struct Layer {
   const void* norms[2];  // attention, MLP
   void *k, *v;
   const float2* rotary;
-  float q_factor, score_factor;  // of q before it is rounded, of scores; * log2(e)
-  float v_scale, inverse_k_scale, inverse_v_scale;
+  AttentionFactors factors;
 };
 
 // Results of blocks on their way to other blocks; two of each, for layers in turn.

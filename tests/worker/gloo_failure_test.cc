@@ -13,9 +13,9 @@
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "tests/fakes/exchanges.h"
 #include "tests/worker/gloo_ranks.h"
 #include "worker/comm/gloo_communicator.h"
+#include "worker/comm/memory_exchange.h"
 
 namespace lockstep {
 namespace {
@@ -96,7 +96,7 @@ TEST(GlooCommunicator, NamesTheRankThatIsAtAnotherCollective) {
 
 TEST(GlooCommunicator, AbortEndsACollectiveUnderWayAtOnce) {
   for (const size_t count : {16u, 1u << 20}) {
-    fakes::MemoryExchange exchange;
+    MemoryExchange exchange;
     std::vector<std::unique_ptr<RankCommunicator>> comms;
     std::vector<std::thread> joins;
     for (int rank = 0; rank < 2; ++rank) comms.push_back(MakeGlooCommunicator(Options(rank, 2)));
@@ -125,7 +125,7 @@ TEST(GlooCommunicator, AbortEndsACollectiveUnderWayAtOnce) {
 }
 
 TEST(GlooCommunicator, AbortEndsAJoinUnderWay) {
-  fakes::MemoryExchange exchange;
+  MemoryExchange exchange;
   auto comm = MakeGlooCommunicator(Options(0, 2));
   absl::Status status;
   std::thread joining([&] { status = comm->Join(exchange); });
@@ -136,7 +136,7 @@ TEST(GlooCommunicator, AbortEndsAJoinUnderWay) {
 }
 
 TEST(GlooCommunicator, AbortEndsAJoinThatWaitsForAPeerToConnect) {
-  fakes::MemoryExchange exchange;
+  MemoryExchange exchange;
   auto comm = MakeGlooCommunicator(Options(0, 2));
   std::thread peer([&] {
     // Publishes an address and never connects to the other's.
@@ -159,7 +159,7 @@ TEST(GlooCommunicator, AbortEndsAJoinThatWaitsForAPeerToConnect) {
 }
 
 TEST(GlooCommunicator, RefusesAnAddressListOfAnotherLength) {
-  fakes::MemoryExchange exchange;
+  MemoryExchange exchange;
   ASSERT_TRUE(exchange.Publish("rank/1", "short").ok());
   auto comm = MakeGlooCommunicator(Options(0, 2));
   const absl::Status status = comm->Join(exchange);
@@ -168,7 +168,7 @@ TEST(GlooCommunicator, RefusesAnAddressListOfAnotherLength) {
 }
 
 TEST(GlooCommunicator, RefusesAnotherGroupsGreeting) {
-  fakes::MemoryExchange exchange;
+  MemoryExchange exchange;
   std::atomic<int> failed{0};
   std::vector<std::thread> threads;
   for (int rank = 0; rank < 2; ++rank) {
@@ -187,7 +187,7 @@ TEST(GlooCommunicator, NamesABindAddressThatIsNotOurs) {
   for (const char* address : {"203.0.113.7", "0.0.0.0", "::", "no-such-host.invalid"}) {
     CommunicatorOptions options = Options(0, 2);
     options.bind_address = address;
-    fakes::MemoryExchange exchange;
+    MemoryExchange exchange;
     const absl::Status status = MakeGlooCommunicator(options)->Join(exchange);
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     EXPECT_THAT(std::string(status.message()), HasSubstr(address));
@@ -198,7 +198,7 @@ TEST(GlooCommunicator, NamesABindAddressThatIsNotOurs) {
 TEST(GlooCommunicator, SurvivesAddressesThatAreNone) {
   std::mt19937 random(7);
   for (int i = 0; i < 20; ++i) {
-    fakes::MemoryExchange exchange;
+    MemoryExchange exchange;
     auto comm = MakeGlooCommunicator(Options(0, 2, 50));
     std::thread liar([&] {
       absl::StatusOr<std::string> theirs = exchange.Await("rank/0");

@@ -18,6 +18,7 @@
 #include "absl/time/time.h"
 #include "tests/fakes/exchanges.h"
 #include "worker/comm/gloo_communicator.h"
+#include "worker/comm/memory_exchange.h"
 
 namespace lockstep::gloo_testing {
 
@@ -37,7 +38,7 @@ inline constexpr absl::Duration kAtOnce = absl::Seconds(2);
 // Runs body(communicator) on `size` ranks, one thread each.
 inline void OnThreads(int size, const std::function<void(RankCommunicator&)>& body,
                       int64_t max_skew_ms = 20'000, const std::string& bind_address = "127.0.0.1") {
-  fakes::MemoryExchange exchange;
+  MemoryExchange exchange;
   std::vector<std::thread> threads;
   // A communicator that is dropped resets its connections, so none is before
   // all are done.

@@ -9,13 +9,10 @@
 #include <algorithm>
 #include <barrier>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -25,6 +22,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/all_reduce.h"
 #include "worker/comm/cuda/nccl_communicator.h"
+#include "worker/comm/memory_exchange.h"
 
 namespace lockstep {
 namespace {
@@ -180,34 +178,6 @@ Peers MakeRegions(std::vector<Device>& devices, const ExchangeLayout& layout) {
   return peers;
 }
 
-// What the ranks of one process tell each other.
-class ThreadExchange final : public AddressExchange {
- public:
-  absl::Status Publish(const std::string& key, const std::string& value) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    values_[key] = value;
-    changed_.notify_all();
-    return absl::OkStatus();
-  }
-  absl::StatusOr<std::string> Await(const std::string& key) override {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return cancelled_ || values_.count(key) > 0; });
-    if (cancelled_) return absl::AbortedError("cancelled");
-    return values_[key];
-  }
-  void Cancel() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    cancelled_ = true;
-    changed_.notify_all();
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::map<std::string, std::string> values_;
-  bool cancelled_ = false;
-};
-
 using NcclRanks = std::vector<std::unique_ptr<NcclCommunicator>>;
 
 // As a server's workers would make them; or why there are none.
@@ -223,7 +193,7 @@ absl::StatusOr<NcclRanks> JoinNccl(const std::vector<Device>& devices) {
     if (!nccl.ok()) return nccl.status();
     ranks.push_back(*std::move(nccl));
   }
-  ThreadExchange exchange;
+  MemoryExchange exchange;
   std::vector<absl::Status> joined(ranks.size());
   std::vector<std::thread> threads;
   threads.reserve(ranks.size());
