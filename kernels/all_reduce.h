@@ -108,8 +108,8 @@ cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const Excha
                            const void* in, void* out, size_t bytes);
 
 // Around a transfer that is not by these kernels: what passes on the stream between the
-// two marks becomes part of clock->transfer_ns. One at a time.
-enum class TransferMark { kBegin, kEnd };
+// two marks becomes part of clock->transfer_ns or, by kEndAside, of aside_ns. One at a time.
+enum class TransferMark { kBegin, kEnd, kEndAside };
 cudaError_t MarkTransfer(cudaStream_t stream, CollectiveClock* clock, TransferMark mark);
 
 }  // namespace lockstep::kernels

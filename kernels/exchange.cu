@@ -70,7 +70,8 @@ __global__ void MarkKernel(CollectiveClock* clock, TransferMark mark) {
   if (mark == TransferMark::kBegin) {
     clock->mark_ns = DeviceClockNs();
   } else {
-    AddTo(&clock->transfer_ns, clock->mark_ns, DeviceClockNs());
+    AddTo(mark == TransferMark::kEnd ? &clock->transfer_ns : &clock->aside_ns, clock->mark_ns,
+          DeviceClockNs());
   }
 }
 

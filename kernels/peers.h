@@ -40,7 +40,8 @@ struct alignas(16) PeerFault {
 struct CollectiveClock {
   uint64_t wait_ns = 0;      // from having sent to the arrival of the last rank
   uint64_t transfer_ns = 0;  // the rest of the kernel; of other libraries', all of it
-  uint64_t mark_ns = 0;      // when one of those began
+  uint64_t aside_ns = 0;     // the same of what ran behind the step's other work
+  uint64_t mark_ns = 0;      // when a transfer of another library began
 };
 
 struct Peers {

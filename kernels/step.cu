@@ -74,9 +74,11 @@ __global__ void __launch_bounds__(kThreads)
     stamp->sampling_begin_ns = __ldcg(io.sampling_begin_ns);
     stamp->collectives.wait_ns = __ldcg(&io.collectives->wait_ns);
     stamp->collectives.transfer_ns = __ldcg(&io.collectives->transfer_ns);
+    stamp->collectives.aside_ns = __ldcg(&io.collectives->aside_ns);
     __stcg(io.sampling_begin_ns, uint64_t{0});
     __stcg(&io.collectives->wait_ns, uint64_t{0});
     __stcg(&io.collectives->transfer_ns, uint64_t{0});
+    __stcg(&io.collectives->aside_ns, uint64_t{0});
     stamp->end_ns = DeviceClockNs();
     __threadfence_system();
     *reinterpret_cast<volatile uint64_t*>(&stamp->sequence) = sequence + 1;

@@ -31,7 +31,7 @@ StepTiming TimingOf(const StepOutput& output, const InFlight& in_flight) {
   t.total_ns =
       output.device_ns != 0 ? output.device_ns : in_flight.submitted_ns - in_flight.started_ns;
   t.collective_wait_ns = comm.wait_ns;
-  t.collective_transfer_ns = comm.transfer_ns;
+  t.collective_transfer_ns = comm.transfer_ns + comm.aside_ns;
   t.sampling_ns = output.sampling_ns;
   t.collective_bytes = comm.bytes_sent;
   t.device_idle_ns = output.device_idle_ns;

@@ -170,12 +170,16 @@ TEST(CollectiveClockTest, CountsAMarkedTransfer) {
     ASSERT_CUDA(MarkTransfer(nullptr, clock, TransferMark::kEnd));
     SpinKernel<<<1, 1>>>(4 * kNs);  // of nobody's transfer
   }
+  ASSERT_CUDA(MarkTransfer(nullptr, clock, TransferMark::kBegin));
+  SpinKernel<<<1, 1>>>(kNs);
+  ASSERT_CUDA(MarkTransfer(nullptr, clock, TransferMark::kEndAside));
   ASSERT_CUDA(cudaDeviceSynchronize());
   const CollectiveClock got = memory.Get<CollectiveClock>()[0];
   EXPECT_GE(got.transfer_ns, 2 * kNs);
   if (!SanitizerRun()) {
     EXPECT_LT(got.transfer_ns, 6 * kNs);
   }
+  EXPECT_GE(got.aside_ns, kNs);
   EXPECT_EQ(got.wait_ns, 0u);
   EXPECT_TRUE(memory.GuardsIntact());
 }

@@ -182,7 +182,8 @@ class Rings {
     results.PutBits(sampled);
     logprobs.PutBits(scored);
     sampling_begin_ns.PutBits({static_cast<uint64_t>(77 + number)});
-    clock.PutBits({{static_cast<uint64_t>(5 + number), static_cast<uint64_t>(9 + number)}});
+    clock.PutBits({{static_cast<uint64_t>(5 + number), static_cast<uint64_t>(9 + number),
+                    static_cast<uint64_t>(13 + number)}});
   }
 
   void ExpectArrays(const std::string& what) const {
@@ -240,6 +241,7 @@ class Rings {
     ASSERT_EQ(stamp.sampling_begin_ns, static_cast<uint64_t>(77 + number)) << what;
     ASSERT_EQ(stamp.collectives.wait_ns, static_cast<uint64_t>(5 + number)) << what;
     ASSERT_EQ(stamp.collectives.transfer_ns, static_cast<uint64_t>(9 + number)) << what;
+    ASSERT_EQ(stamp.collectives.aside_ns, static_cast<uint64_t>(13 + number)) << what;
     size_t at = begin + sizeof(StepStamp);
     const size_t sampled = shape_.logit_rows * sizeof(SampledRow);
     const std::vector<SampledRow> wanted = results.Bits();
@@ -260,7 +262,8 @@ class Rings {
     // Ready for the next step.
     ASSERT_EQ(sequence.Bits()[0], static_cast<uint64_t>(number + 1)) << what;
     ASSERT_EQ(sampling_begin_ns.Bits()[0], 0u) << what;
-    ASSERT_EQ(clock.Bits()[0].wait_ns + clock.Bits()[0].transfer_ns, 0u) << what;
+    const CollectiveClock cleared = clock.Bits()[0];
+    ASSERT_EQ(cleared.wait_ns + cleared.transfer_ns + cleared.aside_ns, 0u) << what;
     for (const auto* each : {&sequence, &begin_ns, &sampling_begin_ns}) each->ExpectGuards(what);
     clock.ExpectGuards(what);
   }

@@ -21,6 +21,7 @@ struct CollectiveStats {  // since the last ResetStats
   uint32_t count = 0;
   uint64_t wait_ns = 0;
   uint64_t transfer_ns = 0;
+  uint64_t aside_ns = 0;  // of transfers behind the step's other work
   uint64_t bytes_sent = 0;
 };
 

@@ -206,6 +206,7 @@ absl::StatusOr<StepOutput> CudaBackend::Collect() {
   if (stamp.sampling_begin_ns != 0) output.sampling_ns = stamp.end_ns - stamp.sampling_begin_ns;
   output.collectives.wait_ns = stamp.collectives.wait_ns;
   output.collectives.transfer_ns = stamp.collectives.transfer_ns;
+  output.collectives.aside_ns = stamp.collectives.aside_ns;
   const uint64_t gap = stamp.begin_ns - last_end_ns_;
   if (last_end_ns_ != 0 && gap < kIdleWithoutWorkNs) output.device_idle_ns = gap;
   last_end_ns_ = stamp.end_ns;

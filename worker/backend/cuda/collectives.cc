@@ -48,18 +48,18 @@ absl::Status Collectives::AllReduce(const kernels::Launch& launch,
                       "all-reduce");
     }
   }
-  return SumByNccl(launch, args);
+  return SumByNccl(launch, args, kernels::TransferMark::kEnd);
 }
 
 absl::Status Collectives::AllReduceAside(const kernels::Launch& launch,
                                          const kernels::AllReduceArgs& args) {
   if (comm_->Skips()) return absl::OkStatus();
   Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
-  return SumByNccl(launch, args);
+  return SumByNccl(launch, args, kernels::TransferMark::kEndAside);
 }
 
 absl::Status Collectives::SumByNccl(const kernels::Launch& launch,
-                                    const kernels::AllReduceArgs& args) {
+                                    const kernels::AllReduceArgs& args, kernels::TransferMark end) {
   const size_t count = static_cast<size_t>(args.rows) * args.hidden;
   const bool marked = count * kernels::TypeBytes(args.type) >= kLeastMarkedBytes;
   const auto mark = [&](kernels::TransferMark which) {
@@ -71,7 +71,7 @@ absl::Status Collectives::SumByNccl(const kernels::Launch& launch,
     status = comm_->nccl()->AllReduceSum(args.type, args.in, const_cast<void*>(args.in), count,
                                          launch.stream);
   }
-  if (status.ok()) status = mark(kernels::TransferMark::kEnd);
+  if (status.ok()) status = mark(end);
   return status;
 }
 

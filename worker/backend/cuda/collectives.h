@@ -52,7 +52,9 @@ class Collectives {
   void ResetStats() { stats_ = {}; }
 
  private:
-  absl::Status SumByNccl(const kernels::Launch& launch, const kernels::AllReduceArgs& args);
+  // end: which mark says that it has.
+  absl::Status SumByNccl(const kernels::Launch& launch, const kernels::AllReduceArgs& args,
+                         kernels::TransferMark end);
 
   int size_ = 1;
   DeviceCommunicator* comm_ = nullptr;
