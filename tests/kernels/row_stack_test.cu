@@ -117,5 +117,27 @@ TEST(RowStackTest, RefusesOtherShapes) {
   EXPECT_TRUE(refused([](RowStackArgs& a, Layers&) { a.exchange = nullptr; }));
 }
 
+// A rank that never comes, and a group that is given up: every wait ends, without a trap.
+TEST(RowStackTest, StopsWaitingWhenTheGroupIsGivenUp) {
+  Group<BF16, BF16, BF16> group({.ranks = 2});
+  uint32_t* abort = nullptr;
+  EXPECT_CUDA(cudaHostAlloc(&abort, sizeof(*abort), cudaHostAllocMapped));
+  *abort = 0;
+  testing::Memory aborted(sizeof(uint32_t));
+  aborted.Write(std::vector<uint32_t>{0});
+  group.exchanges_[0].peers.abort = abort;
+  group.exchanges_[0].peers.aborted = aborted.get<uint32_t>();
+  group.residual_->Write(group.RandomRow());
+  group.rows_->Write(std::vector<int32_t>{kSlot, 40});
+  EXPECT_CUDA(cudaDeviceSynchronize());
+  EXPECT_CUDA(RowStack({.stream = group.streams_[0]}, group.args_[0]));
+  EXPECT_EQ(cudaStreamQuery(group.streams_[0]), cudaErrorNotReady);
+  *static_cast<volatile uint32_t*>(abort) = 1;
+  EXPECT_CUDA(cudaStreamSynchronize(group.streams_[0]));
+  EXPECT_EQ(aborted.Read<uint32_t>()[0], 1u);
+  for (const auto& rank : group.ranks_) EXPECT_TRUE(rank.GuardsIntact());
+  EXPECT_CUDA(cudaFreeHost(abort));
+}
+
 }  // namespace
 }  // namespace lockstep::kernels
