@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <set>
+#include <tuple>
 
 namespace lockstep::cuda {
 namespace {
@@ -68,6 +69,26 @@ TEST(StepGraphsTest, AGraphDoesAtLeastWhatItsRowsNeed) {
   EXPECT_FALSE(greedy.needs.draw || greedy.needs.adjust || greedy.needs.score)
       << "greedy rows pay for no other";
   EXPECT_EQ(graphs.Find(greedy), nullptr) << "nothing was captured";
+}
+
+TEST(StepGraphsTest, UsualStepsAreCapturedBeforehandAndOnce) {
+  for (const int longest : {160, 2048, 5000, 8192, 100'000}) {
+    StepGraphs graphs;
+    graphs.SetLimits(100, longest);
+    std::set<std::tuple<int, int, int>> usual;
+    for (const StepGraphs::Key& key : graphs.Usual())
+      EXPECT_TRUE(usual.insert(key.tied()).second) << "twice";
+    for (int rows = 1; rows <= 100; ++rows) {
+      for (const int context : {1, 2048, 2049, 8192}) {
+        if (context > longest) continue;
+        for (const kernels::SampleNeeds& needs :
+             {kGreedy, kernels::SampleNeeds{.draw = true}, {.draw = true, .cut = true}})
+          EXPECT_EQ(usual.count(graphs.KeyFor(rows, context, needs).tied()), 1u)
+              << rows << " rows, context " << context << " of " << longest;
+      }
+    }
+    EXPECT_LE(usual.size(), 6 * 20u) << "captures, of some milliseconds each";
+  }
 }
 
 }  // namespace
