@@ -141,6 +141,8 @@ class CudaBackend final : public Backend {
   void Push(const void* x, const Linear& linear);
   absl::Status PrepareStack();
   kernels::RowStackArgs StackArgs();
+  // The step becomes one of `key`, which covers it.
+  void RoundUpTo(const StepGraphs::Key& key);
   // A step of key_, from here on and to its end.
   void BeginCapture();
   absl::Status EndCapture();

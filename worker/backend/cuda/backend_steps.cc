@@ -50,6 +50,9 @@ void CudaBackend::SetParts(int cut, int decode_rows) {
 }
 
 bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
+  replay_ = nullptr;
+  capturing_ = folded_ = stacked_ = false;
+  quantized_from_ = nullptr;
   if (!status_.ok()) return true;
   collectives_.ResetStats();
   spans_.assign(spans.begin(), spans.end());
@@ -75,14 +78,8 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
   io_.Write(spans, rows, cut);
   SetParts(cut, decode_rows);
 
-  replay_ = nullptr;
-  capturing_ = folded_ = stacked_ = false;
-  quantized_from_ = nullptr;
   if (use_graphs_ && rows_ > 0 && IsDecode(spans, rows)) {
-    key_ = graphs_.KeyFor(rows_, max_context_, needs_);
-    rows_ = part_.rows = part_.decode_rows = key_.rows;
-    max_context_ = key_.max_context;
-    needs_ = key_.needs;
+    RoundUpTo(graphs_.KeyFor(rows_, max_context_, needs_));
     replay_ = graphs_.Find(key_);
     if (replay_ == nullptr) BeginCapture();
     return replay_ != nullptr;
@@ -93,6 +90,14 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
                              static_cast<int>(rows.size())),
         "preparing a step");
   return false;
+}
+
+void CudaBackend::RoundUpTo(const StepGraphs::Key& key) {
+  key_ = key;
+  rows_ = key.rows;
+  part_ = {.first = 0, .rows = rows_, .decode_rows = rows_};
+  max_context_ = key.max_context;
+  needs_ = key.needs;
 }
 
 void CudaBackend::BeginCapture() {
@@ -110,6 +115,7 @@ void CudaBackend::BeginCapture() {
 
 // Also of a capture that something went wrong in: no stream is left capturing.
 absl::Status CudaBackend::EndCapture() {
+  capturing_ = false;
   Publish();
   if (!status_.ok()) {
     cudaGraph_t graph = nullptr;
@@ -126,16 +132,12 @@ absl::Status CudaBackend::EndCapture() {
 
 bool CudaBackend::BeginRecording(std::vector<LogitRow>* rows) {
   if (!status_.ok() || to_record_.empty()) return false;
-  key_ = to_record_.back();
+  RoundUpTo(to_record_.back());
   to_record_.pop_back();
   collectives_.ResetStats();
   stage_.clear();
   halved_ = false;
   quantized_from_ = nullptr;
-  rows_ = key_.rows;
-  part_ = {.first = 0, .rows = rows_, .decode_rows = rows_};
-  max_context_ = key_.max_context;
-  needs_ = key_.needs;
   sampled_rows_ = 0;
   rows->assign(rows_, {.samples = true});
   BeginCapture();
@@ -156,6 +158,7 @@ absl::Status CudaBackend::Submit() {
   } else if (replay_ == nullptr) {
     Publish();
   }
+  if (!status_.ok()) return status_;
   if (replay_ != nullptr) Check(cudaGraphLaunch(replay_->exec, stream_), "launching a step");
   if (!status_.ok()) return status_;
   InFlight& step = in_flight_.emplace_back();
