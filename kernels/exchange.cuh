@@ -53,12 +53,17 @@ __device__ __forceinline__ uint4 NothingYet() {
 __device__ __forceinline__ bool Arrived(uint4 v) {
   return v.x != kNothingYet && v.y != kNothingYet && v.z != kNothingYet && v.w != kNothingYet;
 }
+__device__ __forceinline__ bool Arrived(uint2 v) {
+  return v.x != kNothingYet && v.y != kNothingYet;
+}
+__device__ __forceinline__ uint32_t Sendable(uint32_t v) {
+  return v == kNothingYet ? kOtherNan : v;
+}
+__device__ __forceinline__ uint2 Sendable(uint2 v) {
+  return make_uint2(Sendable(v.x), Sendable(v.y));
+}
 __device__ __forceinline__ uint4 Sendable(uint4 v) {
-  v.x = v.x == kNothingYet ? kOtherNan : v.x;
-  v.y = v.y == kNothingYet ? kOtherNan : v.y;
-  v.z = v.z == kNothingYet ? kOtherNan : v.z;
-  v.w = v.w == kNothingYet ? kOtherNan : v.w;
-  return v;
+  return make_uint4(Sendable(v.x), Sendable(v.y), Sendable(v.z), Sendable(v.w));
 }
 
 // What bounds a thread's wait for a word of a peer.

@@ -1,6 +1,6 @@
 // Every layer of one decoded row in one kernel: QKV, attention, its output, the MLP and
 // the head, from the embedded row to its logits. A block an SM streams its share of all
-// the weights through one ring in shared memory. What it waits for in between, sums of
+// the weights through its warps' rings in shared memory. What it waits for in between, sums of
 // other blocks and of other ranks, it waits for with the ring filling up behind it, so
 // that device memory is read without a break from the first layer to the last.
 //

@@ -41,19 +41,6 @@ __device__ __forceinline__ void StoreWords(uint32_t* to, uint32_t v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 
-__device__ __forceinline__ uint32_t Sendable(uint32_t v) {
-  return v == kNothingYet ? kOtherNan : v;
-}
-__device__ __forceinline__ uint2 Sendable(uint2 v) {
-  return make_uint2(Sendable(v.x), Sendable(v.y));
-}
-using kernels::Sendable;
-
-__device__ __forceinline__ bool Arrived(uint2 v) {
-  return v.x != kNothingYet && v.y != kNothingYet;
-}
-using kernels::Arrived;
-
 // Waits for vectors first, first + stride, ..., N of them but none beyond `last`, which takes
 // their place. All at once: an answer takes a microsecond when much else is under way. Of a
 // whole warp, and until all of it has what it waits for: lanes that went on one by one would
