@@ -67,7 +67,7 @@ __device__ __forceinline__ void StageNorm(const Params& p, const Shared& shared,
   float total = 0.0f;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) total += shared.norms[w];
-  const float scale = rsqrtf(total / static_cast<float>(p.hidden) + p.eps);
+  const float scale = rsqrtf(__fdividef(total, static_cast<float>(p.hidden)) + p.eps);
 #pragma unroll
   for (int i = 0; i < kRowVectors; ++i) {
     const int v = tid + i * kThreads;

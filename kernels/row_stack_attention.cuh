@@ -82,7 +82,7 @@ class Attention {
       if (lane >= share_.shares) s.x = -INFINITY;
       const float top = WarpMax(s.x);
       const float weight = Exp2(s.x - (top == -INFINITY ? 0.0f : top));
-      const float factor = layer_.factors.v / WarpSum(s.y * weight);
+      const float factor = __fdividef(layer_.factors.v, WarpSum(s.y * weight));
 #pragma unroll
       for (int e = 0; e < 8; ++e) v[e] = WarpSum(v[e] * weight) * factor;
       if (lane == 0) {

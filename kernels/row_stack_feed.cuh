@@ -8,7 +8,7 @@
 #ifndef LOCKSTEP_KERNELS_ROW_STACK_FEED_CUH_
 #define LOCKSTEP_KERNELS_ROW_STACK_FEED_CUH_
 
-#include "kernels/bulk_copy.cuh"
+#include "kernels/cluster.cuh"
 #include "kernels/row_stack_plan.h"
 
 namespace lockstep::kernels::stack {
@@ -91,7 +91,7 @@ class Ring {
 
   // Waits for the next piece and says where it is.
   __device__ __forceinline__ const uint8_t* Await() const {
-    BarrierWait(full_ + slot_, parity_, "row stack: a piece");
+    AwaitBarrier(full_ + slot_, parity_);
     __syncwarp();  // whoever waited longer: what comes is for the warp together
     return memory_ + slot_ * kPieceBytes;
   }
@@ -170,7 +170,7 @@ class Feed {
       second_block_ = BlockOf(first_tile_ + kWarps);
       return true;
     }
-    for (int i = 0; i < asked_; ++i) BarrierWait(full_ + i, 0, "row stack: a piece");
+    for (int i = 0; i < asked_; ++i) AwaitBarrier(full_ + i, 0);
     return false;
   }
   // Requests the next piece; false: it was the step's last.
