@@ -40,9 +40,10 @@ Plan PlanOf(const SkinnyClusterArgs& args) {
     const int x_chunks = DivUp(chunks, split);
     const size_t rest = ClusterLayout(rows, 0, x_chunks).end + 1024;
     if (rest + kMinClusterStages * kClusterStageBytes > kMaxClusterShared) continue;
-    // A deeper ring would only delay x behind the weights.
-    const int stages =
-        static_cast<int>(std::min<size_t>((kMaxClusterShared - rest) / kClusterStageBytes, 18));
+    // An even number, for two to take turns; a deeper ring would only delay x behind the
+    // weights.
+    const int stages = static_cast<int>(
+        std::min<size_t>((kMaxClusterShared - rest) / kClusterStageBytes / 2 * 2, 18));
     const int clusters = std::min(max_clusters[split], tiles);
     // In stages, by measurement: what is streamed, what a tile costs besides, x from the
     // L2, and more blocks to hand over to.

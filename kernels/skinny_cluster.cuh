@@ -4,11 +4,12 @@
 //              K: | block 0 | block 1 | ...      a stage: 64 rows x 128 bytes, by the copy
 //   64 rows:      |=-=-=-=-=|=-=-=-=-=| ...      engine, swizzled as wgmma wants it
 //
-//   producer warp: fills the ring with weights, waits for the kernel ahead, fetches the
-//     block's part of x, which stays, then goes on filling
-//   two warpgroups, taking turns at the tiles: products to fp32 sums in registers, and
-//     those to the block that owns the row (64 / S of a tile each), by its memory; so that
-//     while one hands a tile over the other multiplies the next
+//   two producer warps: fill the ring with weights, a stage each in turns. One waits for
+//     the kernel ahead and fetches the block's part of x, which stays
+//   two warpgroups, taking turns at the stages: products to fp32 sums in registers. One alone
+//     takes about as long for a stage as it takes to arrive, and would never catch up with
+//     what the ring has saved before x came. Then one gives its sums to the other, which
+//     sends them to the block that owns the row (64 / S of a tile each), by its memory
 //   a warpgroup that finishes: adds what came from all, in order; epilogue
 //
 // Nobody waits for what is sent: it counts itself at the barrier of its receiver, which
@@ -26,7 +27,7 @@
 namespace lockstep::kernels {
 namespace cluster {
 
-enum NamedBarrier { kFinished = 1, kFirstTurn = 2 };  // and the next, for the other warpgroup
+enum NamedBarrier { kFinished = 1, kGiven = 2 };  // and the next, for every second tile
 
 // What a block works on.
 struct Work {
@@ -42,7 +43,8 @@ __device__ __forceinline__ Work WorkOf(const ClusterParams& p, int rank) {
 
 struct Shared {
   uint8_t *ring, *x;
-  float* sums;  // [2][sources][64 / S][stride]
+  float* sums;   // [2][sources][64 / S][stride]
+  float* given;  // [a thread's sums][128]
   uint64_t *full, *empty, *x_full, *received, *freed;
 
   __device__ __forceinline__ Shared(uint8_t* base, int rows, const ClusterParams& p) {
@@ -50,6 +52,7 @@ struct Shared {
     ring = base;
     x = base + layout.x;
     sums = reinterpret_cast<float*>(base + layout.sums);
+    given = reinterpret_cast<float*>(base + layout.given);
     full = reinterpret_cast<uint64_t*>(base + layout.barriers);
     empty = full + kMaxClusterStages;
     x_full = empty + kMaxClusterStages;
@@ -63,42 +66,37 @@ __device__ __forceinline__ int XPart(const Work& work) {
   return (work.chunks + kXParts - 1) / kXParts;
 }
 
-// A place in the ring, round and round.
-struct Slot {
-  int index = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void Advance(int stages) {
-    if (++index == stages) index = 0, parity ^= 1;
-  }
-};
-
-// By one thread.
+// By one thread for each warpgroup that multiplies: its stages.
 template <typename W, int kRows>
-__device__ __forceinline__ void Produce(const ClusterParams& p, const Shared& s, const Work& work) {
+__device__ __forceinline__ void Produce(const ClusterParams& p, const Shared& s, const Work& work,
+                                        int group) {
   constexpr int kElements = kClusterChunk / static_cast<int>(sizeof(W));
   constexpr int kXBytes = kRows * kClusterChunk;
-  Slot slot;
-  int tile = 0, chunk = 0;
+  int slot = group, tile = 0, chunk = group;
+  uint32_t parity = 0;
   const auto request = [&] {
-    BarrierArriveExpecting(s.full + slot.index, kClusterStageBytes);
-    CopyBox(s.ring + slot.index * kClusterStageBytes, &p.weights,
-            (work.first_chunk + chunk) * kElements, (work.first_tile + tile) * kClusterTile,
-            s.full + slot.index);
-    slot.Advance(p.stages);
-    if (++chunk == work.chunks) chunk = 0, ++tile;
+    for (; chunk >= work.chunks; chunk -= work.chunks) ++tile;
+    BarrierArriveExpecting(s.full + slot, kClusterStageBytes);
+    CopyBox(s.ring + slot * kClusterStageBytes, &p.weights, (work.first_chunk + chunk) * kElements,
+            (work.first_tile + tile) * kClusterTile, s.full + slot);
+    chunk += kClusterGroups;
+    slot += kClusterGroups;
+    if (slot >= p.stages) slot -= p.stages, parity ^= 1;
   };
   const int total = work.tiles * work.chunks, early = min(p.stages, total);
-  for (int i = 0; i < early; ++i) request();
-  PrefetchMap(&p.x);
-  WaitForPrevious();
-  const int part = XPart(work);
-  for (int c = 0; c < work.chunks; ++c) {
-    uint64_t* const full = s.x_full + c / part;
-    if (c % part == 0) BarrierArriveExpecting(full, min(part, work.chunks - c) * kXBytes);
-    CopyBox(s.x + c * kXBytes, &p.x, (work.first_chunk + c) * kElements, 0, full);
+  for (int i = group; i < early; i += kClusterGroups) request();
+  if (group == 0) {
+    PrefetchMap(&p.x);
+    WaitForPrevious();
+    const int part = XPart(work);
+    for (int c = 0; c < work.chunks; ++c) {
+      uint64_t* const full = s.x_full + c / part;
+      if (c % part == 0) BarrierArriveExpecting(full, min(part, work.chunks - c) * kXBytes);
+      CopyBox(s.x + c * kXBytes, &p.x, (work.first_chunk + c) * kElements, 0, full);
+    }
   }
-  for (int i = early; i < total; ++i) {
-    AwaitBarrier(s.empty + slot.index, slot.parity ^ 1);
+  for (int i = p.stages + group; i < total; i += kClusterGroups) {
+    AwaitBarrier(s.empty + slot, parity ^ 1);
     request();
   }
 }
@@ -116,15 +114,20 @@ class Multiplier {
       : p_(p), s_(s), work_(work) {}
 
   __device__ __forceinline__ void Run() {
-    if (group_ == 1) Skip();
-    for (int t = group_; t < work_.tiles; t += kClusterGroups) {
+    for (int t = 0; t < work_.tiles; ++t) {
       float sum[kSums] = {};
-      // A wait tells a stage from the one before it, not from earlier ones.
-      if (t > 0) NamedSync(kFirstTurn + group_, 256);
       Multiply(sum);
-      if (t + 1 < work_.tiles) NamedArrive(kFirstTurn + (group_ ^ 1), 256);
-      Skip();
-      if (t >= kClusterGroups) AwaitBarrier(s_.freed + group_, (t >> 1 & 1) ^ 1);
+      // Who takes is the next to give: what it has read it may overwrite.
+      if ((t & 1) != group_) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) s_.given[i * 128 + tid_] = sum[i];
+        NamedArrive(kGiven + (t & 1), 256);
+        continue;
+      }
+      NamedSync(kGiven + (t & 1), 256);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sum[i] += s_.given[i * 128 + tid_];
+      if (t >= 2) AwaitBarrier(s_.freed + group_, (t >> 1 & 1) ^ 1);
       HandOver(sum);
     }
   }
@@ -134,37 +137,39 @@ class Multiplier {
   static constexpr int kStride = ClusterSumStride(kRows);
   static constexpr int kSteps = kClusterChunk / 32;
   // Of e4m3, after which the tensor cores' sums, of fewer bits, go to fp32's.
-  static constexpr int kExactChunks = 4;
+  static constexpr int kExactChunks = 4 * kClusterGroups;
 
-  // The other warpgroup's tile.
-  __device__ __forceinline__ void Skip() {
-    for (int c = 0; c < work_.chunks; ++c) slot_.Advance(p_.stages);
-  }
-
+  // Of a tile's stages every second. A ring's are even: so a slot is always the same
+  // warpgroup's, and none mistakes what it holds for what it held a turn before.
   __device__ __forceinline__ void Multiply(float (&sum)[kSums]) {
+    int c = first_ ^ group_;
+    first_ = (first_ + work_.chunks) & 1;
     if constexpr (sizeof(W) == 1) {
-      for (int c = 0; c < work_.chunks; c += kExactChunks) {
+      for (int end = kExactChunks; c < work_.chunks; end += kExactChunks) {
         float part[kSums] = {};
-        Add(c, min(c + kExactChunks, work_.chunks), part);
+        Add(c, min(end, work_.chunks), part);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sum[i] += part[i];
       }
     } else {
-      Add(0, work_.chunks, sum);
+      Add(c, work_.chunks, sum);
     }
   }
-  __device__ __forceinline__ void Add(int begin, int end, float (&sum)[kSums]) {
+  // Chunks c, c + 2, ... below `end`.
+  __device__ __forceinline__ void Add(int& c, int end, float (&sum)[kSums]) {
     int unread = -1;  // a slot whose products may still run
     Pin(sum);
-    for (int c = begin; c < end; ++c, slot_.Advance(p_.stages)) {
-      if (c == x_next_) AwaitBarrier(x_full_++, 0), x_next_ += x_part_;
-      AwaitBarrier(s_.full + slot_.index, slot_.parity);
-      const uint32_t a = ring_at_ + slot_.index * (kClusterStageBytes >> 4);
+    for (; c < end; c += kClusterGroups) {
+      while (c >= x_next_) AwaitBarrier(x_full_++, 0), x_next_ += x_part_;
+      AwaitBarrier(s_.full + slot_, parity_);
+      const uint32_t a = ring_at_ + slot_ * (kClusterStageBytes >> 4);
       const uint32_t b = x_at_ + c * (kRows * kClusterChunk >> 4);
       Start(sum, a, b);
       ProductsAwait<1>();
       if (unread >= 0) Release(unread);
-      unread = slot_.index;
+      unread = slot_;
+      slot_ += kClusterGroups;
+      if (slot_ >= p_.stages) slot_ -= p_.stages, parity_ ^= 1;
     }
     ProductsAwait<0>();
     Pin(sum);
@@ -211,12 +216,15 @@ class Multiplier {
   const int group_ = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   const uint32_t ring_at_ = __shfl_sync(~0u, MatrixAt(s_.ring), 0);
   const uint32_t x_at_ = __shfl_sync(~0u, MatrixAt(s_.x), 0);
-  const int warp_ = static_cast<int>(threadIdx.x) % 128 / 32;
+  const int tid_ = static_cast<int>(threadIdx.x) % 128;
+  const int warp_ = tid_ / 32;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
   const int x_part_ = XPart(work_);
   int x_next_ = 0;  // the chunk of x that has not been waited for
   uint64_t* x_full_ = s_.x_full;
-  Slot slot_;
+  int first_ = 0;  // the warpgroup that has the next tile's first stage
+  int slot_ = group_;
+  uint32_t parity_ = 0;
 };
 
 // One of the threads that finish: it has items of a weight row and four rows of x.
@@ -377,7 +385,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   ClusterArrive();
   const int warpgroup = static_cast<int>(threadIdx.x) / 128;
   if (warpgroup == kClusterGroups + 1) {
-    if (threadIdx.x % 32 == 0) cluster::Produce<W, kRows>(p, s, work);
+    const int producer = static_cast<int>(threadIdx.x) % 128 / 32;
+    if (threadIdx.x % 32 == 0) cluster::Produce<W, kRows>(p, s, work, producer);
     __syncwarp();
     ClusterAwait();
   } else {

@@ -6,7 +6,7 @@
 // weights want x as e4m3 too, with a scale a row of either: kernels/quantize.h.
 //
 // fp32 sums; those of e4m3, which the tensor cores add with fewer bits, leave them
-// every 128 elements. Deterministic. A row's result depends on n, k, the types and on
+// every 512 elements. Deterministic. A row's result depends on n, k, the types and on
 // whether m is up to 16, 32 or 64, but not on the other rows.
 //
 // Weights are constants: they are requested before the wait for the kernel ahead.

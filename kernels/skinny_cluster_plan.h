@@ -22,14 +22,15 @@ inline constexpr int kMinClusterStages = 6;
 inline constexpr size_t kMaxClusterShared = 226 << 10;
 
 inline constexpr int kXParts = 4;         // that x arrives in
-inline constexpr int kClusterGroups = 2;  // warpgroups that take turns at the tiles
-// Those, a warpgroup that finishes and a warp that asks for weights.
-inline constexpr int kClusterThreads = (kClusterGroups + 1) * 128 + 32;
+inline constexpr int kClusterGroups = 2;  // warpgroups that take turns at the stages
+// Those, a warpgroup that finishes and a warp for each that asks for its weights: one for both
+// takes as long for a stage as one SM's part of the memory's bandwidth.
+inline constexpr int kClusterThreads = (kClusterGroups + 1) * 128 + kClusterGroups * 32;
 // A row of sums: padded against bank conflicts.
 __host__ __device__ constexpr int ClusterSumStride(int rows) { return rows + 4; }
-// A tile's sums of each warpgroup.
+// Two tiles' sums.
 __host__ __device__ constexpr size_t ClusterSumBytes(int rows) {
-  return sizeof(float) * kClusterGroups * kClusterTile * ClusterSumStride(rows);
+  return sizeof(float) * 2 * kClusterTile * ClusterSumStride(rows);
 }
 
 struct ClusterParams {
@@ -49,12 +50,13 @@ struct ClusterParams {
 
 // Where things lie in shared memory, from an address that is a multiple of 1,024.
 struct ClusterLayout {
-  size_t x, sums, barriers, end;
+  size_t x, sums, given, barriers, end;
 
   __host__ __device__ ClusterLayout(int rows, int stages, int x_chunks) {
     x = static_cast<size_t>(stages) * kClusterStageBytes;
     sums = x + static_cast<size_t>(x_chunks) * kClusterChunk * rows;
-    barriers = sums + ClusterSumBytes(rows);
+    given = sums + ClusterSumBytes(rows);
+    barriers = given + sizeof(float) * kClusterTile * rows;
     end = barriers + sizeof(uint64_t) * (2 * kMaxClusterStages + kXParts + 2 * kClusterGroups);
   }
 };

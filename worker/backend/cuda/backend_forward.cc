@@ -67,7 +67,7 @@ bool CudaBackend::TakesCluster(const Linear& linear, int m) const {
   const DeviceTensor& w = linear.weight;
   const int64_t k = w.cols;
   // By measurement: above 32 rows of 16 bits cuBLASLt is as fast.
-  const bool faster = w.type == Type::kE4M3 || (m <= 32 && (m > 8 || k >= 8'192));
+  const bool faster = w.type == Type::kE4M3 || m <= 32;
   if (m < 2 || !faster || type_ == Type::kF32) return false;
   kernels::SkinnyClusterArgs args;
   args.weights = w.data;
