@@ -23,8 +23,8 @@ inline constexpr size_t kMaxClusterShared = 226 << 10;
 
 inline constexpr int kXParts = 4;         // that x arrives in
 inline constexpr int kClusterGroups = 2;  // warpgroups that take turns at the stages
-// Those, a warpgroup that finishes and a warp for each that asks for its weights: one for both
-// takes as long for a stage as one SM's part of the memory's bandwidth.
+// Those, a warpgroup that finishes and a warp for each that asks for its weights: with one for
+// both, 16 rows of BF16 took 3 % longer.
 inline constexpr int kClusterThreads = (kClusterGroups + 1) * 128 + kClusterGroups * 32;
 // A row of sums: padded against bank conflicts.
 __host__ __device__ constexpr int ClusterSumStride(int rows) { return rows + 4; }
