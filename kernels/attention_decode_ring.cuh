@@ -6,7 +6,7 @@
 
 #include "kernels/attention_decode_launch.h"
 #include "kernels/attention_mma.cuh"
-#include "kernels/cluster.cuh"
+#include "kernels/bulk_copy.cuh"
 
 namespace lockstep::kernels::decode {
 

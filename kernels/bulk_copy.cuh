@@ -71,42 +71,45 @@ __device__ __forceinline__ void BarrierArriveExpecting(uint64_t* barrier, uint32
       : "memory");
 #endif
 }
+#define LOCKSTEP_BARRIER_PASSED(done, wait, barrier, parity) \
+  asm volatile(                                              \
+      "{\n.reg .pred p;\n"                                   \
+      "mbarrier." wait                                       \
+      ".parity.shared::cta.b64 p, [%1], %2;\n"               \
+      "selp.u32 %0, 1, 0, p;\n}"                             \
+      : "=r"(done)                                           \
+      : "r"(SharedAddress(barrier)), "r"(parity)             \
+      : "memory")
 __device__ __forceinline__ bool BarrierTry(uint64_t* barrier, uint32_t parity) {
+  uint32_t done = 1;
 #if __CUDA_ARCH__ >= 900
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-#else
-  return true;
+  LOCKSTEP_BARRIER_PASSED(done, "try_wait", barrier, parity);
 #endif
+  return done != 0;
 }
 // The same without BarrierTry's pause where the answer is no: for who has other things to do.
 __device__ __forceinline__ bool BarrierTest(uint64_t* barrier, uint32_t parity) {
+  uint32_t done = 1;
 #if __CUDA_ARCH__ >= 900
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-#else
-  return true;
+  LOCKSTEP_BARRIER_PASSED(done, "test_wait", barrier, parity);
 #endif
+  return done != 0;
 }
+#undef LOCKSTEP_BARRIER_PASSED
 __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity, const char* what) {
   if (BarrierTry(barrier, parity)) return;
   Patience patience(kBarrierPatienceNs);
   while (!BarrierTry(barrier, parity)) {
     if (patience.Exhausted()) TrapAtBarrier(what);
+  }
+}
+
+// BarrierWait, but it traps without a word: a call of any function (printf) costs
+// registers, and makes the compiler wait for every single wgmma.
+__device__ __forceinline__ void AwaitBarrier(uint64_t* barrier, uint32_t parity) {
+  Patience patience(kBarrierPatienceNs);
+  while (!BarrierTry(barrier, parity)) {
+    if (patience.Exhausted()) __trap();
   }
 }
 

@@ -66,14 +66,6 @@ __device__ __forceinline__ void ArriveRemote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 #endif
 }
-// BarrierWait, but it traps without a word: a call of any function (printf) costs
-// registers, and makes the compiler wait for every single wgmma.
-__device__ __forceinline__ void AwaitBarrier(uint64_t* barrier, uint32_t parity) {
-  Patience patience(kBarrierPatienceNs);
-  while (!BarrierTry(barrier, parity)) {
-    if (patience.Exhausted()) __trap();
-  }
-}
 
 }  // namespace lockstep::kernels
 

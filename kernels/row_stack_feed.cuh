@@ -8,7 +8,7 @@
 #ifndef LOCKSTEP_KERNELS_ROW_STACK_FEED_CUH_
 #define LOCKSTEP_KERNELS_ROW_STACK_FEED_CUH_
 
-#include "kernels/cluster.cuh"
+#include "kernels/bulk_copy.cuh"
 #include "kernels/row_stack_plan.h"
 
 namespace lockstep::kernels::stack {
