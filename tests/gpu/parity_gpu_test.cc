@@ -219,8 +219,8 @@ TEST(GpuFp8, AnFp8CheckpointIsServedAsItIs) {
   }
 }
 
-// A sequence alone decodes by kernels of its own. Up to where its tokens first part from the
-// float32 ones, which may be only where that one's two best are within the bound.
+// Up to where a request's tokens first part from the reference's, which may be only where that
+// one's two best are within the bound.
 void ExpectNear(const std::vector<TestOutput>& outputs, const std::vector<TestOutput>& reference,
                 double bound) {
   size_t compared = 0;
@@ -242,6 +242,7 @@ void ExpectNear(const std::vector<TestOutput>& outputs, const std::vector<TestOu
   EXPECT_GT(compared, reference.size());
 }
 
+// A sequence alone decodes by kernels of its own.
 TEST_P(GpuParity, OneRowDecodesWithinTheBound) {
   std::unique_ptr<GroupRunner> cpu = Load({});
   ASSERT_NE(cpu, nullptr);

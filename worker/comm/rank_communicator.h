@@ -39,8 +39,7 @@ struct CommunicatorOptions {
   int64_t max_skew_ms = 0;   // a collective that waits longer for a rank fails; 0: 30,000
   // Of tests alone (worker/fault_injection.h), for GPUs. `skips` is asked before each
   // all-reduce, which this rank leaves out if so (then steps are not replayed, which would
-  // not ask); nccl_only: as if no GPU could reach
-  // another's memory.
+  // not ask); nccl_only: as if no GPU could reach another's memory.
   std::function<bool()> skips = nullptr;
   bool nccl_only = false;
 };

@@ -65,7 +65,6 @@ kernels::KvLayer CudaBackend::Kv(int64_t layer) const {
 
 bool CudaBackend::TakesCluster(const Linear& linear, int m) const {
   const DeviceTensor& w = linear.weight;
-  const int64_t k = w.cols;
   // By measurement: above 32 rows of 16 bits cuBLASLt is as fast.
   const bool faster = w.type == Type::kE4M3 || m <= 32;
   if (m < 2 || !faster || type_ == Type::kF32) return false;
@@ -73,7 +72,7 @@ bool CudaBackend::TakesCluster(const Linear& linear, int m) const {
   args.weights = w.data;
   args.type = w.type;
   args.n = static_cast<int>(w.rows);
-  args.k = static_cast<int>(k);
+  args.k = static_cast<int>(w.cols);
   args.m = m;
   args.x = buffers_.heads.get();
   args.weight_scales = w.scales;
