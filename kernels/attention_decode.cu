@@ -31,14 +31,14 @@ Kernel FindKernel(Type type, Type kv_type, int head_dim, int group, bool ring) {
 
 bool TakesFast(const DecodeAttentionArgs& a) {
   const int group = a.heads / a.kv.kv_heads;
-  const size_t kv_bytes = TypeBytes(a.kv.type);
+  const int row_bytes = a.kv.head_dim * static_cast<int>(TypeBytes(a.kv.type));
   return (a.type == Type::kBF16 || a.type == Type::kF16) &&
          (a.kv.type == a.type || a.kv.type == Type::kE4M3) && group <= decode::kMaxGroup &&
          a.kv.head_dim % 8 == 0 && a.kv.head_dim <= decode::kMaxHeadDim &&
          a.kv.block_size >= decode::kTile && (a.kv.block_size & (a.kv.block_size - 1)) == 0 &&
          a.q_stride % 8 == 0 && a.out_stride % 8 == 0 && Aligned16(a.q) && Aligned16(a.out) &&
          Aligned16(a.fresh_k) && Aligned16(a.fresh_v) && Aligned16(a.rotary) && Aligned16(a.kv.k) &&
-         Aligned16(a.kv.v) && kv_bytes > 0;
+         Aligned16(a.kv.v) && row_bytes % 16 == 0;
 }
 
 struct Shares {

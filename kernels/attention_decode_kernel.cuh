@@ -6,9 +6,9 @@
 //   scores^T [16 positions, 8 heads] = K [16, d] * q^T [d, 8 heads]
 //   out^T [d, 8 heads]              += V^T [d, 16] * p^T [16, 8 heads]
 //
-// With lane = 4 * r + c: of K, chunks (8 elements) c + 4 j of positions r and
-// r + 8; of V, chunks r + 8 j of positions 2c, 2c + 1, 2c + 8, 2c + 9. Chunks
-// past head_dim repeat the last one: q is zero there, or the result unused.
+// With lane = 4 * r + c: of K, the chunks (8 elements) of lane c of 4 (ChunkOf) of positions r
+// and r + 8; of V, those of lane r of 8 of positions 2c, 2c + 1, 2c + 8, 2c + 9. Chunks
+// past head_dim repeat the last ones: q is zero there, or the result unused.
 //
 // grid: x = clusters * cluster size (shares of the context), y = KV head, z = row.
 #ifndef LOCKSTEP_KERNELS_ATTENTION_DECODE_KERNEL_CUH_
@@ -89,12 +89,18 @@ class Tiles {
   int32_t block_ = 0;
 };
 
+// Of a multiprocessor: as many as have the registers, so that enough is on its way.
+template <typename KV, int kDim, int kHeadTiles>
+inline constexpr int kBlocks = kDim > 128 || kHeadTiles > 1 ? 2
+                               : sizeof(KV) == 1            ? 4
+                                                            : 3;
+
 // kDim: head_dim rounded up to 64, 128 or 256; kHeadTiles: tiles of 8 query heads.
 // kRing: tiles come through shared memory. Loads to registers need the L1, of which the
 // products' division of an SM's memory leaves little. For several tiles a warp; it takes
 // the room in which a product's blocks could begin.
 template <typename T, typename KV, int kDim, int kHeadTiles, bool kRing = false>
-__global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<KV, kDim, kHeadTiles>)
     DecodeKernel(const __grid_constant__ Params p) {
   using M = typename Chunk<KV>::M;
   using Raw = typename Chunk<KV>::Raw;
@@ -124,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
   Raw* stash_v = stash_k + kDim / 8;
   const KV* k_cache = static_cast<const KV*>(p.k);
   const KV* v_cache = static_cast<const KV*>(p.v);
-  const int last_chunk = p.head_dim / 8 - 1;
+  const int chunks = p.head_dim / 8;
   Tiles<KV> tiles(p, p.rows.block_table + static_cast<int64_t>(slot) * p.rows.table_stride, work);
 
   Raw k[2][kKChunks], v[4][kVChunks];
@@ -145,8 +151,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
       for (int i = 0; i < 2; ++i) {
         const Raw* at =
             reinterpret_cast<const Raw*>(k_cache + offset + seen(tile, r + 8 * i) * p.head_dim);
-#pragma unroll
-        for (int j = 0; j < kKChunks; ++j) k[i][j] = __ldcg(at + min(c + 4 * j, last_chunk));
+        LoadChunks<KV, true>(at, chunks, c, 4, k[i]);
       }
     }
   };
@@ -159,8 +164,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
         const int token = 2 * c + i % 2 + 8 * (i / 2);
         const Raw* at =
             reinterpret_cast<const Raw*>(v_cache + offset + seen(tile, token) * p.head_dim);
-#pragma unroll
-        for (int j = 0; j < kVChunks; ++j) v[i][j] = __ldcg(at + min(r + 8 * j, last_chunk));
+        LoadChunks<KV, true>(at, chunks, r, 8, v[i]);
       }
     }
   };
@@ -200,25 +204,22 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
   TileSums<KV, kDim, kHeadTiles> sums;
   if (work.any()) {
     uint4 q[kHeadTiles][kKChunks];
-    LoadQuery<kHeadTiles, kKChunks>(p, staged, q);
+    LoadQuery<KV>(p, staged, q);
 
     for (int tile = work.first, i = 0; tile < work.end; tile += kWarps, ++i) {
       const int replaced = tile == work.last_tile ? work.position % kTile : kTile;
       if constexpr (kRing) {
         ring.Await(i, 0);
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-#pragma unroll
-          for (int j = 0; j < kKChunks; ++j)
-            k[part][j] = ring.Row(i, 0, r + 8 * part)[min(c + 4 * j, last_chunk)];
-        }
+        for (int part = 0; part < 2; ++part)
+          LoadChunks<KV, false>(ring.Row(i, 0, r + 8 * part), chunks, c, 4, k[part]);
       } else if (!kAhead) {
         load_v(tile, offset, 0);
       }
       if (replaced < kTile) {
 #pragma unroll
         for (int j = 0; j < kKChunks; ++j) {
-          const Raw mine = stash_k[min(c + 4 * j, last_chunk)];
+          const Raw mine = stash_k[min(ChunkOf<KV, kKChunks>(c, 4, j), chunks - 1)];
           if (r >= replaced) k[0][j] = mine;
           if (r + 8 >= replaced) k[1][j] = mine;
         }
@@ -239,15 +240,14 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 && kHeadTiles == 1 ? 3 :
         ring.Await(i, 1);
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
-          const Raw* at_row = ring.Row(i, 1, seen(tile, 2 * c + t % 2 + 8 * (t / 2)));
-#pragma unroll
-          for (int j = 0; j < kVChunks; ++j) v[t][j] = at_row[min(r + 8 * j, last_chunk)];
+          const Raw* at = ring.Row(i, 1, seen(tile, 2 * c + t % 2 + 8 * (t / 2)));
+          LoadChunks<KV, false>(at, chunks, r, 8, v[t]);
         }
       }
       if (replaced < kTile) {
 #pragma unroll
         for (int j = 0; j < kVChunks; ++j) {
-          const Raw mine = stash_v[min(r + 8 * j, last_chunk)];
+          const Raw mine = stash_v[min(ChunkOf<KV, kVChunks>(r, 8, j), chunks - 1)];
 #pragma unroll
           for (int t = 0; t < 4; ++t) {
             if (2 * c + t % 2 + 8 * (t / 2) >= replaced) v[t][j] = mine;

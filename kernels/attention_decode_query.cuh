@@ -141,9 +141,9 @@ __device__ __forceinline__ void StageQuery(const Params& p, int row, const float
   }
 }
 
-// What a lane needs of that: chunks c + 4 j of head r of each tile of 8, zero where
-// there is no such head or chunk.
-template <int kHeadTiles, int kKChunks>
+// What a lane needs of that: of head r of each tile of 8 the chunks that it has of a key, zero
+// where there is no such head or chunk.
+template <typename KV, int kHeadTiles, int kKChunks>
 __device__ __forceinline__ void LoadQuery(const Params& p, const uint4* staged,
                                           uint4 (&q)[kHeadTiles][kKChunks]) {
   const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, chunks = p.head_dim / 8;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void LoadQuery(const Params& p, const uint4* staged,
   for (int n = 0; n < kHeadTiles; ++n) {
 #pragma unroll
     for (int j = 0; j < kKChunks; ++j) {
-      const int head = 8 * n + r, chunk = c + 4 * j;
+      const int head = 8 * n + r, chunk = ChunkOf<KV, kKChunks>(c, 4, j);
       q[n][j] =
           head < p.group && chunk < chunks ? staged[head * chunks + chunk] : make_uint4(0, 0, 0, 0);
     }

@@ -143,7 +143,8 @@ class TileSums {
         for (int m = 0; m < kOutTiles; m += 4) {
 #pragma unroll
           for (int row_half = 0; row_half < 2; ++row_half) {
-            const int chunk = kVChunks == 1 ? r : r + 8 * (2 * (m / 8) + row_half);
+            const int chunk =
+                kVChunks == 1 ? r : ChunkOf<KV, kVChunks>(r, 8, 2 * (m / 8) + row_half);
             const int first = kVChunks == 1 ? 4 * row_half : m % 8;
             const int i = 2 * row_half + h;
             if (chunk * 8 >= head_dim) continue;

@@ -74,6 +74,37 @@ struct Chunk<__nv_fp8_e4m3> {
   }
 };
 
+// A lane's chunks of a row that `lanes` lanes share: as many together as one access of 16 bytes
+// takes, which of e4m3 are two where a lane has two. The order of a row's elements among the
+// lanes is free, since both operands of a product have it.
+template <typename KV, int N>
+inline constexpr int kTogether = N == 1 ? 1
+                                        : 16 / static_cast<int>(sizeof(typename Chunk<KV>::Raw));
+// The j-th of the N chunks of the i-th lane.
+template <typename KV, int N>
+__device__ __forceinline__ int ChunkOf(int i, int lanes, int j) {
+  constexpr int kMost = kTogether<KV, N>;
+  return kMost * (i + lanes * (j / kMost)) + j % kMost;
+}
+// All N of them; past the row's end its last access again. kGlobal: from the cache, past the L1.
+template <typename KV, bool kGlobal, int N>
+__device__ __forceinline__ void LoadChunks(const typename Chunk<KV>::Raw* row, int row_chunks,
+                                           int i, int lanes, typename Chunk<KV>::Raw (&to)[N]) {
+  constexpr int kMost = kTogether<KV, N>;
+#pragma unroll
+  for (int j = 0; j < N; j += kMost) {
+    const auto* from = row + min(ChunkOf<KV, N>(i, lanes, j), row_chunks - kMost);
+    if constexpr (kMost == 1) {
+      to[j] = kGlobal ? __ldcg(from) : *from;
+    } else {
+      const uint4* both = reinterpret_cast<const uint4*>(from);
+      const uint4 two = kGlobal ? __ldcg(both) : *both;
+      to[j] = {two.x, two.y};
+      to[j + 1] = {two.z, two.w};
+    }
+  }
+}
+
 // Elements `pair` * 2 and * 2 + 1 of a widened chunk; pair a constant.
 __device__ __forceinline__ uint32_t Word(const uint4& v, int pair) {
   return pair == 0 ? v.x : pair == 1 ? v.y : pair == 2 ? v.z : v.w;

@@ -4,7 +4,7 @@
 // KV read or TFLOP/s (causal half only). Arguments, in any order: decode or
 // prefill alone; splits=N; ring=1 or -1, with or without; context=N, only that one; max=N, the
 // bound on it; order=1, blocks of a sequence one after another; spread=GIB, layers as far apart as
-// in a cache of that size.
+// in a cache of that size; kv=fp8, decode from a cache of e4m3.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -89,7 +89,7 @@ float Time(int count, int replays, Enqueue enqueue) {
 
 struct Options {
   int splits = 0, context = 0, max_context = 131072, order = 0, spread = 0, ring = 0;
-  bool decode = true, prefill = true;
+  bool decode = true, prefill = true, fp8 = false;
 };
 
 struct Shape {
@@ -119,16 +119,17 @@ std::vector<int32_t> Scattered(int slots, int per_slot, bool in_order = false) {
 void BenchDecode(const Options& options, char* pool) {
   std::printf("decode, head_dim 128: us a launch and GB/s of KV\n%-8s %5s %6s %8s %16s %16s %16s\n",
               "shape", "batch", "ctx", "MB", "plain", "pdl", "pdl+history");
-  __nv_bfloat16* q = Random(int64_t{256} * 6144, 1);
-  __nv_bfloat16* out = Random(int64_t{256} * 6144, 2);
+  __nv_bfloat16* q = Random(int64_t{512} * 6144, 1);
+  __nv_bfloat16* out = Random(int64_t{512} * 6144, 2);
   void* workspace;
   CHECK_CUDA(cudaMalloc(&workspace, 1 << 20));
   CHECK_CUDA(cudaMemset(workspace, 0, 1 << 20));
   for (const Shape& shape : kShapes) {
     for (const int context : {1024, 1104, 8192, 32768, 131072}) {
-      for (const int batch : {1, 16, 64, 256}) {
+      for (const int batch : {1, 16, 64, 256, 512}) {
         const int per_slot = context / kBlock;
-        const int64_t half = int64_t{batch} * per_slot * shape.kv_heads * kBlock * kDim * 2;
+        const int64_t half =
+            int64_t{batch} * per_slot * shape.kv_heads * kBlock * kDim * (options.fp8 ? 1 : 2);
         if (2 * half > PoolBytes(options) || (context > 32768 && batch > 1)) continue;
         if (options.context > 0 && context != options.context) continue;
         const int layers = options.spread > 0
@@ -161,7 +162,8 @@ void BenchDecode(const Options& options, char* pool) {
               layers, 2 * half * layers > (int64_t{1} << 30) ? 3 : 10, [&](cudaStream_t stream) {
                 for (int i = 0; i < layers; ++i) {
                   char* base = pool + int64_t{i} * 2 * stride;
-                  args.kv = {base, base + stride, Type::kBF16, shape.kv_heads, kBlock, kDim};
+                  args.kv = {base,           base + stride, options.fp8 ? Type::kE4M3 : Type::kBF16,
+                             shape.kv_heads, kBlock,        kDim};
                   CHECK_CUDA(DecodeAttention({stream, mode > 0}, args));
                 }
               });
@@ -236,6 +238,7 @@ void Main(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "decode") == 0) options.prefill = false;
+    if (std::strcmp(argv[i], "kv=fp8") == 0) options.fp8 = true;
     if (std::strcmp(argv[i], "prefill") == 0) options.decode = false;
     std::sscanf(argv[i], "splits=%d", &options.splits);
     std::sscanf(argv[i], "context=%d", &options.context);

@@ -153,17 +153,14 @@ class Attention {
       Raw k[2][kKChunks];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < kKChunks; ++j) {
-          const Raw* at = r + 8 * i < replaced ? rows + (r + 8 * i) * kChunks : stash_k_;
-          k[i][j] = at[c + 4 * j];
-        }
+        const Raw* at = r + 8 * i < replaced ? rows + (r + 8 * i) * kChunks : stash_k_;
+        LoadChunks<KV, false>(at, kChunks, c, 4, k[i]);
       }
       ring.Release();
       uint4 q[1][kKChunks];  // again for each tile: registers are scarce
 #pragma unroll
       for (int j = 0; j < kKChunks; ++j)
-        q[0][j] = r < p_.group ? query_[r * kChunks + c + 4 * j] : uint4{};
+        q[0][j] = r < p_.group ? query_[r * kChunks + ChunkOf<KV, kKChunks>(c, 4, j)] : uint4{};
       const int at = tile * kTile + r, unseen = share_.begin - tile * kTile;
       sums.Multiply(q, k);
       sums.Weigh(at >= share_.begin && at <= place_.position,
@@ -173,12 +170,9 @@ class Attention {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 2 * c + i % 2 + 8 * (i / 2);
-#pragma unroll
-        for (int j = 0; j < kVChunks; ++j) {
-          // What is not seen has no weight, but must be finite.
-          const Raw* from = token < replaced ? rows + max(token, unseen) * kChunks : stash_v_;
-          v[i][j] = from[r + 8 * j];
-        }
+        // What is not seen has no weight, but must be finite.
+        const Raw* from = token < replaced ? rows + max(token, unseen) * kChunks : stash_v_;
+        LoadChunks<KV, false>(from, kChunks, r, 8, v[i]);
       }
       ring.Release();
       sums.Add(v);
