@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <typename T, int N, Activation kActivation>
+template <typename T, int N, Activation kActivation, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads)
     ActivateKernel(const __grid_constant__ ActivateArgs a, int blocks_per_row) {
   TriggerDependents();
@@ -18,12 +18,14 @@ __global__ void __launch_bounds__(kThreads)
       N;
   WaitForPrevious();
   if (at >= a.width || (a.slot != nullptr && a.slot[row] < 0)) return;
+  Gates<T, N, kInterleaved> gates;
+  gates.Load(a, row, at);
   float v[N];
-  ActivatePiece<T, N>(a, kActivation, row, at, v);
+  gates.Activate(a, kActivation, at, v);
   Store(static_cast<T*>(a.out) + row * a.out_stride + at, Pack<T, N>(v));
 }
 
-template <typename T, int N>
+template <typename T, int N, bool kInterleaved>
 cudaError_t LaunchActivate(const Launch& launch, const ActivateArgs& args) {
   const int blocks_per_row = (args.width / N + kThreads - 1) / kThreads;
   const int64_t blocks = int64_t{args.num_rows} * blocks_per_row;
@@ -34,13 +36,13 @@ cudaError_t LaunchActivate(const Launch& launch, const ActivateArgs& args) {
   };
   switch (args.activation) {
     case Activation::kSilu:
-      return run(ActivateKernel<T, N, Activation::kSilu>);
+      return run(ActivateKernel<T, N, Activation::kSilu, kInterleaved>);
     case Activation::kGeluTanh:
-      return run(ActivateKernel<T, N, Activation::kGeluTanh>);
+      return run(ActivateKernel<T, N, Activation::kGeluTanh, kInterleaved>);
     case Activation::kGelu:
-      return run(ActivateKernel<T, N, Activation::kGelu>);
+      return run(ActivateKernel<T, N, Activation::kGelu, kInterleaved>);
     case Activation::kRelu:
-      return run(ActivateKernel<T, N, Activation::kRelu>);
+      return run(ActivateKernel<T, N, Activation::kRelu, kInterleaved>);
   }
   return cudaErrorInvalidValue;
 }
@@ -50,7 +52,10 @@ cudaError_t ActivateOf(const Launch& launch, const ActivateArgs& a) {
   constexpr int kN = 16 / sizeof(T);
   const bool wide = a.width % kN == 0 && a.in_stride % kN == 0 && a.out_stride % kN == 0 &&
                     Aligned16(a.in) && Aligned16(a.bias) && Aligned16(a.out);
-  return wide ? LaunchActivate<T, kN>(launch, a) : LaunchActivate<T, 1>(launch, a);
+  if (a.layout == GateLayout::kInterleaved) {
+    return wide ? LaunchActivate<T, kN, true>(launch, a) : LaunchActivate<T, 1, true>(launch, a);
+  }
+  return wide ? LaunchActivate<T, kN, false>(launch, a) : LaunchActivate<T, 1, false>(launch, a);
 }
 
 }  // namespace

@@ -7,11 +7,14 @@
 
 namespace lockstep::kernels {
 
-// For 16-bit results the fast exponential is exact enough by far.
+// For 16-bit results the fast exponential and reciprocal are exact enough by far.
 template <typename T>
 __device__ __forceinline__ float Logistic(float x) {  // 1 / (1 + e^-x)
   if constexpr (sizeof(T) == 4) return 1.0f / (1.0f + expf(-x));
-  return __frcp_rn(1.0f + __expf(-x));
+  float power, out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(1.0f + power));
+  return out;
 }
 
 template <typename T>
@@ -30,43 +33,49 @@ __device__ __forceinline__ float Apply(Activation activation, float x) {
   return x;
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void LoadBiased(const T* in, const T* bias, int64_t at,
-                                           float (&out)[N]) {
-  Unpack(LoadData<T, N>(in + at), out);
-  if (bias == nullptr) return;
-  float b[N];
-  Unpack(LoadConstant<T, N>(bias + at), b);
-#pragma unroll
-  for (int e = 0; e < N; ++e) out[e] += b[e];
-}
+// What outputs [at, at + N) of a row are made of, as it lies in memory: two pieces, of which the
+// layouts without a gate have the first alone. kInterleaved: the layout of that name.
+template <typename T, int N, bool kInterleaved>
+struct Gates {
+  Packed<T, N> pieces[2] = {};
 
-// out = outputs [at, at + N) of a row.
-template <typename T, int N>
-__device__ __forceinline__ void ActivatePiece(const ActivateArgs& a, Activation activation,
-                                              int64_t row, int at, float (&out)[N]) {
-  const T* in = static_cast<const T*>(a.in) + row * a.in_stride;
-  const T* bias = static_cast<const T*>(a.bias);
-  float up[N];
-  if (a.layout == GateLayout::kInterleaved) {
-    float both[2][N];
-    LoadBiased(in, bias, int64_t{2} * at, both[0]);
-    LoadBiased(in, bias, int64_t{2} * at + N, both[1]);
+  static __device__ __forceinline__ int64_t PlaceOf(const ActivateArgs& a, int at, int piece) {
+    return kInterleaved ? int64_t{2} * at + piece * N : at + int64_t{piece} * a.width;
+  }
+  static __device__ __forceinline__ bool Has(const ActivateArgs& a, int piece) {
+    return kInterleaved || piece == 0 || a.layout == GateLayout::kHalves;
+  }
+
+  __device__ __forceinline__ void Load(const ActivateArgs& a, int64_t row, int at) {
+    const T* in = static_cast<const T*>(a.in) + row * a.in_stride;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (Has(a, i)) pieces[i] = LoadData<T, N>(in + PlaceOf(a, at, i));
+    }
+  }
+
+  __device__ __forceinline__ void Activate(const ActivateArgs& a, Activation activation, int at,
+                                           float (&out)[N]) const {
+    float v[2][N];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Unpack(pieces[i], v[i]);
+      if (a.bias == nullptr || !Has(a, i)) continue;
+      float bias[N];
+      Unpack(LoadConstant<T, N>(static_cast<const T*>(a.bias) + PlaceOf(a, at, i)), bias);
+#pragma unroll
+      for (int e = 0; e < N; ++e) v[i][e] += bias[e];
+    }
+    const bool gated = Has(a, 1);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      out[e] = both[2 * e / N][2 * e % N];
-      up[e] = both[(2 * e + 1) / N][(2 * e + 1) % N];
+      const float gate = kInterleaved ? v[2 * e / N][2 * e % N] : v[0][e];
+      const float up = kInterleaved ? v[(2 * e + 1) / N][(2 * e + 1) % N] : v[1][e];
+      out[e] = Apply<T>(activation, gate);
+      if (gated) out[e] *= up;
     }
-  } else {
-    LoadBiased(in, bias, at, out);
-    if (a.layout == GateLayout::kHalves) LoadBiased(in, bias, int64_t{a.width} + at, up);
   }
-#pragma unroll
-  for (int e = 0; e < N; ++e) {
-    out[e] = Apply<T>(activation, out[e]);
-    if (a.layout != GateLayout::kNone) out[e] *= up[e];
-  }
-}
+};
 
 // Activate where args.quantized is given.
 cudaError_t ActivateQuantized(const Launch& launch, const ActivateArgs& args);

@@ -161,7 +161,20 @@ void Others(const Buffers& b) {
       Report(std::string("silu ") + (layout == GateLayout::kHalves ? "halves " : "pairs ") +
                  std::to_string(rows) + " x 14336",
              Time(20, [&](const Launch& l, int) { return Activate(l, args); }), 6.0 * width * rows);
+      args.quantized = {b.b, reinterpret_cast<float*>(b.scales)};
+      Report("  to e4m3", Time(20, [&](const Launch& l, int) { return Activate(l, args); }),
+             5.0 * width * rows);
     }
+    QuantizeRowsArgs quantize;
+    quantize.num_rows = rows;
+    quantize.width = 4096;
+    quantize.in = b.a;
+    quantize.in_stride = quantize.out_stride = 4096;
+    quantize.out = b.b;
+    quantize.scales = reinterpret_cast<float*>(b.scales);
+    Report("quantize " + std::to_string(rows) + " x 4096",
+           Time(20, [&](const Launch& l, int) { return QuantizeRows(l, quantize); }),
+           3.0 * 4096 * rows);
     EmbedRowsArgs embed;
     embed.table = b.a;
     embed.local_vocab = 1;

@@ -1,8 +1,8 @@
 #include "kernels/quantize.h"
-#include "kernels/vector.cuh"
+#include "kernels/quantize_row.cuh"
 
-// A block a row, which passes over it twice: the second time the row comes from
-// the cache of its multiprocessor or from L2.
+// A block a row. Rows of 16-bit types stay in registers until their scale is known; others are
+// passed over twice: the second time they come from the cache of the multiprocessor or from L2.
 namespace lockstep::kernels {
 namespace {
 
@@ -40,6 +40,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <typename T, int kPieces>
+__global__ void __launch_bounds__(kRowMaxThreads)
+    QuantizeOnceKernel(const __grid_constant__ QuantizeRowsArgs a) {
+  TriggerDependents();
+  WaitForPrevious();
+  const int64_t row = blockIdx.x;
+  if (a.slot != nullptr && a.slot[row] < 0) return;
+  const T* const in = static_cast<const T*>(a.in) + row * a.in_stride;
+  Packed<T, kRowPiece> pieces[kPieces] = {};
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) {
+    if (RowPieceAt(j) < a.width) pieces[j] = LoadData<T, kRowPiece>(in + RowPieceAt(j));
+  }
+  QuantizeRow(pieces, a.width, static_cast<__nv_fp8_e4m3*>(a.out) + row * a.out_stride,
+              a.scales + row);
+}
+
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     DequantizeKernel(const __grid_constant__ DequantizeRowsArgs a) {
@@ -59,18 +76,31 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <typename T, typename Args>
+bool IsAligned(const Args& a) {
+  constexpr int kN = 16 / sizeof(T);
+  return a.width % kN == 0 && a.in_stride % kN == 0 && a.out_stride % kN == 0 && Aligned16(a.in) &&
+         Aligned16(a.out);
+}
+
 // Kernel<T, N>: pieces of 16 bytes on the side of T, or single elements.
 template <typename T, typename Args>
 cudaError_t LaunchRows(const Launch& launch, const Args& a, void (*wide)(Args),
                        void (*single)(Args)) {
-  constexpr int kN = 16 / sizeof(T);
-  const bool aligned = a.width % kN == 0 && a.in_stride % kN == 0 && a.out_stride % kN == 0 &&
-                       Aligned16(a.in) && Aligned16(a.out);
+  const bool aligned = IsAligned<T>(a);
   return LaunchKernel(launch, aligned ? wide : single, dim3(a.num_rows), dim3(kThreads), 0, 1, a);
 }
 
 template <typename T>
 cudaError_t QuantizeOf(const Launch& launch, const QuantizeRowsArgs& a) {
+  if constexpr (sizeof(T) == 2) {
+    if (IsAligned<T>(a) && a.width <= kRowMaxWidth) {
+      return WithRowPieces(a.width, [&](auto each, int threads) {
+        return LaunchKernel(launch, QuantizeOnceKernel<T, each>, dim3(a.num_rows), dim3(threads), 0,
+                            1, a);
+      });
+    }
+  }
   return LaunchRows<T>(launch, a, QuantizeKernel<T, 16 / sizeof(T)>, QuantizeKernel<T, 1>);
 }
 template <typename T>

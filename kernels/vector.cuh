@@ -71,15 +71,6 @@ __device__ __forceinline__ void Unpack(const Packed<T, N>& v, float (&out)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) out[i] = ToFloat(elements[i]);
 }
-template <typename T, int N>
-__device__ __forceinline__ Packed<T, N> Pack(const float (&v)[N]) {
-  T elements[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) elements[i] = FromFloat<T>(v[i]);
-  Packed<T, N> packed;
-  memcpy(&packed.raw, static_cast<const void*>(elements), sizeof(packed.raw));
-  return packed;
-}
 template <typename T>
 __device__ __forceinline__ float Rounded(float v) {
   return ToFloat(FromFloat<T>(v));
@@ -92,6 +83,32 @@ __device__ __forceinline__ __nv_fp8_e4m3 FromFloat<__nv_fp8_e4m3>(float v) {
   __nv_fp8_e4m3 out;
   out.__x = __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
   return out;
+}
+
+// By pairs where there are: a conversion of a single one takes four times as long.
+template <typename T, int N>
+__device__ __forceinline__ Packed<T, N> Pack(const float (&v)[N]) {
+  Packed<T, N> packed;
+  if constexpr (sizeof(T) == 4 || N == 1) {
+    T elements[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) elements[i] = FromFloat<T>(v[i]);
+    memcpy(&packed.raw, static_cast<const void*>(elements), sizeof(packed.raw));
+  } else if constexpr (sizeof(T) == 2) {
+    uint32_t pairs[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) pairs[i] = PackPair<T>(v[2 * i], v[2 * i + 1]);
+    memcpy(&packed.raw, pairs, sizeof(packed.raw));
+  } else {
+    __nv_fp8x2_storage_t pairs[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      pairs[i] =
+          __nv_cvt_float2_to_fp8x2(make_float2(v[2 * i], v[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
+    }
+    memcpy(&packed.raw, pairs, sizeof(packed.raw));
+  }
+  return packed;
 }
 
 // A row's scale from its largest magnitude; values are multiplied by `inverse`,
