@@ -356,7 +356,7 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
                                    .quantized = TakesQuantized(normed)}),
             "norm");
     }
-    if (fused) return;
+    if (fused && fusable) return;  // else it is only the sum
   }
   // There is one buffer of quantised rows, the products' on their own stream.
   const kernels::QuantizedRows quantized =
