@@ -10,7 +10,10 @@
 namespace lockstep {
 
 Scheduler::Impl::Impl(const SchedulerConfig& c)
-    : config(c), admission(c), allocator(c.num_kv_blocks, c.block_size, c.cache_hash_key) {
+    : config(c),
+      admission(c),
+      allocator(c.num_kv_blocks, c.block_size, c.cache_hash_key),
+      answer_length(c.expected_tokens) {
   LOCKSTEP_CHECK(c.max_num_seqs > 0 && c.max_batched_tokens > 0 && c.max_model_len > 0);
   LOCKSTEP_CHECK(c.block_size > 0 && c.max_plans_in_flight > 0);
   by_slot.resize(c.max_num_seqs, nullptr);
@@ -72,6 +75,7 @@ bool Scheduler::Impl::Stop(SequenceId id) {
   Sequence* const s = Find(id);
   if (s == nullptr) return false;
   LiveRequest* const r = s->request;
+  answer_length.Ended(static_cast<uint32_t>(s->generated.size()));
   End(s);
   if (r->num_live == 0) {
     ++totals.completed;
@@ -109,7 +113,7 @@ void Scheduler::Impl::LeaveSlot(Sequence* s) {
   finished_slots.push_back(s->slot);
   allocator.Release(s->table.Take(), s->last_step);
   s->run = 0;
-  s->num_computed = s->num_acknowledged = s->num_in_flight = s->num_cached = 0;
+  s->num_computed = s->num_acknowledged = s->num_in_flight = s->num_cached = s->num_found = 0;
   if (--s->request->num_running == 0) --num_running_requests;
   if (IsGuaranteed(*s)) --num_guaranteed;
 }

@@ -22,6 +22,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "coordinator/admission.h"
+#include "coordinator/growth_forecast.h"
 #include "coordinator/kv/block_allocator.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/sequence.h"
@@ -97,12 +98,11 @@ struct Scheduler::Impl {
   bool Grow(Sequence* s, Draft* draft);
   uint32_t ComingBlocks() const;
   PlannedSpan MakeSpan(Sequence* s, uint32_t num_tokens, Draft* draft);
-  uint32_t GrowthRoomOfRunning() const;
-  bool HasRoomFor(const Sequence& s, const std::vector<BlockId>& cached, const Draft& draft) const;
+  bool HasRoomFor(const Sequence& s, const std::vector<BlockId>& cached, Draft* draft) const;
   bool TryStart(Sequence* s, Draft* draft);
   bool KeepsGuarantees(const Sequence& newcomer) const;
   std::vector<BlockId> FindCached(const Sequence& s) const;
-  uint32_t GrowthRoom(const Sequence& s, uint32_t blocks) const;
+  GrowthForecast::Run Forecast(const Sequence& s, uint32_t blocks, uint32_t shared) const;
   void NoteStarted(Sequence* s, int64_t now_ms, std::vector<SchedulerEvent>* events);
   StepPlan Finish(Draft* draft);
 
@@ -139,6 +139,7 @@ struct Scheduler::Impl {
   const SchedulerConfig config;
   Admission admission;
   BlockAllocator allocator;
+  AnswerLength answer_length;
 
   absl::flat_hash_map<RequestId, std::unique_ptr<LiveRequest>> requests;
   absl::btree_set<Sequence*, AdmittedFirst> waiting;

@@ -8,7 +8,8 @@
 // one block at a time. When a growing sequence finds none, it waits if enough
 // are on their way back (fenced, or held by sequences that end with the step in
 // flight); otherwise the most junior sequence is preempted. Thrash is bounded:
-// newcomers enter only if everybody, they included, has room to grow; and who
+// newcomers enter only if everybody, they included, has room to grow for as long
+// as answers are expected to be (growth_forecast.h); and who
 // has been preempted twice enters only under a guarantee, that all sequences
 // senior to it and itself fit at their declared lengths at once. Whatever others
 // hold can then be taken from them, so it is not preempted a third time.
@@ -23,7 +24,7 @@
 namespace lockstep {
 namespace {
 
-// Blocks that a newcomer leaves for everybody's growth, itself included.
+// Blocks that everybody is expected to grow by, however short answers are.
 constexpr uint32_t kGrowthBlocks = 2;
 
 SlotSampling MakeSampling(const Sequence& s, bool wants_prompt_logprobs) {
@@ -53,7 +54,7 @@ struct Scheduler::Impl::Draft {
   uint32_t budget = 0;    // tokens
   uint32_t promised = 0;  // coming blocks that somebody is waiting for
   bool short_of_blocks = false;
-  uint32_t growth_room = 0;  // what all running sequences may need next
+  std::optional<GrowthForecast> forecast;  // of all that run; made when first asked for
   std::vector<PlannedSpan> spans;
 };
 
@@ -105,8 +106,7 @@ bool Scheduler::Impl::PlanTrial(Draft* draft) {
   if (trial_step > acknowledged) return true;
   s = WaitingSuspect();
   if (s == nullptr || free_slots.empty()) return false;
-  draft->growth_room = GrowthRoomOfRunning();
-  if (!HasRoomFor(*s, FindCached(*s), *draft)) return false;
+  if (!HasRoomFor(*s, FindCached(*s), draft)) return false;
   if (in_flight.empty() && TryStart(s, draft)) {
     draft->spans.push_back(MakeSpan(s, std::min(draft->budget, s->num_to_compute()), draft));
   }
@@ -134,7 +134,6 @@ void Scheduler::Impl::PlanPrefills(Draft* draft) {
 
 void Scheduler::Impl::PlanNewcomers(Draft* draft, int64_t now_ms,
                                     std::vector<SchedulerEvent>* events) {
-  draft->growth_room = GrowthRoomOfRunning();
   while (draft->budget > 0 && !free_slots.empty() && !waiting.empty()) {
     Sequence* const s = *waiting.begin();
     if (!TryStart(s, draft)) return;
@@ -190,31 +189,39 @@ PlannedSpan Scheduler::Impl::MakeSpan(Sequence* s, uint32_t num_tokens, Draft* d
   return span;
 }
 
-uint32_t Scheduler::Impl::GrowthRoom(const Sequence& s, uint32_t blocks) const {
-  return std::min(kGrowthBlocks, s.MaxBlocks(config.block_size) - blocks);
-}
-
-uint32_t Scheduler::Impl::GrowthRoomOfRunning() const {
-  uint32_t room = 0;
-  for (const Sequence* s : running) room += GrowthRoom(*s, s->table.size());
-  return room;
+// Of a sequence that has `blocks`, of which it found `shared` in the cache.
+GrowthForecast::Run Scheduler::Impl::Forecast(const Sequence& s, uint32_t blocks,
+                                              uint32_t shared) const {
+  const uint32_t generated = s.num_known() - s.num_prompt();
+  const uint32_t left = s.MaxNewTokens() - std::min(generated, s.MaxNewTokens());
+  const uint32_t least = std::min(left, kGrowthBlocks * config.block_size);
+  return {.tokens = std::max(least, answer_length.Remaining(generated, left)),
+          .blocks = blocks - shared,
+          .most = s.MaxBlocks(config.block_size) - blocks};
 }
 
 bool Scheduler::Impl::HasRoomFor(const Sequence& s, const std::vector<BlockId>& cached,
-                                 const Draft& draft) const {
+                                 Draft* draft) const {
   if (!KeepsGuarantees(s)) return false;
+  if (!draft->forecast) {
+    draft->forecast.emplace(config.block_size);
+    for (const Sequence* r : running) {
+      draft->forecast->Add(Forecast(*r, r->table.size(), r->num_found));
+    }
+  }
   const uint32_t total = BlocksForTokens(s.num_known(), config.block_size);
   const auto idle = std::count_if(cached.begin(), cached.end(), [this](BlockId block) {
     return allocator.cache().IsIdle(block);
   });
+  const uint32_t found = static_cast<uint32_t>(cached.size());
   return allocator.num_available() >=
-         idle + (total - cached.size()) + draft.growth_room + GrowthRoom(s, total);
+         idle + (total - found) + draft->forecast->PeakWith(Forecast(s, total, found));
 }
 
 // Gives the sequence a slot and blocks for all it knows, if that leaves room.
 bool Scheduler::Impl::TryStart(Sequence* s, Draft* draft) {
   const std::vector<BlockId> cached = FindCached(*s);
-  if (!HasRoomFor(*s, cached, *draft)) return false;
+  if (!HasRoomFor(*s, cached, draft)) return false;
   const uint32_t num_cached = static_cast<uint32_t>(cached.size());
   const uint32_t total = BlocksForTokens(s->num_known(), config.block_size);
 
@@ -227,14 +234,14 @@ bool Scheduler::Impl::TryStart(Sequence* s, Draft* draft) {
   running.insert(std::upper_bound(running.begin(), running.end(), s, SeniorFirst()), s);
   if (s->request->num_running++ == 0) ++num_running_requests;
   if (IsGuaranteed(*s)) ++num_guaranteed;
-  draft->growth_room += GrowthRoom(*s, total);
+  draft->forecast->Add(Forecast(*s, total, num_cached));
 
   for (BlockId block : cached) {
     allocator.Share(block);
     s->table.Append(block);
   }
   while (s->table.size() < total) s->table.Append(*allocator.Allocate());
-  s->num_cached = num_cached;
+  s->num_cached = s->num_found = num_cached;
   s->chain_open = MayShare(*s);
   s->num_computed = s->num_acknowledged = num_cached * config.block_size;
   s->prompt_logprobs = WantsPromptLogprobs(*s);

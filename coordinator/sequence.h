@@ -58,6 +58,7 @@ struct Sequence {
   // Prefix cache: the first num_cached blocks of the table are entries. Once
   // another block stands for the same content, the chain ends here.
   uint32_t num_cached = 0;
+  uint32_t num_found = 0;  // of those, there before it started: not its own
   bool chain_open = false;
 
   inline uint32_t num_prompt() const;

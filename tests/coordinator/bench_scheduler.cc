@@ -88,7 +88,10 @@ class Steady {
     config.max_batched_tokens = 256 * (kPrompt + 16);
     config.max_model_len = 4'096;
     config.num_kv_blocks = running * ((kPrompt + kSteps + 500) / 16 + 3);
-    if (blocked) config.num_kv_blocks = running * 12 + 188;
+    if (blocked) {
+      config.num_kv_blocks = running * 12 + 188;
+      config.expected_tokens = 1;  // or they would not all have started
+    }
     config.max_queued_requests = waiting + running;
     config.vocab_size = 1'000;
     return config;

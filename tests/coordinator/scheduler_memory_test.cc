@@ -1,4 +1,5 @@
 // Blocks: growth, preemption, fences and the prefix cache, seen through plans.
+#include <algorithm>
 #include <vector>
 
 #include "coordinator/scheduler.h"
@@ -15,6 +16,7 @@ SchedulerConfig Config(uint32_t num_kv_blocks) {
   SchedulerConfig config = SmallSchedulerConfig();
   config.max_batched_tokens = 64;
   config.num_kv_blocks = num_kv_blocks;
+  config.expected_tokens = 1;  // so that more start than fit
   return config;
 }
 
@@ -85,6 +87,40 @@ TEST(SchedulerMemoryTest, ADemandOfFourTimesThePoolFinishesWithBoundedPreemption
   EXPECT_EQ(h.scheduler.Stats().completed, 16u);
   EXPECT_GT(h.scheduler.Stats().preemptions, 0u);
   EXPECT_LE(h.scheduler.Stats().preemptions, 32u);
+}
+
+TEST(SchedulerMemoryTest, NobodyIsPreemptedWhereAnswersAreAsLongAsExpected) {
+  SchedulerConfig config = Config(24);
+  config.max_num_seqs = 8;
+  config.expected_tokens = 44;
+  SchedulerHarness h(config);
+  for (uint64_t id = 1; id <= 16; ++id) {
+    ASSERT_TRUE(h.Add(RequestBuilder(id).Prompt(4).MaxTokens(44)).ok());
+  }
+  uint32_t most = 0;
+  while (h.scheduler.HasRequests()) {
+    h.Step();
+    most = std::max(most, h.scheduler.Stats().running);
+  }
+  EXPECT_EQ(h.scheduler.Stats().completed, 16u);
+  EXPECT_EQ(h.scheduler.Stats().preemptions, 0u);
+  EXPECT_EQ(most, 2u) << "12 blocks each";
+}
+
+// Who is about to end makes room for who has just begun.
+TEST(SchedulerMemoryTest, BlocksThatComeBackInTimeAreGivenAwayBefore) {
+  SchedulerConfig config = Config(24);
+  config.expected_tokens = 44;
+  SchedulerHarness h(config);
+  ASSERT_TRUE(h.Add(RequestBuilder(1).Prompt(4).MaxTokens(44)).ok());
+  while (h.Tokens(1).size() < 38) h.Step();
+  ASSERT_TRUE(h.Add(RequestBuilder(2).Prompt(4).MaxTokens(44)).ok());
+  ASSERT_TRUE(h.Add(RequestBuilder(3).Prompt(4).MaxTokens(44)).ok());
+  h.Step();
+  EXPECT_EQ(h.scheduler.Stats().running, 3u);
+  h.RunAll();
+  EXPECT_EQ(h.scheduler.Stats().completed, 3u);
+  EXPECT_EQ(h.scheduler.Stats().preemptions, 0u);
 }
 
 TEST(SchedulerMemoryTest, NobodyOvertakesARequestThatWaitsForBlocks) {

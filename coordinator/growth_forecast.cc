@@ -1,0 +1,55 @@
+#include "coordinator/growth_forecast.h"
+
+#include <algorithm>
+
+namespace lockstep {
+namespace {
+
+// The first guess counts as so many answers, and the mean is of about the last so many.
+constexpr uint32_t kGuessWeight = 4, kMeanOf = 64;
+
+bool LastsLonger(const GrowthForecast::Run& a, const GrowthForecast::Run& b) {
+  return a.tokens > b.tokens;
+}
+
+}  // namespace
+
+uint64_t GrowthForecast::GrowthOf(const Run& run) const {
+  return std::min<uint64_t>((run.tokens + block_size_ - 1) / block_size_, run.most);
+}
+
+void GrowthForecast::Add(const Run& run) {
+  runs_.insert(std::upper_bound(runs_.begin(), runs_.end(), run, LastsLonger), run);
+  growth_ += GrowthOf(run);
+  blocks_ += run.blocks;
+}
+
+// Just before a run ends, all that last as long have grown as much as it, and those that
+// end earlier hold nothing.
+uint64_t GrowthForecast::PeakWith(const Run& newcomer) const {
+  uint64_t alive = 0, peak = 0, given_back = blocks_ + newcomer.blocks;
+  const auto visit = [&](const Run& run) {
+    ++alive;
+    given_back -= run.blocks;
+    const uint64_t growth = alive * ((run.tokens + block_size_ - 1) / block_size_);
+    if (growth > given_back) peak = std::max(peak, growth - given_back);
+  };
+  const auto at = std::upper_bound(runs_.begin(), runs_.end(), newcomer, LastsLonger);
+  std::for_each(runs_.begin(), at, visit);
+  visit(newcomer);
+  std::for_each(at, runs_.end(), visit);
+  // No more than if nothing were given back.
+  return std::min(peak, growth_ + GrowthOf(newcomer));
+}
+
+void AnswerLength::Ended(uint32_t tokens) {
+  ended_ = std::min(ended_ + 1, kMeanOf);
+  mean_ += (static_cast<double>(tokens) - mean_) / std::min(ended_ + kGuessWeight, kMeanOf);
+}
+
+uint32_t AnswerLength::Remaining(uint32_t generated, uint32_t left) const {
+  const double rest = std::max(mean_ - generated, generated / 2.0);
+  return static_cast<uint32_t>(std::min<double>(rest, left));
+}
+
+}  // namespace lockstep

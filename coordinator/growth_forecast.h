@@ -1,0 +1,59 @@
+// How many blocks running sequences will want at once, at the worst moment ahead: each grows
+// by a token a step until it ends, and then gives back what it holds. Admission by this, and
+// not by declared lengths alone, neither leaves blocks idle that will come back in time nor
+// starts sequences that would soon be preempted, whose work is then done twice.
+//
+//   GrowthForecast forecast(block_size);
+//   for (running) forecast.Add({tokens it is expected to add, blocks it holds alone});
+//   if (forecast.PeakWith(newcomer) <= available - what it needs now) start it
+#ifndef LOCKSTEP_COORDINATOR_GROWTH_FORECAST_H_
+#define LOCKSTEP_COORDINATOR_GROWTH_FORECAST_H_
+
+#include <cstdint>
+#include <vector>
+
+namespace lockstep {
+
+class GrowthForecast {
+ public:
+  struct Run {
+    uint32_t tokens = 0;  // that it will still add
+    uint32_t blocks = 0;  // that it holds today and nobody else does
+    uint32_t most = 0;    // blocks by which it can grow at all
+  };
+
+  explicit GrowthForecast(uint32_t block_size) : block_size_(block_size) {}
+
+  void Add(const Run& run);
+  // The most blocks, beyond those held today, that all runs and `newcomer` hold together at
+  // any later time. Linear in the runs.
+  uint64_t PeakWith(const Run& newcomer) const;
+
+ private:
+  uint64_t GrowthOf(const Run& run) const;
+
+  const uint32_t block_size_;
+  std::vector<Run> runs_;  // most tokens first
+  uint64_t growth_ = 0;    // of all runs, each until its own end
+  uint64_t blocks_ = 0;
+};
+
+// How long answers are, as far as can be told: the mean of those that ended, of which old
+// ones count less and less.
+class AnswerLength {
+ public:
+  explicit AnswerLength(uint32_t expected) : mean_(expected) {}
+
+  void Ended(uint32_t tokens);
+  // Tokens that an answer of `generated` so far is expected to have yet, of `left` at most.
+  // Who has outlived the mean is taken to be half done with what is left.
+  uint32_t Remaining(uint32_t generated, uint32_t left) const;
+
+ private:
+  double mean_;
+  uint32_t ended_ = 0;
+};
+
+}  // namespace lockstep
+
+#endif  // LOCKSTEP_COORDINATOR_GROWTH_FORECAST_H_
