@@ -5,8 +5,8 @@
 namespace lockstep {
 namespace {
 
-// The first guess counts as so many answers, and the mean is of about the last so many.
-constexpr uint32_t kGuessWeight = 4, kMeanOf = 64;
+// The first guess counts as so many answers, and each that ends leaves so much of those before.
+constexpr double kGuessWeight = 4, kKept = 63.0 / 64;
 
 bool LastsLonger(const GrowthForecast::Run& a, const GrowthForecast::Run& b) {
   return a.tokens > b.tokens;
@@ -42,13 +42,18 @@ uint64_t GrowthForecast::PeakWith(const Run& newcomer) const {
   return std::min(peak, growth_ + GrowthOf(newcomer));
 }
 
-void AnswerLength::Ended(uint32_t tokens) {
-  ended_ = std::min(ended_ + 1, kMeanOf);
-  mean_ += (static_cast<double>(tokens) - mean_) / std::min(ended_ + kGuessWeight, kMeanOf);
+AnswerLength::AnswerLength(uint32_t expected)
+    : tokens_(kGuessWeight * expected), ends_(kGuessWeight) {}
+
+void AnswerLength::Ended(uint32_t tokens, bool cut) {
+  tokens_ = tokens_ * kKept + tokens;
+  ends_ = ends_ * kKept + (cut ? 0 : 1);
 }
 
 uint32_t AnswerLength::Remaining(uint32_t generated, uint32_t left) const {
-  const double rest = std::max(mean_ - generated, generated / 2.0);
+  // Where none ends by itself the mean grows beyond all that is declared.
+  const double mean = tokens_ / std::max(ends_, 1e-9);
+  const double rest = std::max(mean - generated, generated / 2.0);
   return static_cast<uint32_t>(std::min<double>(rest, left));
 }
 

@@ -38,20 +38,21 @@ class GrowthForecast {
   uint64_t blocks_ = 0;
 };
 
-// How long answers are, as far as can be told: the mean of those that ended, of which old
-// ones count less and less.
+// How long answers are that nothing cuts short: all tokens over the answers that ended by
+// themselves, which is the mean of lifetimes of which some were not seen to their end (the
+// exponential distribution's maximum likelihood). Old answers count less and less.
 class AnswerLength {
  public:
-  explicit AnswerLength(uint32_t expected) : mean_(expected) {}
+  explicit AnswerLength(uint32_t expected);
 
-  void Ended(uint32_t tokens);
-  // Tokens that an answer of `generated` so far is expected to have yet, of `left` at most.
-  // Who has outlived the mean is taken to be half done with what is left.
+  // cut: it reached the length that its request declared.
+  void Ended(uint32_t tokens, bool cut);
+  // Tokens that an answer of `generated` so far is expected to have yet, of `left` at most:
+  // what it lacks to the mean, or half as many again once it has outlived it.
   uint32_t Remaining(uint32_t generated, uint32_t left) const;
 
  private:
-  double mean_;
-  uint32_t ended_ = 0;
+  double tokens_, ends_;
 };
 
 }  // namespace lockstep

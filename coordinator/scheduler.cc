@@ -75,7 +75,7 @@ bool Scheduler::Impl::Stop(SequenceId id) {
   Sequence* const s = Find(id);
   if (s == nullptr) return false;
   LiveRequest* const r = s->request;
-  answer_length.Ended(static_cast<uint32_t>(s->generated.size()));
+  answer_length.Ended(static_cast<uint32_t>(s->generated.size()), /*cut=*/false);
   End(s);
   if (r->num_live == 0) {
     ++totals.completed;

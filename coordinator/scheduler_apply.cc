@@ -165,7 +165,7 @@ void Scheduler::Impl::Complete(Sequence* s, FinishReason reason,
                                std::optional<TokenId> ending_token,
                                std::vector<SchedulerEvent>* events) {
   LiveRequest* const r = s->request;
-  answer_length.Ended(static_cast<uint32_t>(s->generated.size()));
+  answer_length.Ended(static_cast<uint32_t>(s->generated.size()), reason == FinishReason::kLength);
   events->push_back(FinishedEvent{
       {r->request.id, s->index}, reason, ending_token, static_cast<uint32_t>(s->generated.size())});
   End(s);

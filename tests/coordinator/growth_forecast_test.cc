@@ -70,11 +70,23 @@ TEST(AnswerLengthTest, GoesOverFromAGuessToWhatAnswersWere) {
   AnswerLength length(1000);
   EXPECT_EQ(length.Remaining(0, 5000), 1000u);
   EXPECT_EQ(length.Remaining(0, 20), 20u) << "no more than is declared";
-  for (int i = 0; i < 400; ++i) length.Ended(50);
+  for (int i = 0; i < 800; ++i) length.Ended(50, false);
   EXPECT_NEAR(length.Remaining(0, 5000), 50, 3);
   EXPECT_NEAR(length.Remaining(30, 5000), 20, 3);
   EXPECT_EQ(length.Remaining(400, 5000), 200u) << "it has outlived the mean";
   EXPECT_EQ(length.Remaining(400, 100), 100u);
+}
+
+// Short limits say nothing of how long an answer would have been.
+TEST(AnswerLengthTest, CutAnswersCountAsLongerThanTheyWere) {
+  AnswerLength length(1000);
+  for (int i = 0; i < 8; ++i) length.Ended(16, true);
+  EXPECT_GE(length.Remaining(0, 5000), 1000u);
+  for (int i = 0; i < 2000; ++i) length.Ended(16, true);
+  EXPECT_EQ(length.Remaining(0, 5000), 5000u) << "all that is declared";
+  // Of three, one is cut at 100 and two end at 50.
+  for (int i = 0; i < 3000; ++i) length.Ended(i % 3 == 0 ? 100 : 50, i % 3 == 0);
+  EXPECT_NEAR(length.Remaining(0, 5000), 100, 5);
 }
 
 }  // namespace
