@@ -43,7 +43,9 @@ struct SchedulerConfig {
   uint32_t num_kv_blocks = 0;
   uint32_t max_queued_requests = 64;
   uint32_t expected_tokens = 1024;  // of an answer, until some have ended
-  uint32_t vocab_size = 0;          // a sampled token at or above it is a lying worker
+  // false, for tests of short blocks: whoever has room for two blocks more starts.
+  bool forecast_growth = true;
+  uint32_t vocab_size = 0;  // a sampled token at or above it is a lying worker
   bool enable_prefix_caching = true;
   int max_plans_in_flight = 2;
   // Of the prefix cache's hash; 0: the engine draws one.

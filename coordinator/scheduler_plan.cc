@@ -195,7 +195,9 @@ GrowthForecast::Run Scheduler::Impl::Forecast(const Sequence& s, uint32_t blocks
   const uint32_t generated = s.num_known() - s.num_prompt();
   const uint32_t left = s.MaxNewTokens() - std::min(generated, s.MaxNewTokens());
   const uint32_t least = std::min(left, kGrowthBlocks * config.block_size);
-  return {.tokens = std::max(least, answer_length.Remaining(generated, left)),
+  const uint32_t expected =
+      config.forecast_growth ? answer_length.Remaining(generated, left) : uint32_t{0};
+  return {.tokens = std::max(least, expected),
           .blocks = blocks - shared,
           .most = s.MaxBlocks(config.block_size) - blocks};
 }

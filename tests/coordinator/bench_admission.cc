@@ -31,8 +31,8 @@ struct Outcome {
 
 class Run {
  public:
-  Run(uint32_t requests, uint32_t blocks, uint32_t expected)
-      : requests_(requests), scheduler_(Config(blocks, expected)) {
+  Run(uint32_t requests, uint32_t blocks, bool forecast)
+      : requests_(requests), scheduler_(Config(blocks, forecast)) {
     scheduler_.BeginEpoch(1);
     // Short answers before, as of a warm-up.
     for (uint32_t id = 1; id <= 8; ++id) Add(RequestBuilder(id).Prompt(16).MaxTokens(16));
@@ -48,7 +48,7 @@ class Run {
   }
 
  private:
-  static SchedulerConfig Config(uint32_t blocks, uint32_t expected) {
+  static SchedulerConfig Config(uint32_t blocks, bool forecast) {
     SchedulerConfig config;
     config.max_num_seqs = 512;
     config.max_batched_tokens = 8'192;
@@ -57,7 +57,7 @@ class Run {
     config.num_kv_blocks = blocks;
     config.max_queued_requests = 1'000'000;
     config.vocab_size = 1'000;
-    config.expected_tokens = expected;
+    config.forecast_growth = forecast;
     config.enable_prefix_caching = false;
     return config;
   }
@@ -114,8 +114,8 @@ class Run {
   Outcome outcome_;
 };
 
-void Report(const char* name, uint32_t requests, uint32_t blocks, uint32_t expected) {
-  const Outcome o = Run(requests, blocks, expected).All();
+void Report(const char* name, uint32_t requests, uint32_t blocks, bool forecast) {
+  const Outcome o = Run(requests, blocks, forecast).All();
   std::printf("%-28s %7.1f s %7.0f tok/s %5llu preemptions %9llu prompt tokens\n", name, o.seconds,
               requests * kAnswer / o.seconds, static_cast<unsigned long long>(o.preemptions),
               static_cast<unsigned long long>(o.prefilled));
@@ -128,8 +128,7 @@ int main(int argc, char** argv) {
   const uint32_t requests = argc > 1 ? static_cast<uint32_t>(std::atoi(argv[1])) : 320;
   const uint32_t blocks = argc > 2 ? static_cast<uint32_t>(std::atoi(argv[2])) : 20'200;
   std::printf("%u requests of 1,000 in, 1,000 out; %u blocks of 16\n", requests, blocks);
-  // Two blocks of growth each, until answers have ended.
-  lockstep::Report("answers thought short", requests, blocks, 1);
-  lockstep::Report("as long as is usual", requests, blocks, 1'024);
+  lockstep::Report("room for two blocks more", requests, blocks, false);
+  lockstep::Report("by forecast", requests, blocks, true);
   return 0;
 }

@@ -90,7 +90,7 @@ class Steady {
     config.num_kv_blocks = running * ((kPrompt + kSteps + 500) / 16 + 3);
     if (blocked) {
       config.num_kv_blocks = running * 12 + 188;
-      config.expected_tokens = 1;  // or they would not all have started
+      config.forecast_growth = false;  // or they would not all have started
     }
     config.max_queued_requests = waiting + running;
     config.vocab_size = 1'000;

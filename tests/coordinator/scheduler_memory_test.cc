@@ -16,7 +16,7 @@ SchedulerConfig Config(uint32_t num_kv_blocks) {
   SchedulerConfig config = SmallSchedulerConfig();
   config.max_batched_tokens = 64;
   config.num_kv_blocks = num_kv_blocks;
-  config.expected_tokens = 1;  // so that more start than fit
+  config.forecast_growth = false;  // so that more start than fit
   return config;
 }
 
@@ -92,6 +92,7 @@ TEST(SchedulerMemoryTest, ADemandOfFourTimesThePoolFinishesWithBoundedPreemption
 TEST(SchedulerMemoryTest, NobodyIsPreemptedWhereAnswersAreAsLongAsExpected) {
   SchedulerConfig config = Config(24);
   config.max_num_seqs = 8;
+  config.forecast_growth = true;
   config.expected_tokens = 44;
   SchedulerHarness h(config);
   for (uint64_t id = 1; id <= 16; ++id) {
@@ -110,6 +111,7 @@ TEST(SchedulerMemoryTest, NobodyIsPreemptedWhereAnswersAreAsLongAsExpected) {
 // Who is about to end makes room for who has just begun.
 TEST(SchedulerMemoryTest, BlocksThatComeBackInTimeAreGivenAwayBefore) {
   SchedulerConfig config = Config(24);
+  config.forecast_growth = true;
   config.expected_tokens = 44;
   SchedulerHarness h(config);
   ASSERT_TRUE(h.Add(RequestBuilder(1).Prompt(4).MaxTokens(44)).ok());

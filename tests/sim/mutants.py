@@ -23,11 +23,11 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = [
     'common/check.cc', 'coordinator/retry_delay.cc', 'coordinator/kv/block_allocator.cc',
-    'coordinator/kv/prefix_cache.cc', 'coordinator/admission.cc', 'coordinator/scheduler.cc',
-    'coordinator/scheduler_death.cc', 'coordinator/scheduler_plan.cc',
-    'coordinator/scheduler_apply.cc',
-    'coordinator/scheduler_integrity.cc', 'worker/slot_book.cc', 'tests/sim/client_mix.cc',
-    'tests/sim/ledger.cc', 'tests/sim/sim_worker.cc', 'tests/sim/simulation.cc', 'tests/sim/main.cc',
+    'coordinator/kv/prefix_cache.cc', 'coordinator/admission.cc', 'coordinator/growth_forecast.cc',
+    'coordinator/scheduler.cc', 'coordinator/scheduler_death.cc', 'coordinator/scheduler_plan.cc',
+    'coordinator/scheduler_apply.cc', 'coordinator/scheduler_integrity.cc', 'worker/slot_book.cc',
+    'tests/sim/client_mix.cc', 'tests/sim/ledger.cc', 'tests/sim/sim_worker.cc',
+    'tests/sim/simulation.cc', 'tests/sim/main.cc',
 ]
 FOLDERS = ['common', 'wire', 'coordinator', 'worker', 'tests/sim', 'tests/fakes', 'model']
 
