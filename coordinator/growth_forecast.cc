@@ -19,14 +19,21 @@ uint64_t GrowthForecast::GrowthOf(const Run& run) const {
 }
 
 void GrowthForecast::Add(const Run& run) {
-  runs_.insert(std::upper_bound(runs_.begin(), runs_.end(), run, LastsLonger), run);
+  runs_.push_back(run);
   growth_ += GrowthOf(run);
   blocks_ += run.blocks;
 }
 
+bool GrowthForecast::Fits(const Run& newcomer, uint64_t room) {
+  // No more than if nothing were given back.
+  return growth_ + GrowthOf(newcomer) <= room || PeakWith(newcomer) <= room;
+}
+
 // Just before a run ends, all that last as long have grown as much as it, and those that
 // end earlier hold nothing.
-uint64_t GrowthForecast::PeakWith(const Run& newcomer) const {
+uint64_t GrowthForecast::PeakWith(const Run& newcomer) {
+  if (sorted_ < runs_.size()) std::sort(runs_.begin(), runs_.end(), LastsLonger);
+  sorted_ = runs_.size();
   uint64_t alive = 0, peak = 0, given_back = blocks_ + newcomer.blocks;
   const auto visit = [&](const Run& run) {
     ++alive;
@@ -38,8 +45,7 @@ uint64_t GrowthForecast::PeakWith(const Run& newcomer) const {
   std::for_each(runs_.begin(), at, visit);
   visit(newcomer);
   std::for_each(at, runs_.end(), visit);
-  // No more than if nothing were given back.
-  return std::min(peak, growth_ + GrowthOf(newcomer));
+  return peak;
 }
 
 AnswerLength::AnswerLength(uint32_t expected)

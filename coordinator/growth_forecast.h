@@ -5,10 +5,11 @@
 //
 //   GrowthForecast forecast(block_size);
 //   for (running) forecast.Add({tokens it is expected to add, blocks it holds alone});
-//   if (forecast.PeakWith(newcomer) <= available - what it needs now) start it
+//   if (forecast.Fits(newcomer, available - what it needs now)) start it
 #ifndef LOCKSTEP_COORDINATOR_GROWTH_FORECAST_H_
 #define LOCKSTEP_COORDINATOR_GROWTH_FORECAST_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -25,16 +26,19 @@ class GrowthForecast {
   explicit GrowthForecast(uint32_t block_size) : block_size_(block_size) {}
 
   void Add(const Run& run);
-  // The most blocks, beyond those held today, that all runs and `newcomer` hold together at
-  // any later time. Linear in the runs.
-  uint64_t PeakWith(const Run& newcomer) const;
+  // Whether `room` blocks beyond those held today are enough for all runs and `newcomer` at
+  // any later time. Where there are plenty it is a comparison; else linear in the runs, which
+  // the first such question sorts.
+  bool Fits(const Run& newcomer, uint64_t room);
 
  private:
   uint64_t GrowthOf(const Run& run) const;
+  uint64_t PeakWith(const Run& newcomer);
 
   const uint32_t block_size_;
-  std::vector<Run> runs_;  // most tokens first
-  uint64_t growth_ = 0;    // of all runs, each until its own end
+  std::vector<Run> runs_;
+  size_t sorted_ = 0;    // of them, from the first; most tokens first
+  uint64_t growth_ = 0;  // of all runs, each until its own end
   uint64_t blocks_ = 0;
 };
 

@@ -216,8 +216,9 @@ bool Scheduler::Impl::HasRoomFor(const Sequence& s, const std::vector<BlockId>& 
     return allocator.cache().IsIdle(block);
   });
   const uint32_t found = static_cast<uint32_t>(cached.size());
-  return allocator.num_available() >=
-         idle + (total - found) + draft->forecast->PeakWith(Forecast(s, total, found));
+  const uint64_t needed = static_cast<uint64_t>(idle) + (total - found);
+  return allocator.num_available() >= needed &&
+         draft->forecast->Fits(Forecast(s, total, found), allocator.num_available() - needed);
 }
 
 // Gives the sequence a slot and blocks for all it knows, if that leaves room.

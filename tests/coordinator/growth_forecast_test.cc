@@ -16,7 +16,9 @@ constexpr uint32_t kBlock = 4;
 uint64_t Peak(const std::vector<One>& runs, const One& newcomer) {
   GrowthForecast forecast(kBlock);
   for (const One& run : runs) forecast.Add(run);
-  return forecast.PeakWith(newcomer);
+  uint64_t least = 0;
+  while (!forecast.Fits(newcomer, least)) ++least;
+  return least;
 }
 
 // Token by token: what all hold beyond today's, each a whole number of blocks.
