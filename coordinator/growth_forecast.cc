@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "coordinator/kv/block_table.h"
+
 namespace lockstep {
 namespace {
 
@@ -15,11 +17,12 @@ bool LastsLonger(const GrowthForecast::Run& a, const GrowthForecast::Run& b) {
 }  // namespace
 
 uint64_t GrowthForecast::GrowthOf(const Run& run) const {
-  return std::min<uint64_t>((run.tokens + block_size_ - 1) / block_size_, run.most);
+  return std::min(BlocksForTokens(run.tokens, block_size_), run.most);
 }
 
 void GrowthForecast::Add(const Run& run) {
   runs_.push_back(run);
+  sorted_ = false;
   growth_ += GrowthOf(run);
   blocks_ += run.blocks;
 }
@@ -32,13 +35,13 @@ bool GrowthForecast::Fits(const Run& newcomer, uint64_t room) {
 // Just before a run ends, all that last as long have grown as much as it, and those that
 // end earlier hold nothing.
 uint64_t GrowthForecast::PeakWith(const Run& newcomer) {
-  if (sorted_ < runs_.size()) std::sort(runs_.begin(), runs_.end(), LastsLonger);
-  sorted_ = runs_.size();
+  if (!sorted_) std::sort(runs_.begin(), runs_.end(), LastsLonger);
+  sorted_ = true;
   uint64_t alive = 0, peak = 0, given_back = blocks_ + newcomer.blocks;
   const auto visit = [&](const Run& run) {
     ++alive;
     given_back -= run.blocks;
-    const uint64_t growth = alive * ((run.tokens + block_size_ - 1) / block_size_);
+    const uint64_t growth = alive * BlocksForTokens(run.tokens, block_size_);
     if (growth > given_back) peak = std::max(peak, growth - given_back);
   };
   const auto at = std::upper_bound(runs_.begin(), runs_.end(), newcomer, LastsLonger);

@@ -9,7 +9,6 @@
 #ifndef LOCKSTEP_COORDINATOR_GROWTH_FORECAST_H_
 #define LOCKSTEP_COORDINATOR_GROWTH_FORECAST_H_
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -37,7 +36,7 @@ class GrowthForecast {
 
   const uint32_t block_size_;
   std::vector<Run> runs_;
-  size_t sorted_ = 0;    // of them, from the first; most tokens first
+  bool sorted_ = true;   // most tokens first
   uint64_t growth_ = 0;  // of all runs, each until its own end
   uint64_t blocks_ = 0;
 };

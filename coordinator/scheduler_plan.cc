@@ -194,31 +194,29 @@ GrowthForecast::Run Scheduler::Impl::Forecast(const Sequence& s, uint32_t blocks
                                               uint32_t shared) const {
   const uint32_t generated = s.num_known() - s.num_prompt();
   const uint32_t left = s.MaxNewTokens() - std::min(generated, s.MaxNewTokens());
-  const uint32_t least = std::min(left, kGrowthBlocks * config.block_size);
-  const uint32_t expected =
-      config.forecast_growth ? answer_length.Remaining(generated, left) : uint32_t{0};
-  return {.tokens = std::max(least, expected),
-          .blocks = blocks - shared,
-          .most = s.MaxBlocks(config.block_size) - blocks};
+  uint32_t tokens = std::min(left, kGrowthBlocks * config.block_size);
+  if (config.forecast_growth) tokens = std::max(tokens, answer_length.Remaining(generated, left));
+  return {
+      .tokens = tokens, .blocks = blocks - shared, .most = s.MaxBlocks(config.block_size) - blocks};
 }
 
 bool Scheduler::Impl::HasRoomFor(const Sequence& s, const std::vector<BlockId>& cached,
                                  Draft* draft) const {
   if (!KeepsGuarantees(s)) return false;
-  if (!draft->forecast) {
-    draft->forecast.emplace(config.block_size);
-    for (const Sequence* r : running) {
-      draft->forecast->Add(Forecast(*r, r->table.size(), r->num_found));
-    }
-  }
   const uint32_t total = BlocksForTokens(s.num_known(), config.block_size);
   const auto idle = std::count_if(cached.begin(), cached.end(), [this](BlockId block) {
     return allocator.cache().IsIdle(block);
   });
   const uint32_t found = static_cast<uint32_t>(cached.size());
   const uint64_t needed = static_cast<uint64_t>(idle) + (total - found);
-  return allocator.num_available() >= needed &&
-         draft->forecast->Fits(Forecast(s, total, found), allocator.num_available() - needed);
+  if (allocator.num_available() < needed) return false;
+  if (!draft->forecast) {
+    draft->forecast.emplace(config.block_size);
+    for (const Sequence* r : running) {
+      draft->forecast->Add(Forecast(*r, r->table.size(), r->num_found));
+    }
+  }
+  return draft->forecast->Fits(Forecast(s, total, found), allocator.num_available() - needed);
 }
 
 // Gives the sequence a slot and blocks for all it knows, if that leaves room.
