@@ -33,7 +33,6 @@ std::string Variable(const char* name) {
   const char* const value = std::getenv(name);
   return value == nullptr ? "" : value;
 }
-bool OnGpus() { return Variable("LOCKSTEP_BACKEND") == "cuda"; }
 
 std::vector<std::string> Models() {
   const std::string asked = Variable("LOCKSTEP_GOLDEN_MODELS");

@@ -29,11 +29,6 @@ constexpr uint32_t kTokens = 200;
 
 std::string Prompt(int i) { return absl::StrCat("Count from ", i + 1, " to ", i + 60, "."); }
 
-bool OnGpus() {
-  const char* const backend = getenv("LOCKSTEP_BACKEND");
-  return backend != nullptr && std::string(backend) == "cuda";
-}
-
 class InjectedFaultTest : public ::testing::Test {
  protected:
   ~InjectedFaultTest() override { unsetenv("LOCKSTEP_PROGRAMS"); }

@@ -27,10 +27,6 @@ Shell Profile(const std::string& arguments) {
   return RunShell(absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep profile ", arguments, " 2>&1"));
 }
 
-bool OnGpus() {
-  const char* const backend = std::getenv("LOCKSTEP_BACKEND");
-  return backend != nullptr && std::string(backend) == "cuda";
-}
 // Tokens of an answer that outlasts the start of a command.
 uint32_t Many() { return OnGpus() ? 1800 : 200; }
 

@@ -27,6 +27,11 @@ std::string GoldenModel(const std::string& name) {
   return std::string(LOCKSTEP_SOURCE_DIR) + "/tests/golden/" + name;
 }
 
+bool OnGpus() {
+  const char* const backend = std::getenv("LOCKSTEP_BACKEND");
+  return backend != nullptr && std::string(backend) == "cuda";
+}
+
 void UseBuiltPrograms() {
   setenv("LOCKSTEP_PROGRAMS", (std::string(LOCKSTEP_BINARY_DIR) + "/bin").c_str(),
          /*overwrite=*/0);  // a test may name a folder of its own

@@ -20,6 +20,8 @@ namespace lockstep {
 // The demo model's folder and a golden model's.
 std::string DemoModel();
 std::string GoldenModel(const std::string& name);
+// Whether the servers of this run have the cuda backend (LOCKSTEP_BACKEND).
+bool OnGpus();
 // LOCKSTEP_PROGRAMS for everything this test starts, whose sanitizer reports
 // then fail the test.
 void UseBuiltPrograms();
