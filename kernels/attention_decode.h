@@ -12,11 +12,11 @@
 // FP32 accumulation; with f16 and bf16 the products run on tensor cores (the
 // probabilities rounded to the type), with f32 in plain FP32.
 //
-// Fast path: q and KV of one 16-bit type or KV e4m3, head_dim a multiple of 8 up
-// to 256 (64, 128 and 256 without padding), heads / kv_heads <= 16, block_size a
+// Fast path: q and KV of one 16-bit type or KV e4m3, head_dim up to 256 with rows of a multiple
+// of 16 bytes (64, 128 and 256 without padding), heads / kv_heads <= 16, block_size a
 // power of two of at least 16, 16-byte aligned rows. Everything else: a plain kernel, one
 // block a row and KV head, head_dim up to 512, heads / kv_heads <= 32 (f32, or
-// KV of q's type).
+// KV of q's type or e4m3).
 // Padding rows (slot -1) read and write nothing.
 #ifndef LOCKSTEP_KERNELS_ATTENTION_DECODE_H_
 #define LOCKSTEP_KERNELS_ATTENTION_DECODE_H_
