@@ -1,11 +1,11 @@
-// Speed of the layers of a decode step of an 8B Llama as one graph: what the kernels cost
-// among each other, without exchanges between GPUs, embedding, head and sampling.
+// Speed of the layers of a decode step of an 8B or 70B Llama as one graph: what the kernels
+// cost among each other, without exchanges between GPUs, embedding, head and sampling.
 //
-//   bench_layers [rows [tp [fp8] [cluster] [stack]]]   us a layer; defaults 1 1
+//   bench_layers [rows [tp [70b] [fp8] [cluster] [stack]]]   us a layer; defaults 1 1
 //
-// tp cuts the shapes as for one rank of so many. cluster: products of several rows by
-// kernels/skinny_cluster.h; else by kernels/gemv.h, whatever their K. stack: one row by
-// kernels/row_stack.h, with a head of next to no rows.
+// tp cuts the shapes as for one rank of so many. 70b: 32 of its layers, to fit. cluster: products
+// of several rows by kernels/skinny_cluster.h; else by kernels/gemv.h, whatever their K. stack: one
+// row by kernels/row_stack.h, with a head of next to no rows.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -35,7 +35,7 @@ namespace {
     }                                                                                \
   } while (false)
 
-constexpr int kHidden = 4096, kHeadDim = 128, kLayers = 32, kContext = 1100, kBlockSize = 16;
+constexpr int kHeadDim = 128, kLayers = 32, kContext = 1100, kBlockSize = 16;
 
 // Small numbers of either sign, as bf16 or as e4m3.
 __global__ void FillKernel(uint32_t* out, size_t words, uint32_t mask, uint32_t bits) {
@@ -50,21 +50,22 @@ __global__ void FillKernel(uint32_t* out, size_t words, uint32_t mask, uint32_t 
 
 class Layers {
  public:
-  Layers(int rows, int tp, bool fp8, bool cluster, bool stack)
+  Layers(int rows, int tp, bool large, bool fp8, bool cluster, bool stack)
       : rows_(rows),
         fp8_(fp8),
         cluster_(cluster),
         stack_(stack),
-        heads_(32 / tp),
+        hidden_(large ? 8192 : 4096),
+        heads_((large ? 64 : 32) / tp),
         kv_heads_(8 / tp),
-        mlp_(14336 / tp) {
+        mlp_((large ? 28672 : 14336) / tp) {
     CHECK_CUDA(InitGemv());
     CHECK_CUDA(InitSkinnyCluster());
     CHECK_CUDA(InitDecodeAttention());
     CHECK_CUDA(InitRowStack());
     CHECK_CUDA(cudaStreamCreate(&stream_));
-    layer_bytes_ = Bytes(qkv_width(), kHidden) + Bytes(kHidden, q_width()) +
-                   Bytes(2 * mlp_, kHidden) + Bytes(kHidden, mlp_);
+    layer_bytes_ = Bytes(qkv_width(), hidden_) + Bytes(hidden_, q_width()) +
+                   Bytes(2 * mlp_, hidden_) + Bytes(hidden_, mlp_);
     weights_ = Take<char>(kLayers * layer_bytes_);
     FillKernel<<<1024, 256, 0, stream_>>>(reinterpret_cast<uint32_t*>(weights_),
                                           kLayers * layer_bytes_ / 4,
@@ -81,17 +82,17 @@ class Layers {
     step_.block_table = Upload(table);
     step_.table_stride = blocks;
     rotary_ = Take<float2>(size_t{2048} * kHeadDim / 2);
-    ones_ = Upload(std::vector<uint16_t>(kHidden, 0x3f80));
-    scales_ = Upload(std::vector<float>(32768, 1e-3f));
+    ones_ = Upload(std::vector<uint16_t>(hidden_, 0x3f80));
+    scales_ = Upload(std::vector<float>(65536, 1e-3f));
     for (char** buffer :
          {&qkv_, &out_, &residual_, &other_, &normed_, &up_, &activated_, &partial_})
-      *buffer = Take<char>(size_t{2} * std::max(rows, 16) * 32768);
+      *buffer = Take<char>(size_t{2} * std::max(rows, 16) * 65536);
     quantized_ = Take<char>(size_t{64} * 32768);
     quantized_scales_ = Take<float>(64);
     workspace_ = Take<char>(DecodeAttentionWorkspaceBytes(heads_, kv_heads_, kHeadDim, rows, 2048));
     exchange_.peers.base[0] =
-        reinterpret_cast<std::byte*>(Take<char>(GemvExchangeBytes(1, kHidden)));
-    exchange_.width = kHidden;
+        reinterpret_cast<std::byte*>(Take<char>(GemvExchangeBytes(1, hidden_)));
+    exchange_.width = hidden_;
     CHECK_CUDA(ClearGemvExchange(exchange_, stream_));
     if (stack_) PrepareStack();
     CHECK_CUDA(cudaStreamSynchronize(stream_));
@@ -131,9 +132,9 @@ class Layers {
   int qkv_width() const { return (heads_ + 2 * kv_heads_) * kHeadDim; }
   size_t Bytes(int n, int k) const { return size_t{1} * n * k * (fp8_ ? 1 : 2); }
   const char* Qkv(int layer) const { return weights_ + layer * layer_bytes_; }
-  const char* O(int layer) const { return Qkv(layer) + Bytes(qkv_width(), kHidden); }
-  const char* Up(int layer) const { return O(layer) + Bytes(kHidden, q_width()); }
-  const char* Down(int layer) const { return Up(layer) + Bytes(2 * mlp_, kHidden); }
+  const char* O(int layer) const { return Qkv(layer) + Bytes(qkv_width(), hidden_); }
+  const char* Up(int layer) const { return O(layer) + Bytes(hidden_, q_width()); }
+  const char* Down(int layer) const { return Up(layer) + Bytes(2 * mlp_, hidden_); }
 
   template <typename T>
   T* Take(size_t count) {
@@ -170,14 +171,14 @@ class Layers {
     }
     RowStackArgs& args = stack_args_;
     args.weight_type = fp8_ ? Type::kE4M3 : Type::kBF16;
-    args.hidden = kHidden;
+    args.hidden = hidden_;
     args.heads = heads_;
     args.intermediate = mlp_;
     args.vocab = 132;
     args.layers = stack_layers_.data();
     args.num_layers = kLayers;
     args.final_norm = ones_;
-    args.head = Take<char>(size_t{2} * args.vocab * kHidden);
+    args.head = Take<char>(size_t{2} * args.vocab * hidden_);
     args.rows = step_;
     args.residual = residual_;
     args.logits = Take<float>(args.vocab);
@@ -235,12 +236,12 @@ class Layers {
   }
   void OneRow(int layer) {
     Attention(layer);
-    Push(Product(O(layer), kHidden, q_width(), out_, nullptr));
-    GemvArgs up = Product(Up(layer), 2 * mlp_, kHidden, nullptr, activated_);
+    Push(Product(O(layer), hidden_, q_width(), out_, nullptr));
+    GemvArgs up = Product(Up(layer), 2 * mlp_, hidden_, nullptr, activated_);
     up.epilogue = GemvEpilogue::kSiluGate;
     Reduce(up);
-    Push(Product(Down(layer), kHidden, mlp_, activated_, nullptr));
-    Reduce(Product(Qkv(layer), qkv_width(), kHidden, nullptr, qkv_));
+    Push(Product(Down(layer), hidden_, mlp_, activated_, nullptr));
+    Reduce(Product(Qkv(layer), qkv_width(), hidden_, nullptr, qkv_));
   }
 
   void Run(GemvArgs args) {
@@ -279,7 +280,7 @@ class Layers {
   void Norm() {
     ReduceTailArgs args;
     args.num_rows = rows_;
-    args.hidden = kHidden;
+    args.hidden = hidden_;
     args.x = partial_;
     args.residual_in = args.residual_out = residual_;
     args.next.kind = NormKind::kRms;
@@ -291,9 +292,9 @@ class Layers {
   }
   void Rows(int layer) {
     Attention(layer);
-    Run(Product(O(layer), kHidden, q_width(), out_, partial_));
+    Run(Product(O(layer), hidden_, q_width(), out_, partial_));
     Norm();
-    GemvArgs up = Product(Up(layer), 2 * mlp_, kHidden, normed_, activated_);
+    GemvArgs up = Product(Up(layer), 2 * mlp_, hidden_, normed_, activated_);
     if (fp8_ && cluster_) {
       up.out = up_;
       Run(up);
@@ -310,15 +311,15 @@ class Layers {
       up.epilogue = GemvEpilogue::kSiluGate;
       Run(up);
     }
-    Run(Product(Down(layer), kHidden, mlp_, activated_, partial_));
+    Run(Product(Down(layer), hidden_, mlp_, activated_, partial_));
     Norm();
-    Run(Product(Qkv(layer), qkv_width(), kHidden, normed_, qkv_));
+    Run(Product(Qkv(layer), qkv_width(), hidden_, normed_, qkv_));
   }
   Launch launch() const { return {.stream = stream_, .pdl = true, .brief = true}; }
 
   const int rows_;
   const bool fp8_, cluster_, stack_;
-  const int heads_, kv_heads_, mlp_;
+  const int hidden_, heads_, kv_heads_, mlp_;
   size_t layer_bytes_ = 0, kv_half_ = 0;
   cudaStream_t stream_ = nullptr;
   char *weights_ = nullptr, *kv_ = nullptr, *qkv_ = nullptr, *out_ = nullptr, *residual_ = nullptr,
@@ -339,20 +340,22 @@ class Layers {
 
 int main(int argc, char** argv) {
   const int rows = argc > 1 ? std::atoi(argv[1]) : 1, tp = argc > 2 ? std::atoi(argv[2]) : 1;
-  bool fp8 = false, cluster = false, stack = false;
+  bool large = false, fp8 = false, cluster = false, stack = false;
   for (int i = 3; i < argc; ++i) {
+    large |= std::strcmp(argv[i], "70b") == 0;
     fp8 |= std::strcmp(argv[i], "fp8") == 0;
     cluster |= std::strcmp(argv[i], "cluster") == 0;
     stack |= std::strcmp(argv[i], "stack") == 0;
   }
   if (rows < 1 || rows > 64 || (stack && rows > 1) || (tp != 1 && tp != 2 && tp != 4)) {
-    std::fprintf(stderr, "usage: bench_layers [rows 1..64 [tp 1|2|4 [fp8] [cluster] [stack]]]\n");
+    std::fprintf(stderr,
+                 "usage: bench_layers [rows 1..64 [tp 1|2|4 [70b] [fp8] [cluster] [stack]]]\n");
     return 2;
   }
-  lockstep::kernels::Layers layers(rows, tp, fp8, cluster, stack);
+  lockstep::kernels::Layers layers(rows, tp, large, fp8, cluster, stack);
   const double us = layers.MicrosecondsPerLayer();
-  std::printf("%2d rows, 1/%d%s%s%s: %6.2f us a layer, weights at %4.0f GB/s\n", rows, tp,
-              fp8 ? ", fp8" : "", cluster ? ", cluster" : "", stack ? ", stack" : "", us,
-              layers.layer_bytes() / us * 1e-3);
+  std::printf("%s, %2d rows, 1/%d%s%s%s: %6.2f us a layer, weights at %4.0f GB/s\n",
+              large ? "70B" : "8B", rows, tp, fp8 ? ", fp8" : "", cluster ? ", cluster" : "",
+              stack ? ", stack" : "", us, layers.layer_bytes() / us * 1e-3);
   return 0;
 }
