@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
   Gates<T, N, kInterleaved> gates;
   gates.Load(a, row, at);
   float v[N];
-  gates.Activate(a, kActivation, at, v);
+  gates.Activate(a, kActivation, RowFactor(a.in_scales, row), at, v);
   Store(static_cast<T*>(a.out) + row * a.out_stride + at, Pack<T, N>(v));
 }
 
@@ -51,7 +51,8 @@ template <typename T>
 cudaError_t ActivateOf(const Launch& launch, const ActivateArgs& a) {
   constexpr int kN = 16 / sizeof(T);
   const bool wide = a.width % kN == 0 && a.in_stride % kN == 0 && a.out_stride % kN == 0 &&
-                    Aligned16(a.in) && Aligned16(a.bias) && Aligned16(a.out);
+                    Aligned16(a.in) && Aligned16(a.bias) && Aligned16(a.out) &&
+                    Aligned16(a.in_scales.columns);
   if (a.layout == GateLayout::kInterleaved) {
     return wide ? LaunchActivate<T, kN, true>(launch, a) : LaunchActivate<T, 1, true>(launch, a);
   }
@@ -63,7 +64,7 @@ cudaError_t ActivateOf(const Launch& launch, const ActivateArgs& a) {
 cudaError_t Activate(const Launch& launch, const ActivateArgs& a) {
   const int64_t in_width = a.layout == GateLayout::kNone ? a.width : int64_t{2} * a.width;
   if (a.num_rows < 0 || a.width < 1 || a.in_stride < in_width ||
-      (a.quantized.values == nullptr && a.out_stride < a.width)) {
+      (a.quantized.values == nullptr && a.out_stride < a.width) || !Scalable(a.in_scales, a.type)) {
     return cudaErrorInvalidValue;
   }
   if (a.num_rows == 0) return cudaSuccess;

@@ -54,13 +54,16 @@ struct Gates {
     }
   }
 
-  __device__ __forceinline__ void Activate(const ActivateArgs& a, Activation activation, int at,
-                                           float (&out)[N]) const {
+  // row_factor: see RowFactor.
+  __device__ __forceinline__ void Activate(const ActivateArgs& a, Activation activation,
+                                           float row_factor, int at, float (&out)[N]) const {
     float v[2][N];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       Unpack(pieces[i], v[i]);
-      if (a.bias == nullptr || !Has(a, i)) continue;
+      if (!Has(a, i)) continue;
+      ScaleProduct<T>(a.in_scales, row_factor, static_cast<int>(PlaceOf(a, at, i)), v[i]);
+      if (a.bias == nullptr) continue;
       float bias[N];
       Unpack(LoadConstant<T, N>(static_cast<const T*>(a.bias) + PlaceOf(a, at, i)), bias);
 #pragma unroll

@@ -27,11 +27,13 @@ struct ActivateArgs {
   const int32_t* slot = nullptr;  // [num_rows]; rows of slot -1 are skipped; null: none
   const void* in = nullptr;       // [num_rows, in_stride]
   int64_t in_stride = 0;          // elements
+  ProductScales in_scales = {};   // its columns laid out as a row of `in`
   const void* bias = nullptr;     // of T, laid out as a row of `in`; or null
   void* out = nullptr;            // [num_rows, out_stride]; may be `in` for kNone and kHalves
   int64_t out_stride = 0;
   // Instead of `out`, which is then not written: types of 16 bits, width at most
-  // 32768 and a multiple of 16, addresses of 16 bytes; else cudaErrorInvalidValue.
+  // 32768 and a multiple of 16, addresses of 16 bytes; else cudaErrorInvalidValue. Its scales may
+  // be in_scales.rows.
   QuantizedRows quantized = {};
 };
 cudaError_t Activate(const Launch& launch, const ActivateArgs& args);

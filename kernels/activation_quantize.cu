@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(kRowMaxThreads)
   WaitForPrevious();
   const int64_t row = blockIdx.x;
   if (a.slot != nullptr && a.slot[row] < 0) return;
+  const float row_factor = RowFactor(a.in_scales, row);
   Gates<T, kRowPiece, kInterleaved> gates[kPieces];
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(kRowMaxThreads)
   for (int j = 0; j < kPieces; ++j) {
     if (RowPieceAt(j) >= a.width) continue;
     float v[kRowPiece];
-    gates[j].Activate(a, kActivation, RowPieceAt(j), v);
+    gates[j].Activate(a, kActivation, row_factor, RowPieceAt(j), v);
     rounded[j] = Pack<T, kRowPiece>(v);
   }
   QuantizeRow(rounded, a.width, static_cast<__nv_fp8_e4m3*>(a.quantized.values) + row * a.width,
@@ -58,7 +59,8 @@ cudaError_t QuantizedOf(const Launch& launch, const ActivateArgs& a) {
 
 cudaError_t ActivateQuantized(const Launch& launch, const ActivateArgs& a) {
   if (a.width % 16 != 0 || a.width > kRowMaxWidth || a.in_stride % kRowPiece != 0 ||
-      !Aligned16(a.in) || !Aligned16(a.bias) || !Aligned16(a.quantized.values)) {
+      !Aligned16(a.in) || !Aligned16(a.bias) || !Aligned16(a.in_scales.columns) ||
+      !Aligned16(a.quantized.values)) {
     return cudaErrorInvalidValue;
   }
   if (a.type == Type::kF16) return QuantizedOf<__half>(launch, a);

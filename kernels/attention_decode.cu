@@ -73,6 +73,14 @@ Shares Choose(int pairs, int max_context, int splits) {
   return shares;
 }
 
+// Of something in the same row, counted from q.
+int ColumnOf(const DecodeAttentionArgs& a, const void* part) {
+  return part == nullptr
+             ? 0
+             : static_cast<int>((static_cast<const char*>(part) - static_cast<const char*>(a.q)) /
+                                static_cast<int>(TypeBytes(a.type)));
+}
+
 constexpr int kMaxBriefPairs = 128;
 // Fewer are done before a ring pays, more keep the device busy without.
 constexpr int kMinRingPairs = 128, kMaxRingPairs = 192;
@@ -130,6 +138,8 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
     return cudaErrorInvalidValue;
   }
   if (args.fresh_k != nullptr && !DecodeAttentionTakesFresh(args)) return cudaErrorInvalidValue;
+  if (args.scales.rows != nullptr && args.fresh_k == nullptr) return cudaErrorInvalidValue;
+  if (!Scalable(args.scales, args.type)) return cudaErrorInvalidValue;
   if (!TakesFast(args)) {
     return PlainAttention(launch, {.type = args.type,
                                    .kv = args.kv,
@@ -173,6 +183,9 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   p.fresh_k = args.fresh_k;
   p.fresh_v = args.fresh_v;
   p.rotary = args.fresh_k != nullptr ? args.rotary : nullptr;
+  p.scales = args.scales;
+  p.k_column = ColumnOf(args, args.fresh_k);
+  p.v_column = ColumnOf(args, args.fresh_v);
   if (shares.clusters > 1) {
     const size_t quads = static_cast<size_t>(group) * args.kv.head_dim / 4;
     char* base = static_cast<char*>(args.workspace);

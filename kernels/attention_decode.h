@@ -69,6 +69,9 @@ struct DecodeAttentionArgs {
   const void* fresh_k = nullptr;
   const void* fresh_v = nullptr;
   const float2* rotary = nullptr;  // [positions, head_dim / 2] cosine, sine; null: none
+  // With fresh_k, on the fast path: of the rows that q, fresh_k and fresh_v are parts of, which
+  // begin with q.
+  ProductScales scales = {};
 };
 
 // Whether the fresh_k form serves these shapes; without it, QkvFinish goes first.

@@ -197,8 +197,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<KV, kDim, kHeadTiles>)
                              : p.rotary + static_cast<int64_t>(work.position) * (p.head_dim / 2);
   if (owner) own.Request(row, rotary);
   uint4* const staged = static_cast<uint4*>(merge.query());
-  StageQuery<T, M>(p, row, rotary, staged);
-  if (owner) own.Store(rotary, stash_k, stash_v);
+  const float row_factor = RowFactor(p.scales, row);
+  StageQuery<T, M>(p, row, row_factor, rotary, staged);
+  if (owner) own.Store(row_factor, rotary, stash_k, stash_v);
   __syncthreads();
 
   TileSums<KV, kDim, kHeadTiles> sums;

@@ -40,6 +40,8 @@ struct Params {
   const void* fresh_k;
   const void* fresh_v;
   const float2* rotary;
+  ProductScales scales;  // columns: q's
+  int k_column, v_column;
   int warp_bytes;    // see WarpBytes
   int* arrived;      // [rows * kv_heads][kMaxCluster], zero between launches
   float4* partials;  // [rows * kv_heads][clusters][group * head_dim / 4]

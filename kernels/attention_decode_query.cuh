@@ -78,16 +78,24 @@ class OwnPosition {
     fresh_v_ = LoadChunk(static_cast<const T*>(p_.fresh_v) + at, chunk);
   }
 
-  __device__ __forceinline__ void Store(const float2* rotary, Raw* stash_k, Raw* stash_v) {
-    const int chunk = threadIdx.x % 32;
-    if (chunk < p_.head_dim / 8) {
+  // row_factor: of p.scales.
+  __device__ __forceinline__ void Store(float row_factor, const float2* rotary, Raw* stash_k,
+                                        Raw* stash_v) {
+    const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8, half = chunks / 2;
+    if (chunk < chunks) {
       if (p_.fresh_k != nullptr) {
+        const int column = static_cast<int>(blockIdx.y) * p_.head_dim;
         float x[8], partner[8];
         Unpack<T, 8>(fresh_k_, x);
+        ScaleProduct<T>(p_.scales, row_factor, p_.k_column + column + chunk * 8, x);
         Unpack<T, 8>(partner_, partner);
+        ScaleProduct<T>(p_.scales, row_factor,
+                        p_.k_column + column + (chunk < half ? chunk + half : chunk - half) * 8,
+                        partner);
         if (rotary != nullptr) Rotate(x, partner, angles_);
         k_ = Narrow<KV>(x, p_.factors.inverse_k);
         Unpack<T, 8>(fresh_v_, x);
+        ScaleProduct<T>(p_.scales, row_factor, p_.v_column + column + chunk * 8, x);
         v_ = Narrow<KV>(x, p_.factors.inverse_v);
         *k_at_ = k_;
         *v_at_ = v_;
@@ -110,30 +118,35 @@ class OwnPosition {
 // The block's query heads, turned, scaled and as the products take them: [head][chunk].
 // Together, since every warp waits as long for what one thread would load as for all.
 template <typename T, typename M>
-__device__ __forceinline__ void StageQuery(const Params& p, int row, const float2* rotary,
-                                           uint4* to) {
+__device__ __forceinline__ void StageQuery(const Params& p, int row, float row_factor,
+                                           const float2* rotary, uint4* to) {
   const int chunks = p.head_dim / 8, half = chunks / 2;
-  const T* heads = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride +
-                   static_cast<int64_t>(blockIdx.y) * p.group * p.head_dim;
+  const int first = static_cast<int>(blockIdx.y) * p.group * p.head_dim;
+  const T* heads = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride + first;
   for (int i = threadIdx.x; i < p.group * chunks; i += kThreads) {
     const int head = i / chunks, chunk = i - head * chunks;
     const T* at = heads + head * p.head_dim;
+    const int other = chunk < half ? chunk + half : chunk - half;
     const Packed<T, 8> own = LoadChunk(at, chunk);
-    if (std::is_same_v<T, M> && rotary == nullptr) {
+    if (std::is_same_v<T, M> && rotary == nullptr && p.scales.rows == nullptr) {
       to[i] = own.raw;
       continue;
     }
-    float x[8];
+    Packed<T, 8> other_half = {};
+    Angles angles = {};
     if (rotary != nullptr) {
-      const Packed<T, 8> other = LoadChunk(at, chunk < half ? chunk + half : chunk - half);
-      Angles angles;
+      other_half = LoadChunk(at, other);
       angles.Load(rotary, chunk, p.head_dim / 2);
+    }
+    const int column = first + head * p.head_dim;
+    float x[8];
+    Unpack<T, 8>(own, x);
+    ScaleProduct<T>(p.scales, row_factor, column + chunk * 8, x);
+    if (rotary != nullptr) {
       float partner[8];
-      Unpack<T, 8>(own, x);
-      Unpack<T, 8>(other, partner);
+      Unpack<T, 8>(other_half, partner);
+      ScaleProduct<T>(p.scales, row_factor, column + other * 8, partner);
       Rotate(x, partner, angles);
-    } else {
-      Unpack<T, 8>(own, x);
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] *= p.factors.q;

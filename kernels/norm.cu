@@ -142,6 +142,8 @@ __global__ void __launch_bounds__(N == 1 ? kMaxThreadsScalar : kMaxThreads)
   float v[kPieces][N];
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) Unpack(x[j], v[j]);
+  const float row_factor = RowFactor(a.x_scales, row);
+  R::ForEach(a.hidden, [&](int j, int at) { ScaleProduct<T>(a.x_scales, row_factor, at, v[j]); });
   if (a.scale != 1.0f) {
     const float scale = Rounded<T>(a.scale);
     R::ForEach(a.hidden, [&](int j, int) {
@@ -193,7 +195,8 @@ cudaError_t LaunchRowOf(const Launch& launch, Type type, int num_rows, const Row
 
 cudaError_t LaunchRows(const Launch& launch, Type type, int num_rows, const RowArgs& args) {
   if (num_rows < 0 || args.hidden < 1 || args.hidden > kMaxHidden || args.x == nullptr ||
-      (args.position_table != nullptr && args.position == nullptr)) {
+      (args.position_table != nullptr && args.position == nullptr) ||
+      !Scalable(args.x_scales, type)) {
     return cudaErrorInvalidValue;
   }
   if (num_rows == 0) return cudaSuccess;
@@ -216,9 +219,10 @@ cudaError_t LaunchRows(const Launch& launch, Type type, int num_rows, const RowA
 bool IsWide(Type type, const RowArgs& a) {
   bool wide = a.hidden * TypeBytes(type) % 16 == 0;
   for (const void* address :
-       {a.x, a.bias, a.post.weight, a.post.bias, a.residual_in, a.position_table,
-        static_cast<const void*>(a.residual_out), a.next.weight, a.next.bias,
-        static_cast<const void*>(a.normed), static_cast<const void*>(a.quantized.values)}) {
+       {a.x, static_cast<const void*>(a.x_scales.columns), a.bias, a.post.weight, a.post.bias,
+        a.residual_in, a.position_table, static_cast<const void*>(a.residual_out), a.next.weight,
+        a.next.bias, static_cast<const void*>(a.normed),
+        static_cast<const void*>(a.quantized.values)}) {
     wide = wide && Aligned16(address);
   }
   return wide;
@@ -256,6 +260,7 @@ cudaError_t ReduceTail(const Launch& launch, const ReduceTailArgs& args) {
   row.hidden = args.hidden;
   row.slot = args.slot;
   row.x = args.x;
+  row.x_scales = args.x_scales;
   row.bias = args.bias;
   row.post = args.post;
   row.residual_in = args.residual_in;

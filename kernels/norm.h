@@ -1,6 +1,7 @@
 // The residual stream between two matrix products, one thread block a row:
 //
-//   v = x [* scale] [+ bias]           x: a sum that is already over all ranks
+//   v = x [* scale] [+ bias]           x: a sum that is already over all ranks, or one
+//                                         rank's product that has its scales yet to meet
 //   v = post(v)                        Gemma 3's sandwich norms
 //   v = v + residual [+ position row]
 //   residual = v, rounded to T
@@ -78,8 +79,9 @@ struct ReduceTailArgs {
   int hidden = 0;
   const int32_t* slot = nullptr;  // as above
   const void* x = nullptr;
-  const void* bias = nullptr;  // [hidden] of T, or null
-  NormSpec post = {};          // before the add
+  ProductScales x_scales = {};  // its rows may be quantized.scales
+  const void* bias = nullptr;   // [hidden] of T, or null
+  NormSpec post = {};           // before the add
   const void* residual_in = nullptr;
   void* residual_out = nullptr;
   NormSpec next = {};             // after it

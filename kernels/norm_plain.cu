@@ -73,8 +73,13 @@ __device__ __forceinline__ void WaitForShared(const Cut& cut) {
   }
 }
 
-template <typename T, int kPieces>
-__global__ void __launch_bounds__(sizeof(T) == 2 && kPieces == 4 ? kMaxThreads / 2 : kMaxThreads)
+// What a block may have: registers for more of the row, or for its scales, mean fewer threads.
+constexpr int MaxThreads(size_t element, int pieces, bool scaled) {
+  return scaled || (element == 2 && pieces == 4) ? kMaxThreads / 2 : kMaxThreads;
+}
+
+template <typename T, int kPieces, bool kScaled>
+__global__ void __launch_bounds__(MaxThreads(sizeof(T), kPieces, kScaled))
     PlainKernel(const __grid_constant__ RowArgs a) {
   constexpr int kN = 16 / sizeof(T);
   __shared__ float squares_of[kMaxVectors / 32], max_of[32];
@@ -90,15 +95,20 @@ __global__ void __launch_bounds__(sizeof(T) == 2 && kPieces == 4 ? kMaxThreads /
   const int64_t row = static_cast<int>(blockIdx.x) / cut.blocks, begin = row * a.hidden;
   const auto place = [&](int j) { return (j * cut.threads + cut.thread) * kN; };
   Packed<T, kN> weight[kPieces], x[kPieces], residual[kPieces] = {};
+  float columns[kPieces][kN];
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
     if (place(j) >= a.hidden) continue;
+#pragma unroll
+    for (int e = 0; e < kN; ++e) columns[j][e] = 1.0f;
+    if constexpr (kScaled) ScaleProduct<T>(a.x_scales, 1.0f, place(j), columns[j]);
     weight[j] = LoadConstant<T, kN>(static_cast<const T*>(a.next.weight) + place(j));
   }
   WaitForPrevious();
   // Whether the row is padding is asked along with its values, not before: behind the
   // weights that the next product requests, one answer takes microseconds.
   const int slot = a.slot != nullptr ? __ldcg(a.slot + row) : 0;
+  const float row_factor = kScaled ? RowFactor(a.x_scales, row) : 1.0f;
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
     if (place(j) >= a.hidden) continue;
@@ -121,7 +131,8 @@ __global__ void __launch_bounds__(sizeof(T) == 2 && kPieces == 4 ? kMaxThreads /
       Unpack(x[j], v[j]);
       Unpack(residual[j], f);
 #pragma unroll
-      for (int e = 0; e < kN; ++e) v[j][e] += f[e];
+      for (int e = 0; e < kN; ++e)
+        v[j][e] = kScaled ? fmaf(v[j][e], columns[j][e] * row_factor, f[e]) : v[j][e] + f[e];
       if (a.residual_out != nullptr) {
         const Packed<T, kN> rounded = Pack<T, kN>(v[j]);
         Store(static_cast<T*>(a.residual_out) + begin + place(j), rounded);
@@ -181,12 +192,13 @@ bool HasClusters() {
   return has;
 }
 
-template <typename T>
+template <typename T, bool kScaled>
 cudaError_t LaunchPlainOf(const Launch& launch, int num_rows, const RowArgs& args) {
   const int vectors = args.hidden * static_cast<int>(sizeof(T)) / 16;
   const bool many = int64_t{num_rows} * vectors > 128 * 1024;
+  const int most = many ? kMaxThreads / 2 : MaxThreads(sizeof(T), 1, kScaled);
   int pieces = 1;
-  while (pieces < 4 && vectors > pieces * (many ? kMaxThreads / 2 : kMaxThreads)) pieces *= 2;
+  while (pieces < 4 && vectors > pieces * most) pieces *= 2;
   if (many && pieces == 1 && vectors > 256) pieces = 2;
   const int threads = ((vectors + pieces - 1) / pieces + 31) / 32 * 32;
   const int blocks = HasClusters() && num_rows <= 4 && threads == kMaxThreads ? 4 : 1;
@@ -196,11 +208,11 @@ cudaError_t LaunchPlainOf(const Launch& launch, int num_rows, const RowArgs& arg
   };
   switch (pieces) {
     case 1:
-      return run(PlainKernel<T, 1>);
+      return run(PlainKernel<T, 1, kScaled>);
     case 2:
-      return run(PlainKernel<T, 2>);
+      return run(PlainKernel<T, 2, kScaled>);
     default:
-      return run(PlainKernel<T, 4>);
+      return run(PlainKernel<T, 4, kScaled>);
   }
 }
 
@@ -215,11 +227,13 @@ bool IsPlain(Type type, const RowArgs& a) {
 cudaError_t LaunchPlain(const Launch& launch, Type type, int num_rows, const RowArgs& args) {
   switch (type) {
     case Type::kF32:
-      return LaunchPlainOf<float>(launch, num_rows, args);
+      return LaunchPlainOf<float, false>(launch, num_rows, args);
     case Type::kF16:
-      return LaunchPlainOf<__half>(launch, num_rows, args);
+      return LaunchPlainOf<__half, false>(launch, num_rows, args);
     case Type::kBF16:
-      return LaunchPlainOf<__nv_bfloat16>(launch, num_rows, args);
+      return args.x_scales.rows != nullptr
+                 ? LaunchPlainOf<__nv_bfloat16, true>(launch, num_rows, args)
+                 : LaunchPlainOf<__nv_bfloat16, false>(launch, num_rows, args);
     case Type::kE4M3:
       break;
   }

@@ -12,6 +12,7 @@ struct RowArgs {
   int hidden = 0;
   const int32_t* slot = nullptr;
   const void* x = nullptr;
+  ProductScales x_scales = {};
   float scale = 1.0f;
   const void* bias = nullptr;
   NormSpec post = {};

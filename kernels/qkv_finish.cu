@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool exists = row < a.num_rows;
   const int slot = exists ? a.rows.slot[row] : -1;
   const int position = exists ? a.rows.position[row] : 0;
+  const float row_factor = exists ? RowFactor(a.scales, row) : 1.0f;
   const auto place = [&](int j) { return (j * s.lanes + lane) * N; };
   const auto in_head = [&](int j, int i) {
     return exists && first_unit + i < s.units && place(j) < s.half;
@@ -110,6 +111,9 @@ __global__ void __launch_bounds__(kThreads)
       if (!in_head(j, i)) continue;
       Unpack(low_raw[i][j], low[j]);
       Unpack(high_raw[i][j], high[j]);
+      const int column = unit * a.kv.head_dim + place(j);
+      ScaleProduct<T>(a.scales, row_factor, column, low[j]);
+      ScaleProduct<T>(a.scales, row_factor, column + s.half, high[j]);
       if (a.bias != nullptr) {
         const T* bias = static_cast<const T*>(a.bias) + unit * a.kv.head_dim + place(j);
         AddConstant(bias, low[j]);
@@ -190,9 +194,10 @@ template <typename T, typename Kv>
 cudaError_t FinishOf(const Launch& launch, const QkvFinishArgs& a) {
   constexpr int kN = 16 / sizeof(T);
   bool wide = a.kv.head_dim / 2 % kN == 0 && a.qkv_stride % kN == 0;
-  for (const void* address : {static_cast<const void*>(a.qkv), a.bias, a.q_norm, a.k_norm,
-                              static_cast<const void*>(a.rotary), static_cast<const void*>(a.kv.k),
-                              static_cast<const void*>(a.kv.v)}) {
+  for (const void* address :
+       {static_cast<const void*>(a.qkv), static_cast<const void*>(a.scales.columns), a.bias,
+        a.q_norm, a.k_norm, static_cast<const void*>(a.rotary), static_cast<const void*>(a.kv.k),
+        static_cast<const void*>(a.kv.v)}) {
     wide = wide && Aligned16(address);
   }
   if (!wide) return LaunchFinish<T, Kv, 1, kMaxHeadDim / 2 / 32, 1>(launch, a);
@@ -214,7 +219,7 @@ cudaError_t QkvFinish(const Launch& launch, const QkvFinishArgs& a) {
   if (a.num_rows < 0 || a.heads < 0 || a.kv.kv_heads < 0 || a.kv.block_size < 1 || head_dim < 2 ||
       head_dim > kMaxHeadDim || head_dim % 2 != 0 || a.heads + a.kv.kv_heads == 0 ||
       a.qkv_stride < (a.heads + 2 * a.kv.kv_heads) * head_dim ||
-      (a.q_norm == nullptr) != (a.k_norm == nullptr)) {
+      (a.q_norm == nullptr) != (a.k_norm == nullptr) || !Scalable(a.scales, a.type)) {
     return cudaErrorInvalidValue;
   }
   if (a.num_rows == 0) return cudaSuccess;

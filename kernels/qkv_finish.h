@@ -6,7 +6,7 @@
 //               q                   k                     v
 //
 // fp32 between reading and one rounding. A few lanes a head: 16-byte accesses
-// where head_dim/2 and the addresses allow. k and v of qkv stay as they were;
+// where head_dim/2 and the addresses allow. k and v of qkv stay as they were (unscaled too);
 // padding rows (slot -1) write nothing. Reads and writes each byte of the row
 // once, and 4 * head_dim bytes of the rotary table a row and head (from L2).
 //
@@ -29,6 +29,7 @@ struct QkvFinishArgs {
   int heads = 0;                 // of this rank
   void* qkv = nullptr;           // [num_rows, qkv_stride] of T
   int qkv_stride = 0;            // elements, >= (heads + 2 * kv_heads) * head_dim
+  ProductScales scales = {};     // of qkv
   const void* bias = nullptr;    // [(heads + 2 * kv_heads) * head_dim] of T, or null
   const void* q_norm = nullptr;  // [head_dim] of T, or null; both or neither
   const void* k_norm = nullptr;

@@ -63,6 +63,17 @@ struct QuantizedRows {
   float* scales = nullptr;  // [rows]
 };
 
+// What a product of e4m3 has left to whoever reads it: element [r][c] of what it made, in bf16,
+// stands for itself times rows[r] * columns[c]. Both, 16-byte aligned, or neither.
+struct ProductScales {
+  const float* rows = nullptr;     // [rows]
+  const float* columns = nullptr;  // [columns]
+};
+// Whether a kernel can take them with elements of `type`.
+constexpr bool Scalable(const ProductScales& scales, Type type) {
+  return scales.rows == nullptr || (scales.columns != nullptr && type == Type::kBF16);
+}
+
 // Which positions a step's rows are, on the device, at addresses that do not
 // change from step to step (CUDA graphs read them).
 struct StepRows {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/device.cuh"
 
@@ -109,6 +110,25 @@ __device__ __forceinline__ Packed<T, N> Pack(const float (&v)[N]) {
     memcpy(&packed.raw, pairs, sizeof(packed.raw));
   }
   return packed;
+}
+
+// Of a row that a product left unscaled: its own factor. After WaitForPrevious.
+__device__ __forceinline__ float RowFactor(const ProductScales& scales, int64_t row) {
+  return scales.rows != nullptr ? __ldcg(scales.rows + row) : 1.0f;
+}
+// v, elements [at, at + N) of that row of T, as it is meant; nothing where all is.
+template <typename T, int N>
+__device__ __forceinline__ void ScaleProduct(const ProductScales& scales, float row_factor, int at,
+                                             float (&v)[N]) {
+  if (!std::is_same_v<T, __nv_bfloat16> || scales.rows == nullptr) return;
+  constexpr int kEach = N % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int i = 0; i < N; i += kEach) {
+    float columns[kEach];
+    Unpack(LoadConstant<float, kEach>(scales.columns + at + i), columns);
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) v[i + e] *= columns[e] * row_factor;
+  }
 }
 
 // A row's scale from its largest magnitude; values are multiplied by `inverse`,

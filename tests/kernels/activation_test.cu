@@ -2,6 +2,7 @@
 
 #include "kernels/activation.h"
 #include "tests/kernels/device_rows.h"
+#include "tests/kernels/product_scales.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -21,7 +22,8 @@ double Reference(Activation activation, double x) {
 }
 
 template <typename T>
-void Check(Activation activation, GateLayout layout, int width, bool bias, int shift) {
+void Check(Activation activation, GateLayout layout, int width, bool bias, int shift,
+           bool scaled = false) {
   const std::string where = "activation " + std::to_string(static_cast<int>(activation)) +
                             " layout " + std::to_string(static_cast<int>(layout)) + " width " +
                             std::to_string(width) + " shift " + std::to_string(shift);
@@ -34,6 +36,7 @@ void Check(Activation activation, GateLayout layout, int width, bool bias, int s
   const std::vector<int32_t> slots = {0, -1, 1, 2};
   const DeviceRows<int32_t> slot(kRows);
   ASSERT_CUDA(cudaMemcpy(slot.get(), slots.data(), kRows * 4, cudaMemcpyHostToDevice));
+  const LeftScales scales(kRows, in_width, 3);
   const DeviceRows<T> in(x, shift), device_bias(added, shift), out(kRows * out_stride, shift);
   ActivateArgs args = {.type = TypeOf<T>(),
                        .activation = activation,
@@ -43,6 +46,7 @@ void Check(Activation activation, GateLayout layout, int width, bool bias, int s
                        .slot = slot.get(),
                        .in = in.get(),
                        .in_stride = in_stride,
+                       .in_scales = scaled ? scales.get() : ProductScales(),
                        .bias = bias ? device_bias.get() : nullptr,
                        .out = out.get(),
                        .out_stride = out_stride};
@@ -60,7 +64,8 @@ void Check(Activation activation, GateLayout layout, int width, bool bias, int s
       const int gate_at = layout == GateLayout::kInterleaved ? 2 * i : i;
       const int up_at = layout == GateLayout::kInterleaved ? 2 * i + 1 : width + i;
       const auto value = [&](int at) {
-        return static_cast<double>(x[r * in_stride + at] + (bias ? added[at] : 0.0f));
+        const double own = double{x[r * in_stride + at]} * (scaled ? scales.Of(r, at) : 1.0f);
+        return own + (bias ? added[at] : 0.0f);
       };
       double want = Reference(activation, value(gate_at));
       if (gated) want *= value(up_at);
@@ -87,10 +92,34 @@ TYPED_TEST(ActivationTest, MatchesTheDefinition) {
         if (UnderSanitizer() && width > 96) continue;
         Check<TypeParam>(activation, layout, width, width % 2 == 0, 0);
         Check<TypeParam>(activation, layout, width, width % 2 == 1, 1);
+        if (TypeOf<TypeParam>() == Type::kBF16) {
+          Check<TypeParam>(activation, layout, width, width % 2 == 1, 0, true);
+          Check<TypeParam>(activation, layout, width, width % 2 == 0, 1, true);
+        }
         if (this->HasFatalFailure()) return;
       }
     }
   }
+}
+
+TEST(ActivationLimits, TakesScalesWithBF16Alone) {
+  const LeftScales scales(1, 16, 1);
+  const DeviceRows<float> x(16);
+  ActivateArgs args = {.type = Type::kF16,
+                       .layout = GateLayout::kNone,
+                       .num_rows = 1,
+                       .width = 16,
+                       .in = x.get(),
+                       .in_stride = 16,
+                       .in_scales = scales.get(),
+                       .out = x.get(),
+                       .out_stride = 16};
+  EXPECT_EQ(Activate({}, args), cudaErrorInvalidValue);
+  args.type = Type::kBF16;
+  EXPECT_EQ(Activate({}, args), cudaSuccess);
+  args.in_scales.columns = nullptr;
+  EXPECT_EQ(Activate({}, args), cudaErrorInvalidValue);
+  ASSERT_CUDA(cudaDeviceSynchronize());
 }
 
 TYPED_TEST(ActivationTest, FarValuesNeitherOverflowNorHideNaN) {

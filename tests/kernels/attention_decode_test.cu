@@ -2,6 +2,7 @@
 
 #include "kernels/attention_decode.h"
 #include "tests/kernels/attention_case.h"
+#include "tests/kernels/product_scales.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -221,10 +222,11 @@ TEST_F(DecodeAttentionTest, RowsDoNotDependOnEachOtherWithFixedSplits) {
   EXPECT_EQ(memcmp(a.data(), b.data(), a.size() * sizeof(a[0])), 0);
 }
 
-// k and v of the row itself come with q, not yet rotated, and reach the cache.
+// k and v of the row itself come with q, not yet rotated, and reach the cache. scaled: a product
+// left its scales to them.
 template <typename T, typename KV>
 void CheckFresh(const AttentionShape& shape, const std::vector<AttentionRow>& rows, bool rotate,
-                bool history_ready, uint32_t seed, int ring = 0) {
+                bool history_ready, uint32_t seed, int ring = 0, bool scaled = false) {
   AttentionCase<T, KV> c(shape, rows, seed);
   const int dim = shape.head_dim, half = dim / 2, kv_heads = shape.kv_heads;
   int longest = 0;
@@ -242,12 +244,15 @@ void CheckFresh(const AttentionShape& shape, const std::vector<AttentionRow>& ro
   const std::vector<float> raw = c.q();
   const DeviceRows<T> q(raw);
   const DeviceRows<float> table(angles);
+  const LeftScales scales(c.num_rows(), (shape.heads + 2 * kv_heads) * dim, seed);
   KV nan;
   memset(static_cast<void*>(&nan), 0xff, sizeof(nan));
   for (int r = 0; r < c.num_rows(); ++r) {
     if (rows[r].slot < 0) continue;
     const float* angle = &angles[static_cast<size_t>(rows[r].position) * dim];
     float* row = &c.q()[static_cast<int64_t>(r) * c.q_stride()];
+    for (int i = 0; i < (shape.heads + 2 * kv_heads) * dim && scaled; ++i)
+      row[i] *= scales.Of(r, i);
     for (int head = 0; head < shape.heads + kv_heads; ++head) {
       float* x = row + head * dim;
       for (int i = 0; i < half && rotate; ++i) {
@@ -281,6 +286,7 @@ void CheckFresh(const AttentionShape& shape, const std::vector<AttentionRow>& ro
   args.rotary = rotate ? reinterpret_cast<const float2*>(table.get()) : nullptr;
   args.history_ready = history_ready;
   args.ring = ring;
+  if (scaled) args.scales = scales.get();
   ASSERT_TRUE(DecodeAttentionTakesFresh(args));
   ASSERT_CUDA(DecodeAttention({nullptr, true}, args));
   ASSERT_CUDA(cudaDeviceSynchronize());
@@ -317,7 +323,15 @@ TEST_F(DecodeAttentionTest, RotatesAndCachesItsOwnPosition) {
         CheckFresh<__half, __nv_fp8_e4m3>(
             {.heads = 6, .kv_heads = 1, .head_dim = 128, .k_scale = 0.5f, .v_scale = 0.25f},
             Edges(Longest()), rotate, history_ready, 4, ring);
+        CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = 128},
+                                                 Edges(Longest()), rotate, history_ready, 5, ring,
+                                                 true);
+        CheckFresh<__nv_bfloat16, __nv_fp8_e4m3>(
+            {.heads = 6, .kv_heads = 2, .head_dim = 128, .k_scale = 0.5f, .v_scale = 0.25f},
+            Edges(Longest()), rotate, history_ready, 6, ring, true);
       }
+      CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 12, .kv_heads = 1, .head_dim = 64},
+                                               Edges(Longest()), rotate, history_ready, 7, 0, true);
       CheckFresh<__half, __half>(
           {.heads = 14, .kv_heads = 2, .head_dim = 128, .block_size = 32, .window = 20},
           Edges(Longest()), rotate, history_ready, 1);

@@ -1,5 +1,6 @@
 #include "kernels/norm.h"
 #include "tests/kernels/device_rows.h"
+#include "tests/kernels/product_scales.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -39,6 +40,7 @@ struct Variant {
   bool padding = false;
   int shift = 0;  // elements off the aligned address
   float magnitude = 2.0f;
+  bool scaled = false;  // x lacks its product's scales: bf16 alone
 };
 
 constexpr Variant kVariants[] = {
@@ -52,6 +54,11 @@ constexpr Variant kVariants[] = {
     {.name = "Unaligned", .bias = true, .padding = true, .shift = 1},
     {.name = "PostLayer", .post = NormKind::kLayer, .shift = 3},
     {.name = "Tiny", .magnitude = 1e-4f},
+    {.name = "Scaled", .scaled = true},
+    {.name = "ScaledWithPadding", .padding = true, .scaled = true},
+    {.name = "ScaledGemma", .post = NormKind::kRms, .plus_one = true, .scaled = true},
+    {.name = "ScaledOpt", .next = NormKind::kLayer, .bias = true, .scaled = true},
+    {.name = "ScaledUnaligned", .bias = true, .shift = 1, .scaled = true},
 };
 
 template <typename T>
@@ -108,6 +115,7 @@ void CheckReduceTail(const Variant& variant, int rows, int hidden) {
   const DeviceRows<int32_t> slot(rows);
   ASSERT_CUDA(cudaMemcpy(slot.get(), slots.data(), rows * 4, cudaMemcpyHostToDevice));
 
+  const LeftScales scales(rows, hidden, 8);
   const DeviceRows<T> in(x, variant.shift), old(residual, variant.shift);
   const DeviceRows<T> added(bias, variant.shift);
   const DeviceRows<T> out(n, variant.shift), normed(n, variant.shift);
@@ -117,6 +125,7 @@ void CheckReduceTail(const Variant& variant, int rows, int hidden) {
   args.hidden = hidden;
   args.slot = variant.padding ? slot.get() : nullptr;
   args.x = in.get();
+  if (variant.scaled) args.x_scales = scales.get();
   args.bias = variant.bias ? added.get() : nullptr;
   args.post = device_post.spec;
   args.residual_in = old.get();
@@ -140,7 +149,10 @@ void CheckReduceTail(const Variant& variant, int rows, int hidden) {
       continue;
     }
     Doubles v(hidden);
-    for (int i = 0; i < hidden; ++i) v[i] = x[begin + i] + (variant.bias ? bias[i] : 0.0);
+    for (int i = 0; i < hidden; ++i) {
+      v[i] = double{x[begin + i]} * (variant.scaled ? scales.Of(r, i) : 1.0f) +
+             (variant.bias ? bias[i] : 0.0);
+    }
     ApplyNorm(post, v);
     for (int i = 0; i < hidden; ++i) v[i] += residual[begin + i];
     if (!variant.norm_is_residual) {
@@ -173,6 +185,7 @@ std::vector<int> Widths() {
 
 TYPED_TEST(NormTest, AddsNormsAndRounds) {
   for (const Variant& variant : kVariants) {
+    if (variant.scaled && TypeOf<TypeParam>() != Type::kBF16) continue;
     for (const int hidden : Widths()) {
       CheckReduceTail<TypeParam>(variant, hidden > 4096 ? 2 : 5, hidden);
       if (this->HasFatalFailure()) return;

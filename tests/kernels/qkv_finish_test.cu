@@ -1,5 +1,6 @@
 #include "kernels/qkv_finish.h"
 #include "tests/kernels/device_rows.h"
+#include "tests/kernels/product_scales.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -7,13 +8,20 @@ namespace {
 struct Variant {
   const char* name;
   bool bias, norm, plus_one, rotary;
-  int shift;  // elements off the aligned address
+  int shift;            // elements off the aligned address
+  bool scaled = false;  // the product left its scales: bf16 alone
 };
 constexpr Variant kVariants[] = {
-    {"Llama", false, false, false, true, 0},     {"Qwen2", true, false, false, true, 0},
-    {"Qwen3", false, true, false, true, 0},      {"Gemma3", false, true, true, true, 0},
-    {"Opt", true, false, false, false, 0},       {"Unaligned", true, true, true, true, 1},
+    {"Llama", false, false, false, true, 0},
+    {"Qwen2", true, false, false, true, 0},
+    {"Qwen3", false, true, false, true, 0},
+    {"Gemma3", false, true, true, true, 0},
+    {"Opt", true, false, false, false, 0},
+    {"Unaligned", true, true, true, true, 1},
     {"NormAlone", false, true, false, false, 0},
+    {"ScaledLlama", false, false, false, true, 0, true},
+    {"ScaledQwen3", true, true, false, true, 0, true},
+    {"ScaledUnaligned", true, false, false, true, 1, true},
 };
 
 struct Heads {
@@ -70,9 +78,12 @@ void Check(const Variant& variant, const Heads& h, int num_rows) {
   const int64_t cached = int64_t{kBlocks} * h.kv_heads * h.block_size * h.head_dim;
   const DeviceRows<Kv> k(cached), v(cached);
 
+  const LeftScales scales(num_rows, width, 5);
+
   QkvFinishArgs args;
   args.type = TypeOf<T>();
   args.num_rows = num_rows;
+  if (variant.scaled) args.scales = scales.get();
   args.rows = {slot.get(), position.get(), table.get(), kBlocksOfSlot};
   args.heads = h.heads;
   args.qkv = x.get();
@@ -117,7 +128,8 @@ void Check(const Variant& variant, const Heads& h, int num_rows) {
       double squares = 0;
       for (int i = 0; i < h.head_dim; ++i) {
         const int at = unit * h.head_dim + i;
-        d[i] = qkv[r * stride + at] + (variant.bias ? bias[at] : 0.0);
+        d[i] = double{qkv[r * stride + at]} * (variant.scaled ? scales.Of(r, at) : 1.0f) +
+               (variant.bias ? bias[at] : 0.0);
         squares += d[i] * d[i];
       }
       if (variant.norm && !is_v) {
@@ -186,6 +198,7 @@ std::vector<Heads> Shapes() {
 TYPED_TEST(QkvFinishTest, RotatesAndCachesInTheModelsType) {
   for (const Heads& heads : Shapes()) {
     for (const Variant& variant : kVariants) {
+      if (variant.scaled && TypeOf<TypeParam>() != Type::kBF16) continue;
       for (const int num_rows : RowCounts()) Check<TypeParam, TypeParam>(variant, heads, num_rows);
       if (this->HasFatalFailure()) return;
     }
@@ -195,6 +208,7 @@ TYPED_TEST(QkvFinishTest, RotatesAndCachesInTheModelsType) {
 TYPED_TEST(QkvFinishTest, CachesScaledE4M3) {
   for (const Heads& heads : Shapes()) {
     for (const Variant& variant : kVariants) {
+      if (variant.scaled && TypeOf<TypeParam>() != Type::kBF16) continue;
       for (const int num_rows : RowCounts())
         Check<TypeParam, __nv_fp8_e4m3>(variant, heads, num_rows);
       if (this->HasFatalFailure()) return;

@@ -4,6 +4,7 @@
 #include "kernels/norm.h"
 #include "kernels/quantize.h"
 #include "tests/kernels/device_rows.h"
+#include "tests/kernels/product_scales.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -169,14 +170,51 @@ TYPED_TEST(QuantizeTest, NormsQuantiseAsQuantizeRowsDoes) {
   }
 }
 
+// What a product left its scales to may be quantised in their place.
+TEST(QuantizeNorms, MayWriteTheirScalesOverTheProducts) {
+  using T = __nv_bfloat16;
+  for (const int hidden : {64, 4096, 8192, 16384}) {
+    const int rows = UnderSanitizer() ? 3 : 200;
+    const LeftScales left(rows, hidden, 9);
+    const DeviceRows<T> x(RandomValues<T>(rows * hidden, 1)),
+        old(RandomValues<T>(rows * hidden, 2));
+    const DeviceRows<T> weight(RandomValues<T>(hidden, 3));
+    const DeviceRows<T> residuals[2] = {DeviceRows<T>(rows * hidden), DeviceRows<T>(rows * hidden)};
+    const DeviceRows<uint8_t> values[2] = {DeviceRows<uint8_t>(rows * hidden),
+                                           DeviceRows<uint8_t>(rows * hidden)};
+    const DeviceRows<float> scales[2] = {DeviceRows<float>(rows), DeviceRows<float>(left.rows())};
+    for (const int i : {0, 1}) {
+      ReduceTailArgs args;
+      args.num_rows = rows;
+      args.hidden = hidden;
+      args.x = x.get();
+      args.x_scales = left.get();
+      if (i == 1) args.x_scales.rows = scales[1].get();
+      args.residual_in = old.get();
+      args.residual_out = residuals[i].get();
+      args.next = {.kind = NormKind::kRms, .weight = weight.get()};
+      args.quantized = {values[i].get(), scales[i].get()};
+      ASSERT_CUDA(ReduceTail({}, args));
+    }
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    EXPECT_EQ(
+        memcmp(residuals[0].Bits().data(), residuals[1].Bits().data(), sizeof(T) * rows * hidden),
+        0)
+        << hidden;
+    EXPECT_TRUE(values[0].Bits() == values[1].Bits()) << hidden;
+    EXPECT_EQ(scales[0].Bits(), scales[1].Bits()) << hidden;
+  }
+}
+
 template <typename T>
-void CheckActivation(Activation activation, GateLayout layout, int width) {
+void CheckActivation(Activation activation, GateLayout layout, int width, bool scaled = false) {
   constexpr int kRows = 3;
   const int in_width = layout == GateLayout::kNone ? width : 2 * width;
   const DeviceRows<T> in(RandomValues<T>(kRows * in_width, 11, 6.0f)), out(kRows * width);
   const DeviceRows<T> bias(RandomValues<T>(in_width, 12));
   const DeviceRows<uint8_t> fused(kRows * width), apart(kRows * width);
-  const DeviceRows<float> fused_scales(kRows), apart_scales(kRows);
+  const LeftScales left(kRows, in_width, 13);
+  const DeviceRows<float> fused_scales(left.rows()), apart_scales(kRows);
   ActivateArgs args = {.type = TypeOf<T>(),
                        .activation = activation,
                        .layout = layout,
@@ -184,6 +222,7 @@ void CheckActivation(Activation activation, GateLayout layout, int width) {
                        .width = width,
                        .in = in.get(),
                        .in_stride = in_width,
+                       .in_scales = scaled ? left.get() : ProductScales(),
                        .bias = bias.get(),
                        .out = out.get(),
                        .out_stride = width};
@@ -198,6 +237,7 @@ void CheckActivation(Activation activation, GateLayout layout, int width) {
                                 .scales = apart_scales.get()}));
   args.out = nullptr;
   args.quantized = {fused.get(), fused_scales.get()};
+  if (scaled) args.in_scales.rows = fused_scales.get();
   ASSERT_CUDA(Activate({}, args));
   ASSERT_CUDA(cudaDeviceSynchronize());
   fused.ExpectGuards("fused");
@@ -212,6 +252,7 @@ TEST(QuantizeActivations, GiveWhatQuantizeRowsOfThemGives) {
          {GateLayout::kNone, GateLayout::kHalves, GateLayout::kInterleaved}) {
       CheckActivation<__half>(Activation::kSilu, layout, width);
       CheckActivation<__nv_bfloat16>(Activation::kGeluTanh, layout, width);
+      CheckActivation<__nv_bfloat16>(Activation::kSilu, layout, width, true);
     }
   }
   ActivateArgs args = {.type = Type::kF32, .num_rows = 1, .width = 16, .in_stride = 32};
