@@ -119,6 +119,8 @@ class CudaBackend final : public Backend {
   void RunAttentionOutput(int64_t layer);
   void RunGateUp(int64_t layer);
   void RunDown(int64_t layer);
+  // A row-parallel product of `width` columns, into buffers_.partial.
+  void MatmulPartial(const void* x, int width, const Linear& linear);
   void Reduce(const kernels::Launch& launch, const ReduceOp& op);
   void Enqueue(std::function<void()> operation) {
     if (!status_.ok() || stacked_) return;
@@ -158,9 +160,11 @@ class CudaBackend final : public Backend {
   // What a product of one row does to its input, when the sum before it is still
   // on its way (see folded_).
   void TakeReduce(kernels::GemvArgs* args);
-  // out = x . weights in the serving dtype, or the logits in fp32, by what is best.
+  // out = x . weights in the serving dtype, or the logits in fp32, by what is best. left: the
+  // caller sees to the scales that it then holds, if any.
   void Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
-              int64_t out_stride, kernels::GemvEpilogue epilogue = kernels::GemvEpilogue::kStore);
+              int64_t out_stride, kernels::GemvEpilogue epilogue = kernels::GemvEpilogue::kStore,
+              kernels::ProductScales* left = nullptr);
   bool Quantized(const Linear& linear) const { return linear.weight.type == kernels::Type::kE4M3; }
   // Whether the kernels that share K among the blocks of a cluster are to take such a
   // product: they stream the weights of several rows faster, and want e4m3 for e4m3.
@@ -257,6 +261,7 @@ class CudaBackend final : public Backend {
   void* residual_ = nullptr;              // the current one of two, while folded
   const float2* fresh_rotary_ = nullptr;  // what attention is left to do of Qkv
   bool fresh_ = false;
+  kernels::ProductScales qkv_scales_, partial_scales_;  // that buffers_.qkv and .partial lack
   const StepGraphs::Graph* replay_ = nullptr;
   StepGraphs::Key key_;
   kernels::SampleNeeds needs_;

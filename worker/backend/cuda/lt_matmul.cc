@@ -77,7 +77,7 @@ absl::Status Check(cublasStatus_t status, const char* what) {
 }
 
 // The shape that decides the algorithm.
-using Key = std::tuple<int, int, int, Type, Type, int64_t, int64_t, int>;
+using Key = std::tuple<int, int, int, Type, Type, int64_t, int64_t, int, bool>;
 
 }  // namespace
 
@@ -115,6 +115,8 @@ absl::Status LtMatmul::Impl::Describe(const MatmulArgs& args, Plan* plan) {
     // rounding is far coarser than theirs.
     const int8_t fast = 1;
     if (status == 0) status = set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, fast);
+  }
+  if (args.x_scales != nullptr) {
     const cublasLtMatmulMatrixScale_t per_row = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
     if (status == 0) status = set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, per_row);
     if (status == 0) status = set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, per_row);
@@ -135,7 +137,7 @@ absl::Status LtMatmul::Impl::Describe(const MatmulArgs& args, Plan* plan) {
 
 absl::StatusOr<const LtMatmul::Impl::Plan*> LtMatmul::Impl::PlanFor(const MatmulArgs& args) {
   const Key key(args.m, args.n, args.k, args.type, args.out_type, args.x_stride, args.out_stride,
-                args.multiprocessors);
+                args.multiprocessors, args.x_scales != nullptr);
   const auto found = plans.find(key);
   if (found != plans.end()) return &found->second;
   Plan plan;
@@ -185,7 +187,7 @@ absl::StatusOr<std::unique_ptr<LtMatmul>> LtMatmul::Create() {
 absl::Status LtMatmul::Run(cudaStream_t stream, const MatmulArgs& args) {
   const absl::StatusOr<const Impl::Plan*> plan = impl_->PlanFor(args);
   if (!plan.ok()) return plan.status();
-  if (args.type == Type::kE4M3) {
+  if (args.x_scales != nullptr) {
     // The scales are the call's, the rest the shape's.
     const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const float* value) {
       return impl_->lt.cublasLtMatmulDescSetAttribute((*plan)->product, attribute, &value,

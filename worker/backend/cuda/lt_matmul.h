@@ -29,8 +29,9 @@ struct MatmulArgs {
   const void* weights = nullptr;
   void* out = nullptr;
   int64_t out_stride = 0;
-  const float* x_scales = nullptr;       // [m], kE4M3
-  const float* weight_scales = nullptr;  // [n], kE4M3
+  // Of kE4M3; both or neither: then out is as if all were 1.
+  const float* x_scales = nullptr;       // [m]
+  const float* weight_scales = nullptr;  // [n]
   int multiprocessors = 0;               // to be used; 0: all
 };
 
