@@ -50,6 +50,7 @@ void CudaBackend::SetParts(int cut, int decode_rows) {
 }
 
 bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
+  lt_->TimeNewShapes(false);
   replay_ = nullptr;
   capturing_ = folded_ = stacked_ = false;
   quantized_from_ = nullptr;
@@ -140,6 +141,7 @@ bool CudaBackend::BeginRecording(std::vector<LogitRow>* rows) {
   quantized_from_ = nullptr;
   sampled_rows_ = 0;
   rows->assign(rows_, {.samples = true});
+  lt_->TimeNewShapes(true);  // no step is under way yet
   BeginCapture();
   return true;
 }

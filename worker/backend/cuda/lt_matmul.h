@@ -44,6 +44,10 @@ class LtMatmul {
   ~LtMatmul();
 
   absl::Status Run(cudaStream_t stream, const MatmulArgs& args);
+  // While on, the algorithm of a shape of 16 bits or e4m3 and more than 32 rows that comes up for
+  // the first time is the fastest of some, by trying: a few milliseconds, in which args.out is
+  // written. Nothing that uses it may be under way; a capture may.
+  void TimeNewShapes(bool on);
   std::string version() const;  // "cuBLASLt 13.1.0"
 
  private:
