@@ -242,6 +242,31 @@ void ExpectNear(const std::vector<TestOutput>& outputs, const std::vector<TestOu
   EXPECT_GT(compared, reference.size());
 }
 
+// Products of few rows by kernels that scale what they make, of more by those that leave that to
+// whoever reads it: the same numbers, but for 16 bits' noise.
+TEST(GpuFp8, ManyRowsGiveWhatFewGive) {
+  const std::string model = GoldenDir() + "llama_mqa_bf16";
+  GroupOptions options = OnGpu(DType::kBFloat16, true, "fp8");
+  options.max_num_seqs = 224;
+  options.max_batched_tokens = 1'200;
+  auto group = GroupRunner::Load(model, options);
+  ASSERT_TRUE(group.ok()) << group.status();
+  for (const uint32_t count : {40u, 100u, 150u, 220u}) {
+    std::vector<TestRequest> requests;
+    for (TokenId i = 0; i < count; ++i) {
+      requests.push_back({{4 + i % 20, 3, 4 + i / 20, 9, 11}, 4, GreedySampling()});
+      requests.back().sampling.logprobs = 5;
+    }
+    auto few = (*group)->Run(requests, {.one_by_one = true});
+    auto many = (*group)->Run(requests, {.chunk = 1000});
+    ASSERT_TRUE(few.ok()) << few.status();
+    ASSERT_TRUE(many.ok()) << many.status();
+    SCOPED_TRACE(testing::Message() << count << " rows");
+    ExpectNear(*many, *few, 2 * kBFloat16Bound);
+    EXPECT_NE(FirstDifference(*few, *many), "");  // else one way ran twice
+  }
+}
+
 // A sequence alone decodes by kernels of its own.
 TEST_P(GpuParity, OneRowDecodesWithinTheBound) {
   std::unique_ptr<GroupRunner> cpu = Load({});
