@@ -80,9 +80,10 @@ kernels::KvLayer CudaBackend::Kv(int64_t layer) const {
 
 bool CudaBackend::TakesCluster(const Linear& linear, int m) const {
   const DeviceTensor& w = linear.weight;
-  // By measurement: above 32 rows cuBLASLt is as fast with 16 bits, and with e4m3 where all
-  // products may leave their scales (8B, FP8 KV, 64 rows: 4.88 and 4.71 ms a step).
-  const bool unscaled = type_ == Type::kBF16 && collectives_.size() == 1;
+  // By measurement: above 32 rows cuBLASLt is as fast with 16 bits, and with e4m3 where it may
+  // leave the scales (8B, FP8 KV, 64 rows: 4.88 and 4.71 ms a step).
+  const bool column_parallel = w.cols == hidden_ && w.rows != hidden_;
+  const bool unscaled = type_ == Type::kBF16 && (collectives_.size() == 1 || column_parallel);
   const bool faster = m <= 32 || (w.type == Type::kE4M3 && !unscaled);
   if (m < 2 || !faster || type_ == Type::kF32) return false;
   kernels::SkinnyClusterArgs args;
