@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -188,25 +189,26 @@ absl::StatusOr<const LtMatmul::Impl::Plan*> LtMatmul::Impl::PlanFor(const Matmul
 
 absl::StatusOr<cublasLtMatmulAlgo_t> LtMatmul::Impl::Fastest(const MatmulArgs& args, Plan plan,
                                                              Proposals from) {
-  cublasLtMatmulAlgo_t best = from[0].algo;
-  if (from.size() == 1) return best;
+  if (from.size() == 1) return from[0].algo;
   // A capture may be under way on this thread, on another stream.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   absl::Status status = ToStatus(cudaThreadExchangeStreamCaptureMode(&mode), "timing a product");
+  if (!status.ok()) return status;
+  std::optional<cublasLtMatmulAlgo_t> best;
   float least = 0.0f;
-  for (size_t i = 0; i < from.size() && status.ok(); ++i) {
-    plan.algorithm = from[i].algo;
+  for (const cublasLtMatmulHeuristicResult_t& proposal : from) {
+    plan.algorithm = proposal.algo;
     const absl::StatusOr<float> ms = Time(args, plan);
-    status = ms.status();
-    if (!status.ok() || (i > 0 && *ms >= least * kWorthChanging)) continue;
+    status.Update(ms.status());  // one that does not run is passed over
+    if (!ms.ok() || (best.has_value() && *ms >= least * kWorthChanging)) continue;
     least = *ms;
     best = plan.algorithm;
   }
   const absl::Status restored =
       ToStatus(cudaThreadExchangeStreamCaptureMode(&mode), "timing a product");
-  if (!status.ok()) return status;
+  if (!best.has_value()) return status;
   if (!restored.ok()) return restored;
-  return best;
+  return *best;
 }
 
 absl::StatusOr<float> LtMatmul::Impl::Time(const MatmulArgs& args, const Plan& plan) {
