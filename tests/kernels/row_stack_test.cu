@@ -70,6 +70,22 @@ TEST(RowStackTest, SumsOverRanks) {
   }
 }
 
+// A 70B's: each thread has the row's vectors in two rounds, and a KV head eight query heads.
+TEST(RowStackTest, ServesWideRows) {
+  for (const int ranks : {1, 2, 4}) {
+    if (UnderSanitizer() && ranks != 2) continue;
+    const Shape shape = {.hidden = 8192,
+                         .heads = 8,
+                         .kv_heads = 1,
+                         .head_dim = 128,
+                         .intermediate = 1040,
+                         .vocab = 300,
+                         .ranks = ranks};
+    CheckShape<BF16, BF16, BF16>(shape, {20, 333}, 0.02);
+    CheckShape<F8, BF16, BF16>(shape, {20, 333}, 0.02);
+  }
+}
+
 TEST(RowStackTest, SpreadsALongContext) {
   CheckShape<BF16, BF16, BF16>({.heads = 4, .kv_heads = 1, .head_dim = 128}, {4000, 4095}, 0.02);
 }

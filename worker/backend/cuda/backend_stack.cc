@@ -6,11 +6,10 @@
 namespace lockstep::cuda {
 namespace {
 
-// By measurement: products of wider rows stream for so long that their own kernels, which
-// request more at a time, are as fast or faster, but for what many ranks leave of them (70B,
-// 8,192: tp 2 BF16 17.2 against 17.7 ms, FP8 10.22 against 10.25; tp 4 9.79 against 9.39, 6.71
-// against 6.24. 8B, 4,096, tp 2: 2.38 against 2.16).
-constexpr int kMaxStackHidden = 4'096, kMinRanksForWider = 4;
+// Wider rows: on 2 ranks their own kernels, which request more at a time, are as fast or faster
+// (70B, 8,192: BF16 17.2 against 17.7 ms, FP8 10.22 against 10.25). On 4 this kernel is (9.39
+// against 9.79, 6.24 against 6.71), but its sums at that width have not been seen to be right.
+constexpr int kMaxStackHidden = 4'096;
 
 }  // namespace
 
@@ -58,9 +57,8 @@ absl::Status CudaBackend::PrepareStack() {
                              .window = slides ? static_cast<int>(config_.sliding_window) : 0});
   }
   const LayerWeights& any = model_.layers[0];
-  can_stack_ = can_fold_ &&
-               (hidden_ <= kMaxStackHidden || collectives_.size() >= kMinRanksForWider) &&
-               any.qkv.bias == nullptr && any.q_norm == nullptr && model_.head.type == type_ &&
+  can_stack_ = can_fold_ && hidden_ <= kMaxStackHidden && any.qkv.bias == nullptr &&
+               any.q_norm == nullptr && model_.head.type == type_ &&
                kernels::RowStackSupports(StackArgs());
   if (!can_stack_) return absl::OkStatus();
   const size_t bytes = kernels::RowStackBytes(StackArgs());
