@@ -139,7 +139,8 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   }
   if (args.fresh_k != nullptr && !DecodeAttentionTakesFresh(args)) return cudaErrorInvalidValue;
   if (args.scales.rows != nullptr && args.fresh_k == nullptr) return cudaErrorInvalidValue;
-  if (!Scalable(args.scales, args.type)) return cudaErrorInvalidValue;
+  if (!Scalable(args.scales, args.type) || !Aligned16(args.scales.columns))
+    return cudaErrorInvalidValue;
   if (!TakesFast(args)) {
     return PlainAttention(launch, {.type = args.type,
                                    .kv = args.kv,
