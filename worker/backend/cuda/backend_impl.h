@@ -3,6 +3,7 @@
 //   cuda_backend.cc    what it owns: memory, stream, epochs
 //   backend_steps.cc   a step's begin and end: inputs, graphs, results
 //   backend_forward.cc the operations of the forward pass
+//   backend_products.cc which kernels its matrix products go by
 //   backend_fold.cc    one decoded row, whose all-reduces are part of its products
 //   backend_stack.cc   one decoded row, whose layers are one kernel
 //   backend_halves.cc  a long step, whose all-reduces go on behind its products
