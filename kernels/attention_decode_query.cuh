@@ -37,6 +37,11 @@ __device__ __forceinline__ void Rotate(float (&x)[8], const float (&partner)[8],
   }
 }
 
+// The chunk of a head of so many that rotates with `chunk`.
+__device__ __forceinline__ int PartnerOf(int chunk, int chunks) {
+  return chunk < chunks / 2 ? chunk + chunks / 2 : chunk - chunks / 2;
+}
+
 template <typename T>
 __device__ __forceinline__ Packed<T, 8> LoadChunk(const T* head, int chunk) {
   return LoadData<T, 8>(head + chunk * 8);
@@ -63,7 +68,7 @@ class OwnPosition {
         v_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.v) + offset) + threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Request(int row, const float2* rotary) {
-    const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8, half = chunks / 2;
+    const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8;
     if (chunk >= chunks) return;
     if (rotary != nullptr) angles_.Load(rotary, chunk, p_.head_dim / 2);
     if (p_.fresh_k == nullptr) {
@@ -74,14 +79,14 @@ class OwnPosition {
     const int64_t at = static_cast<int64_t>(row) * p_.q_stride + blockIdx.y * p_.head_dim;
     const T* k = static_cast<const T*>(p_.fresh_k) + at;
     fresh_k_ = LoadChunk(k, chunk);
-    partner_ = LoadChunk(k, chunk < half ? chunk + half : chunk - half);
+    partner_ = LoadChunk(k, PartnerOf(chunk, chunks));
     fresh_v_ = LoadChunk(static_cast<const T*>(p_.fresh_v) + at, chunk);
   }
 
   // row_factor: of p.scales.
   __device__ __forceinline__ void Store(float row_factor, const float2* rotary, Raw* stash_k,
                                         Raw* stash_v) {
-    const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8, half = chunks / 2;
+    const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8;
     if (chunk < chunks) {
       if (p_.fresh_k != nullptr) {
         const int column = static_cast<int>(blockIdx.y) * p_.head_dim;
@@ -89,8 +94,7 @@ class OwnPosition {
         Unpack<T, 8>(fresh_k_, x);
         ScaleProduct<T>(p_.scales, row_factor, p_.k_column + column + chunk * 8, x);
         Unpack<T, 8>(partner_, partner);
-        ScaleProduct<T>(p_.scales, row_factor,
-                        p_.k_column + column + (chunk < half ? chunk + half : chunk - half) * 8,
+        ScaleProduct<T>(p_.scales, row_factor, p_.k_column + column + PartnerOf(chunk, chunks) * 8,
                         partner);
         if (rotary != nullptr) Rotate(x, partner, angles_);
         k_ = Narrow<KV>(x, p_.factors.inverse_k);
@@ -120,13 +124,13 @@ class OwnPosition {
 template <typename T, typename M>
 __device__ __forceinline__ void StageQuery(const Params& p, int row, float row_factor,
                                            const float2* rotary, uint4* to) {
-  const int chunks = p.head_dim / 8, half = chunks / 2;
+  const int chunks = p.head_dim / 8;
   const int first = static_cast<int>(blockIdx.y) * p.group * p.head_dim;
   const T* heads = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride + first;
   for (int i = threadIdx.x; i < p.group * chunks; i += kThreads) {
     const int head = i / chunks, chunk = i - head * chunks;
     const T* at = heads + head * p.head_dim;
-    const int other = chunk < half ? chunk + half : chunk - half;
+    const int other = PartnerOf(chunk, chunks);
     const Packed<T, 8> own = LoadChunk(at, chunk);
     if (std::is_same_v<T, M> && rotary == nullptr && p.scales.rows == nullptr) {
       to[i] = own.raw;
