@@ -57,7 +57,7 @@ class CudaBackend final : public Backend {
 
   absl::Status Attach(Communicator* comm) override;
   bool BeginRecording(std::vector<LogitRow>* rows) override;
-  absl::Status EndRecording() override { return EndCapture(); }
+  absl::Status EndRecording() override;
   void Admit(const NewSequence& sequence) override {
     if (status_.ok()) status_ = slots_.Admit(stream_, sequence, &io_);
   }

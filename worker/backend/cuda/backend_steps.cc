@@ -50,7 +50,6 @@ void CudaBackend::SetParts(int cut, int decode_rows) {
 }
 
 bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
-  lt_->TimeNewShapes(false);
   replay_ = nullptr;
   capturing_ = folded_ = stacked_ = false;
   quantized_from_ = nullptr;
@@ -144,6 +143,11 @@ bool CudaBackend::BeginRecording(std::vector<LogitRow>* rows) {
   lt_->TimeNewShapes(true);  // no step is under way yet
   BeginCapture();
   return true;
+}
+
+absl::Status CudaBackend::EndRecording() {
+  lt_->TimeNewShapes(false);
+  return EndCapture();
 }
 
 void CudaBackend::Publish() {
