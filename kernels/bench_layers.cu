@@ -1,11 +1,12 @@
 // Speed of the layers of a decode step of an 8B or 70B Llama as one graph: what the kernels
 // cost among each other, without exchanges between GPUs, embedding, head and sampling.
 //
-//   bench_layers [rows [tp [70b] [fp8] [cluster] [stack]]]   us a layer; defaults 1 1
+//   bench_layers [rows [tp [70b] [fp8] [cluster] [ahead] [stack]]]   us a layer; defaults 1 1
 //
 // tp cuts the shapes as for one rank of so many. 70b: 32 of its layers, to fit. cluster: products
-// of several rows by kernels/skinny_cluster.h; else by kernels/gemv.h, whatever their K. stack: one
-// row by kernels/row_stack.h, with a head of next to no rows.
+// of several rows by kernels/skinny_cluster.h; else by kernels/gemv.h, whatever their K. ahead: x
+// of fp8 is quantised by the kernels before. stack: one row by kernels/row_stack.h, with a head of
+// next to no rows.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -50,10 +51,11 @@ __global__ void FillKernel(uint32_t* out, size_t words, uint32_t mask, uint32_t 
 
 class Layers {
  public:
-  Layers(int rows, int tp, bool large, bool fp8, bool cluster, bool stack)
+  Layers(int rows, int tp, bool large, bool fp8, bool cluster, bool ahead, bool stack)
       : rows_(rows),
         fp8_(fp8),
         cluster_(cluster),
+        ahead_(ahead),
         stack_(stack),
         hidden_(large ? 8192 : 4096),
         heads_((large ? 64 : 32) / tp),
@@ -258,8 +260,9 @@ class Layers {
     c.x = args.x;
     c.epilogue = args.epilogue;
     c.out = args.out;
-    if (fp8_) {
-      if (args.x == out_) {
+    c.weight_scales = fp8_ ? scales_ : nullptr;
+    if (fp8_ && (ahead_ || !SkinnyClusterSupports(c))) {
+      if (args.x == out_ || !ahead_) {
         CHECK_CUDA(QuantizeRows(launch(), {.num_rows = rows_,
                                            .width = args.k,
                                            .in = args.x,
@@ -268,14 +271,14 @@ class Layers {
                                            .out_stride = args.k,
                                            .scales = quantized_scales_}));
       }
-      c.weight_scales = scales_;
       c.x_scales = quantized_scales_;
       c.x = quantized_;
     }
     CHECK_CUDA(SkinnyCluster(launch(), c));
   }
   QuantizedRows Quantized() const {
-    return fp8_ && cluster_ ? QuantizedRows{quantized_, quantized_scales_} : QuantizedRows{};
+    return fp8_ && cluster_ && ahead_ ? QuantizedRows{quantized_, quantized_scales_}
+                                      : QuantizedRows{};
   }
   void Norm() {
     ReduceTailArgs args;
@@ -295,7 +298,7 @@ class Layers {
     Run(Product(O(layer), hidden_, q_width(), out_, partial_));
     Norm();
     GemvArgs up = Product(Up(layer), 2 * mlp_, hidden_, normed_, activated_);
-    if (fp8_ && cluster_) {
+    if (fp8_ && cluster_ && ahead_) {
       up.out = up_;
       Run(up);
       CHECK_CUDA(Activate(launch(), {.activation = Activation::kSilu,
@@ -318,7 +321,7 @@ class Layers {
   Launch launch() const { return {.stream = stream_, .pdl = true, .brief = true}; }
 
   const int rows_;
-  const bool fp8_, cluster_, stack_;
+  const bool fp8_, cluster_, ahead_, stack_;
   const int hidden_, heads_, kv_heads_, mlp_;
   size_t layer_bytes_ = 0, kv_half_ = 0;
   cudaStream_t stream_ = nullptr;
@@ -340,22 +343,24 @@ class Layers {
 
 int main(int argc, char** argv) {
   const int rows = argc > 1 ? std::atoi(argv[1]) : 1, tp = argc > 2 ? std::atoi(argv[2]) : 1;
-  bool large = false, fp8 = false, cluster = false, stack = false;
+  bool large = false, fp8 = false, cluster = false, ahead = false, stack = false;
   for (int i = 3; i < argc; ++i) {
     large |= std::strcmp(argv[i], "70b") == 0;
     fp8 |= std::strcmp(argv[i], "fp8") == 0;
     cluster |= std::strcmp(argv[i], "cluster") == 0;
+    ahead |= std::strcmp(argv[i], "ahead") == 0;
     stack |= std::strcmp(argv[i], "stack") == 0;
   }
   if (rows < 1 || rows > 64 || (stack && rows > 1) || (tp != 1 && tp != 2 && tp != 4)) {
-    std::fprintf(stderr,
-                 "usage: bench_layers [rows 1..64 [tp 1|2|4 [70b] [fp8] [cluster] [stack]]]\n");
+    std::fprintf(
+        stderr,
+        "usage: bench_layers [rows 1..64 [tp 1|2|4 [70b] [fp8] [cluster] [ahead] [stack]]]\n");
     return 2;
   }
-  lockstep::kernels::Layers layers(rows, tp, large, fp8, cluster, stack);
+  lockstep::kernels::Layers layers(rows, tp, large, fp8, cluster, ahead, stack);
   const double us = layers.MicrosecondsPerLayer();
-  std::printf("%s, %2d rows, 1/%d%s%s%s: %6.2f us a layer, weights at %4.0f GB/s\n",
+  std::printf("%s, %2d rows, 1/%d%s%s%s%s: %6.2f us a layer, weights at %4.0f GB/s\n",
               large ? "70B" : "8B", rows, tp, fp8 ? ", fp8" : "", cluster ? ", cluster" : "",
-              stack ? ", stack" : "", us, layers.layer_bytes() / us * 1e-3);
+              ahead ? ", ahead" : "", stack ? ", stack" : "", us, layers.layer_bytes() / us * 1e-3);
   return 0;
 }

@@ -38,6 +38,8 @@ Plan PlanOf(const SkinnyClusterArgs& args) {
     if ((args.split != 0 && args.split != split) || chunks < split || max_clusters[split] == 0)
       continue;
     const int x_chunks = DivUp(chunks, split);
+    const bool staged = args.type == Type::kE4M3 && args.x_scales == nullptr;
+    if (staged && x_chunks > kMaxStagedChunks) continue;
     const size_t rest = ClusterLayout(rows, 0, x_chunks).end + 1024;
     if (rest + kMinClusterStages * kClusterStageBytes > kMaxClusterShared) continue;
     // An even number, for two to take turns; a deeper ring would only delay x behind the
@@ -112,13 +114,13 @@ cudaError_t InitSkinnyCluster() {
 
 bool SkinnyClusterSupports(const SkinnyClusterArgs& args) {
   const bool fp8 = args.type == Type::kE4M3;
-  const int unit = fp8 ? 16 : 8;
+  const bool staged = fp8 && args.x_scales == nullptr;
   if (encode_tiled == nullptr || args.m < 1 || args.m > 64 || args.n < 1 || args.k < 1)
     return false;
   if (args.out_type != Type::kBF16 && args.out_type != Type::kF16) return false;
-  if (fp8 ? args.weight_scales == nullptr || args.x_scales == nullptr : args.type != args.out_type)
-    return false;
-  if (args.k % unit != 0 || args.x_stride % unit != 0) return false;
+  if (fp8 ? args.weight_scales == nullptr : args.type != args.out_type) return false;
+  if (staged && args.m > kMaxStagedRows) return false;
+  if (args.k % (fp8 ? 16 : 8) != 0 || args.x_stride % (fp8 && !staged ? 16 : 8) != 0) return false;
   if (!Aligned(args.weights) || !Aligned(args.x) || args.epilogue == GemvEpilogue::kPush)
     return false;
   if (IsGate(args.epilogue) && args.n % 2 != 0) return false;
@@ -132,15 +134,19 @@ cudaError_t SkinnyCluster(const Launch& launch, const SkinnyClusterArgs& args) {
   ClusterParams p = {};
   cudaError_t status =
       MakeMap(args.weights, args.type, args.n, args.k, args.k, kClusterTile, &p.weights);
-  if (status == cudaSuccess) {
-    status = MakeMap(args.x, args.type, args.m, args.k, args.x_stride != 0 ? args.x_stride : args.k,
-                     plan.rows, &p.x);
+  const int64_t x_stride = args.x_stride != 0 ? args.x_stride : args.k;
+  if (args.type == Type::kE4M3 && args.x_scales == nullptr) {
+    p.unquantized_x = args.x;
+    p.x_stride = x_stride;
+  } else if (status == cudaSuccess) {
+    status = MakeMap(args.x, args.type, args.m, args.k, x_stride, plan.rows, &p.x);
   }
   if (status != cudaSuccess) return status;
   p.weight_scales = args.weight_scales;
   p.x_scales = args.x_scales;
   p.n = args.n;
   p.m = args.m;
+  p.k = args.k;
   p.chunks = plan.chunks;
   p.share = tiles / plan.clusters;
   p.remainder = tiles % plan.clusters;

@@ -5,7 +5,8 @@
 //   64 rows:      |=-=-=-=-=|=-=-=-=-=| ...      engine, swizzled as wgmma wants it
 //
 //   two producer warps: fill the ring with weights, a stage each in turns. One waits for
-//     the kernel ahead and fetches the block's part of x, which stays
+//     the kernel ahead and fetches the block's part of x, which stays; or those who multiply
+//     do, where they have to quantise it first
 //   two warpgroups, taking turns at the stages: products to fp32 sums in registers. One alone
 //     takes about as long for a stage as it takes to arrive, and would never catch up with
 //     what the ring has saved before x came. Then one gives its sums to the other, which
@@ -21,45 +22,13 @@
 #define LOCKSTEP_KERNELS_SKINNY_CLUSTER_CUH_
 
 #include "kernels/gemv_elements.cuh"
+#include "kernels/skinny_cluster_block.cuh"
 #include "kernels/skinny_cluster_mma.cuh"
 #include "kernels/skinny_cluster_plan.h"
+#include "kernels/skinny_cluster_staging.cuh"
 
 namespace lockstep::kernels {
 namespace cluster {
-
-enum NamedBarrier { kFinished = 1, kGiven = 2 };  // and the next, for every second tile
-
-// What a block works on.
-struct Work {
-  int first_tile, tiles;
-  int first_chunk, chunks;  // of K
-};
-__device__ __forceinline__ Work WorkOf(const ClusterParams& p, int rank) {
-  const int cluster = static_cast<int>(blockIdx.x) >> p.split_log2;
-  const int begin = rank * p.chunks >> p.split_log2, end = (rank + 1) * p.chunks >> p.split_log2;
-  return {cluster * p.share + min(cluster, p.remainder), p.share + (cluster < p.remainder ? 1 : 0),
-          begin, end - begin};
-}
-
-struct Shared {
-  uint8_t *ring, *x;
-  float* sums;   // [2][sources][64 / S][stride]
-  float* given;  // [a thread's sums][128]
-  uint64_t *full, *empty, *x_full, *received, *freed;
-
-  __device__ __forceinline__ Shared(uint8_t* base, int rows, const ClusterParams& p) {
-    const ClusterLayout layout(rows, p.stages, p.x_chunks);
-    ring = base;
-    x = base + layout.x;
-    sums = reinterpret_cast<float*>(base + layout.sums);
-    given = reinterpret_cast<float*>(base + layout.given);
-    full = reinterpret_cast<uint64_t*>(base + layout.barriers);
-    empty = full + kMaxClusterStages;
-    x_full = empty + kMaxClusterStages;
-    received = x_full + kXParts;
-    freed = received + kClusterGroups;
-  }
-};
 
 // Of x, which arrives in parts of so many chunks, to be begun with early.
 __device__ __forceinline__ int XPart(const Work& work) {
@@ -85,7 +54,7 @@ __device__ __forceinline__ void Produce(const ClusterParams& p, const Shared& s,
   };
   const int total = work.tiles * work.chunks, early = min(p.stages, total);
   for (int i = group; i < early; i += kClusterGroups) request();
-  if (group == 0) {
+  if (group == 0 && p.unquantized_x == nullptr) {
     PrefetchMap(&p.x);
     WaitForPrevious();
     const int part = XPart(work);
@@ -128,11 +97,15 @@ class Multiplier {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sum[i] += s_.given[i * 128 + tid_];
       if (t >= 2) AwaitBarrier(s_.freed + group_, (t >> 1 & 1) ^ 1);
+      if constexpr (kMayStage) {
+        if (p_.unquantized_x != nullptr) Scale(sum);
+      }
       HandOver(sum);
     }
   }
 
  private:
+  static constexpr bool kMayStage = sizeof(W) == 1 && kRows == kMaxStagedRows;
   static constexpr int kSums = kRows / 2;  // a thread's
   static constexpr int kStride = ClusterSumStride(kRows);
   static constexpr int kSteps = kClusterChunk / 32;
@@ -186,6 +159,18 @@ class Multiplier {
     if (lane_ == 0) BarrierArrive(s_.empty + slot);
   }
 
+  __device__ __forceinline__ void Scale(float (&sum)[kSums]) const {
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 factor = *reinterpret_cast<const float2*>(s_.factors + 8 * j + lane_ % 4 * 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[4 * j + 2 * half] *= factor.x;
+        sum[4 * j + 2 * half + 1] *= factor.y;
+      }
+    }
+  }
+
   // A warp has 16 rows of the tile: rows g and g + 8 of a lane, by pairs of columns, of
   // which two that are 8 apart go together. So the receiver's columns 4 i to 4 i + 3 are
   // rows m, m + 1, m + 8 and m + 9 of x: Finisher::RowOf.
@@ -220,7 +205,8 @@ class Multiplier {
   const int warp_ = tid_ / 32;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
   const int x_part_ = XPart(work_);
-  int x_next_ = 0;  // the chunk of x that has not been waited for
+  // The chunk of x that has not been waited for.
+  int x_next_ = kMayStage && p_.unquantized_x != nullptr ? work_.chunks : 0;
   uint64_t* x_full_ = s_.x_full;
   int first_ = 0;  // the warpgroup that has the next tile's first stage
   int slot_ = group_;
@@ -244,7 +230,9 @@ class Finisher {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int m = RowOf(j, i);
-          x_scale_[j][i] = m < p_.m ? __ldcg(p_.x_scales + m) : 0.0f;
+          x_scale_[j][i] = m >= p_.m                ? 0.0f
+                           : p_.x_scales == nullptr ? 1.0f
+                                                    : __ldcg(p_.x_scales + m);
         }
       }
     }
@@ -392,6 +380,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   } else {
     ClusterAwait();  // every block's barriers exist
     if (warpgroup < kClusterGroups) {
+      if constexpr (sizeof(W) == 1 && kRows == kMaxStagedRows) {
+        if (p.unquantized_x != nullptr) cluster::StageQuantized<T>(p, s, work);
+      }
       cluster::Multiplier<W, kRows>(p, s, work).Run();
     } else {
       cluster::Finisher<W, T, kRows>(p, s, work, rank).Run();

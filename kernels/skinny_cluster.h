@@ -3,7 +3,9 @@
 // to read all of it, so a cluster of blocks shares a product: each has a part of K.
 //
 // Tensor cores (wgmma) read weights and x from shared memory as they arrived, so e4m3
-// weights want x as e4m3 too, with a scale a row of either: kernels/quantize.h.
+// weights want x as e4m3 too, with a scale a row of either: kernels/quantize.h. Up to 16 rows of 16
+// bits are quantised as they are staged, each block's part of a row with a scale of its own, which
+// spares a kernel ahead.
 //
 // fp32 sums; those of e4m3, which the tensor cores add with fewer bits, leave them
 // every 512 elements. Deterministic. A row's result depends on n, k, the types and on
@@ -37,7 +39,7 @@ struct SkinnyClusterArgs {
   const void* x = nullptr;               // [m][k], rows x_stride elements apart, 16-byte aligned
   int64_t x_stride = 0;                  // 0: k; a multiple of 16 bytes
   const float* weight_scales = nullptr;  // [n], kE4M3 only
-  const float* x_scales = nullptr;       // [m], kE4M3 only
+  const float* x_scales = nullptr;       // [m], kE4M3 only; null: x is of out_type
 
   GemvEpilogue epilogue = GemvEpilogue::kStore;  // no kPush
   Type out_type = Type::kBF16;  // kBF16 or kF16, `type` unless that is kE4M3; kLogits: fp32

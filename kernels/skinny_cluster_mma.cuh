@@ -24,6 +24,10 @@ __device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t at) {
   return uint64_t{1024 >> 4 | 1u << 30} << 32 | at;
 }
 
+// Of a thread that has stored what products are to read from shared memory.
+__device__ __forceinline__ void FenceStoresBeforeProducts() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 // To be before the first product that uses registers which others wrote.
 __device__ __forceinline__ void ProductsFence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

@@ -26,6 +26,11 @@ inline constexpr int kClusterGroups = 2;  // warpgroups that take turns at the s
 // Those, a warpgroup that finishes and a warp for each that asks for its weights: with one for
 // both, 16 rows of BF16 took 3 % longer.
 inline constexpr int kClusterThreads = (kClusterGroups + 1) * 128 + kClusterGroups * 32;
+// Rows of 16 bits that are quantised as they are staged, by the threads that multiply, of each of
+// which 8 elements of each chunk are in registers. With 32 rows that takes longer than it spares.
+inline constexpr int kMaxStagedRows = 16;
+inline constexpr int kStagingLanes = kClusterGroups * 128 / kMaxStagedRows;  // a row's
+inline constexpr int kMaxStagedChunks = 16;
 // A row of sums: padded against bank conflicts.
 __host__ __device__ constexpr int ClusterSumStride(int rows) { return rows + 4; }
 // Two tiles' sums.
@@ -36,7 +41,9 @@ __host__ __device__ constexpr size_t ClusterSumBytes(int rows) {
 struct ClusterParams {
   CUtensorMap weights, x;
   const float *weight_scales, *x_scales;
-  int n, m;
+  const void* unquantized_x;  // null: x by its map
+  int64_t x_stride;           // of that
+  int n, m, k;
   int chunks;            // of K
   int share, remainder;  // tiles of a cluster; the first `remainder` clusters have one more
   int split_log2, stages;
@@ -50,14 +57,15 @@ struct ClusterParams {
 
 // Where things lie in shared memory, from an address that is a multiple of 1,024.
 struct ClusterLayout {
-  size_t x, sums, given, barriers, end;
+  size_t x, sums, given, barriers, factors, end;
 
   __host__ __device__ ClusterLayout(int rows, int stages, int x_chunks) {
     x = static_cast<size_t>(stages) * kClusterStageBytes;
     sums = x + static_cast<size_t>(x_chunks) * kClusterChunk * rows;
     given = sums + ClusterSumBytes(rows);
     barriers = given + sizeof(float) * kClusterTile * rows;
-    end = barriers + sizeof(uint64_t) * (2 * kMaxClusterStages + kXParts + 2 * kClusterGroups);
+    factors = barriers + sizeof(uint64_t) * (2 * kMaxClusterStages + kXParts + 2 * kClusterGroups);
+    end = factors + sizeof(float) * kMaxStagedRows;
   }
 };
 

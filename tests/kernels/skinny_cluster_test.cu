@@ -1,6 +1,7 @@
 // The product with 2 to 64 rows in clusters.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <type_traits>
@@ -200,6 +201,171 @@ TYPED_TEST(SkinnyClusterTest, GivesARowTheSameBitsWhateverItsCompany) {
   }
 }
 
+// x of 16 bits over weights of e4m3: against e4m3 of each block's part of a row, as it is to be
+// quantised, in double.
+template <typename T>
+class SkinnyClusterStagingTest : public ::testing::Test {};
+using OutputTypes = ::testing::Types<__nv_bfloat16, __half>;
+TYPED_TEST_SUITE(SkinnyClusterStagingTest, OutputTypes);
+
+// The product before its epilogue. allowed: by how much fp32 sums may miss it.
+template <typename T>
+struct StagedCase {
+  StagedCase(int m, int n, int k, int split)
+      : x_stride(k + 8),
+        weights(size_t{1} * n * k),
+        scales(sizeof(float) * n),
+        x(sizeof(T) * m * x_stride),
+        expected(size_t{1} * m * n),
+        allowed(expected.size()) {
+    Fill(weights.get<__nv_fp8_e4m3>(), int64_t{n} * k, seed += 10, 1.0f);
+    Fill(x.get<T>(), m * x_stride, seed + 1, 3.0f);
+    std::vector<float> factors;
+    for (int i = 0; i < n; ++i) factors.push_back(1e-2f + 1e-4f * static_cast<float>(i % 11));
+    scales.Write(factors);
+    const std::vector<__nv_fp8_e4m3> w = weights.Read<__nv_fp8_e4m3>();
+    const std::vector<T> rows = x.template Read<T>();
+    std::vector<float> values(w.size());
+    for (size_t i = 0; i < w.size(); ++i) values[i] = static_cast<float>(w[i]);
+    const int chunks = (k + kClusterChunk - 1) / kClusterChunk;
+    std::vector<float> quantized(k);
+    for (int row = 0; row < m; ++row) {
+      for (int part = 0; part < split; ++part) {
+        const int begin = part * chunks / split * kClusterChunk;
+        const int end = std::min(k, (part + 1) * chunks / split * kClusterChunk);
+        float largest = 0.0f;
+        for (int i = begin; i < end; ++i)
+          largest = std::max(largest, std::fabs(static_cast<float>(rows[row * x_stride + i])));
+        const float scale = largest / 448.0f, inverse = 1.0f / scale;
+        for (int i = begin; i < end; ++i) {
+          const __nv_fp8_e4m3 stored(static_cast<float>(rows[row * x_stride + i]) * inverse);
+          quantized[i] = static_cast<float>(stored) * scale;
+        }
+      }
+      for (int col = 0; col < n; ++col) {
+        double sum = 0, magnitude = 0;
+        for (int i = 0; i < k; ++i) {
+          const double product =
+              static_cast<double>(values[size_t{1} * col * k + i]) * quantized[i];
+          sum += product;
+          magnitude += std::fabs(product);
+        }
+        expected[int64_t{row} * n + col] = sum * factors[col];
+        // The tensor cores keep 13 bits or so; what rounding x to e4m3 makes is 2^-4 of it.
+        allowed[int64_t{row} * n + col] = magnitude * factors[col] * 0x1p-12;
+      }
+    }
+  }
+  SkinnyClusterArgs Args(int m, int n, int k) const {
+    SkinnyClusterArgs args;
+    args.weights = weights.get();
+    args.type = Type::kE4M3;
+    args.n = n;
+    args.k = k;
+    args.m = m;
+    args.x = x.get();
+    args.x_stride = x_stride;
+    args.weight_scales = scales.get<float>();
+    args.out_type = TypeOf<T>();
+    return args;
+  }
+  int64_t x_stride;
+  Memory weights, scales, x;
+  std::vector<double> expected, allowed;
+};
+
+TYPED_TEST(SkinnyClusterStagingTest, QuantisesEachPartOfARow) {
+  using T = TypeParam;
+  ASSERT_EQ(InitSkinnyCluster(), cudaSuccess);
+  int ran = 0;
+  for (const Shape& shape : {Shape{2, 70, 256},
+                             {5, 15, 512},
+                             {16, 200, 1040},
+                             {7, 130, 528},
+                             {13, 300, 4096},
+                             {1, 258, 4096},
+                             {16, 140, 14336},
+                             {15, 66, 7168}}) {
+    if (SanitizerRun() && shape.k > 1040) continue;
+    for (const int split : {2, 4, 8}) {
+      SCOPED_TRACE(std::to_string(shape.m) + " x " + std::to_string(shape.n) + " x " +
+                   std::to_string(shape.k) + " by " + std::to_string(split));
+      const int part = (shape.k + split - 1) / split;
+      StagedCase<T> c(shape.m, shape.n, shape.k, split);
+      SkinnyClusterArgs args = c.Args(shape.m, shape.n, shape.k);
+      Memory out(sizeof(float) * shape.m * shape.n);
+      args.out = out.get();
+      args.split = split;
+      args.epilogue = GemvEpilogue::kLogits;
+      if (!SkinnyClusterSupports(args)) {
+        EXPECT_TRUE(part > kMaxStagedChunks * kClusterChunk || part < kClusterChunk);
+        continue;
+      }
+      ++ran;
+      EXPECT_CUDA(SkinnyCluster({.pdl = true}, args));
+      EXPECT_CUDA(cudaDeviceSynchronize());
+      const std::vector<float> got = out.Read<float>();
+      for (size_t i = 0; i < got.size(); ++i)
+        ASSERT_LE(std::fabs(got[i] - c.expected[i]), c.allowed[i]) << "at " << i;
+      EXPECT_TRUE(out.GuardsIntact());
+    }
+  }
+  EXPECT_GE(ran, SanitizerRun() ? 8 : 15);
+}
+
+TYPED_TEST(SkinnyClusterStagingTest, GatesAndKeepsARowsBits) {
+  using T = TypeParam;
+  ASSERT_EQ(InitSkinnyCluster(), cudaSuccess);
+  const int m = 16, n = 260, k = 1024, stride = n / 2 + 3;
+  StagedCase<T> c(m, n, k, 4);
+  SkinnyClusterArgs args = c.Args(m, n, k);
+  args.split = 4;
+  args.epilogue = GemvEpilogue::kSiluGate;
+  args.out_stride = stride;
+  const auto run = [&](int rows, int first) {
+    Memory out(sizeof(T) * rows * stride);
+    SkinnyClusterArgs some = args;
+    some.m = rows;
+    some.x = c.x.template get<T>() + first * c.x_stride;
+    some.out = out.get();
+    EXPECT_CUDA(SkinnyCluster({}, some));
+    EXPECT_CUDA(cudaDeviceSynchronize());
+    EXPECT_TRUE(out.GuardsIntact());
+    return out.template Read<T>();
+  };
+  const std::vector<T> all = run(m, 0), few = run(3, 13);
+  for (int row = 0; row < m; ++row) {
+    for (int i = 0; i < n / 2; ++i) {
+      const double gate = c.expected[row * n + 2 * i], up = c.expected[row * n + 2 * i + 1];
+      const double want = gate / (1 + std::exp(-gate)) * up, got = all[row * stride + i];
+      const double slack = c.allowed[row * n + 2 * i] * 1.2 * std::fabs(up) +
+                           c.allowed[row * n + 2 * i + 1] * std::fabs(gate);
+      ASSERT_LE(std::fabs(got - want), 1.1 * slack + HalfUlp<T>() * 1.1 * std::fabs(want) + 1e-5)
+          << row << ", " << i;
+      if (row >= 13) ASSERT_EQ(static_cast<float>(few[(row - 13) * stride + i]), got);
+    }
+  }
+}
+
+// What is not finite stays so, in its own row.
+TYPED_TEST(SkinnyClusterStagingTest, HidesNoNaN) {
+  using T = TypeParam;
+  ASSERT_EQ(InitSkinnyCluster(), cudaSuccess);
+  StagedCase<T> c(3, 64, 512, 2);
+  std::vector<T> rows = c.x.template Read<T>();
+  rows[1 * c.x_stride + 300] = static_cast<T>(INFINITY);
+  rows[2 * c.x_stride + 20] = static_cast<T>(NAN);
+  c.x.Write(rows);
+  Memory out(sizeof(float) * 3 * 64);
+  SkinnyClusterArgs args = c.Args(3, 64, 512);
+  args.out = out.get();
+  args.epilogue = GemvEpilogue::kLogits;
+  EXPECT_CUDA(SkinnyCluster({}, args));
+  EXPECT_CUDA(cudaDeviceSynchronize());
+  const std::vector<float> got = out.Read<float>();
+  for (int i = 0; i < 3 * 64; ++i) EXPECT_EQ(std::isfinite(got[i]), i < 64) << i;
+}
+
 // A chain of products, each of which reads what the one before wrote.
 TEST(SkinnyClusterChainTest, WaitsForTheProductBefore) {
   ASSERT_EQ(InitSkinnyCluster(), cudaSuccess);
@@ -250,6 +416,14 @@ TEST(SkinnyClusterArgsTest, RefusesWhatItCannotDo) {
   EXPECT_TRUE(refused([](SkinnyClusterArgs& a) { a.k = 1020; }));
   EXPECT_TRUE(refused([](SkinnyClusterArgs& a) { a.out_type = Type::kF16; }));
   EXPECT_TRUE(refused([](SkinnyClusterArgs& a) { a.type = Type::kE4M3; }));
+  StagedCase<__nv_bfloat16> staged(17, 16, 256, 2);
+  args = staged.Args(16, 16, 256);
+  args.out = out.get();
+  ASSERT_TRUE(SkinnyClusterSupports(args));
+  EXPECT_TRUE(refused([](SkinnyClusterArgs& a) { a.m = 17; }));
+  EXPECT_TRUE(refused([](SkinnyClusterArgs& a) { a.x_stride = 260; }));
+  args = c.Args();
+  args.out = out.get();
   EXPECT_TRUE(refused([](SkinnyClusterArgs& a) { a.epilogue = GemvEpilogue::kPush; }));
   EXPECT_TRUE(
       refused([](SkinnyClusterArgs& a) { a.weights = static_cast<const char*>(a.weights) + 2; }));
