@@ -94,18 +94,19 @@ void CudaBackend::Embed(const EmbedOp& op) {
   if (projected) {
     Matmul(embedded, width, {model_.project_in, nullptr}, rows_, buffers_.partial.get(), hidden_);
   }
-  Check(kernels::AfterEmbed(launch(), {.type = type_,
-                                       .num_rows = rows_,
-                                       .hidden = hidden_,
-                                       .rows = io_.rows(),
-                                       .x = buffers_.partial.get(),
-                                       .scale = static_cast<float>(config_.embedding_scale),
-                                       .position_table = model_.position.data,
-                                       .position_offset = static_cast<int>(config_.position_offset),
-                                       .norm = model_.Find(op.norm),
-                                       .residual = buffers_.residual.get(),
-                                       .normed = buffers_.normed.get(),
-                                       .quantized = TakesQuantized(buffers_.normed.get())}),
+  Check(kernels::AfterEmbed(
+            launch(), {.type = type_,
+                       .num_rows = rows_,
+                       .hidden = hidden_,
+                       .rows = io_.rows(),
+                       .x = buffers_.partial.get(),
+                       .scale = static_cast<float>(config_.embedding_scale),
+                       .position_table = model_.position.data,
+                       .position_offset = static_cast<int>(config_.position_offset),
+                       .norm = model_.Find(op.norm),
+                       .residual = buffers_.residual.get(),
+                       .normed = buffers_.normed.get(),
+                       .quantized = TakesQuantized(buffers_.normed.get(), model_.layers[0].qkv)}),
         "the embedding's norm");
 }
 
@@ -227,6 +228,10 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
   const LayerWeights& w = model_.layers[op.layer];
   const void* bias = op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
   const kernels::NormSpec post = model_.Find(op.post), next = model_.Find(op.next);
+  const bool last = op.layer + 1 == config_.num_layers;
+  const Linear product = op.source == ReduceOp::Source::kAttention ? w.up
+                         : last                                    ? Linear{model_.head, nullptr}
+                                : model_.layers[op.layer + 1].qkv;
   std::byte* const partial = Rows(buffers_.partial, hidden_);
   std::byte* const residual = Rows(buffers_.residual, hidden_);
   std::byte* const normed = Rows(buffers_.normed, hidden_);
@@ -263,14 +268,14 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
                                    .x = residual,
                                    .norm = next,
                                    .normed = normed,
-                                   .quantized = TakesQuantized(normed)}),
+                                   .quantized = TakesQuantized(normed, product)}),
             "norm");
     }
     if (fused && fusable) return;  // else it is only the sum
   }
   // There is one buffer of quantised rows, the products' on their own stream.
   const kernels::QuantizedRows quantized =
-      halved_ ? kernels::QuantizedRows() : TakesQuantized(normed);
+      halved_ ? kernels::QuantizedRows() : TakesQuantized(normed, product);
   Check(kernels::ReduceTail(launch, {.type = type_,
                                      .num_rows = part_.rows,
                                      .hidden = hidden_,
@@ -294,8 +299,9 @@ void CudaBackend::RunGateUp(int64_t layer) {
   const std::byte* const normed = Rows(buffers_.normed, hidden_);
   std::byte* const activated = Rows(buffers_.activated, intermediate_);
   const GemvEpilogue epilogue = GateEpilogue(config_);
-  // e4m3 is left to the activation's own kernel, which quantises what it makes.
-  if (epilogue != GemvEpilogue::kStore && !Quantized(up) && TakesCluster(up, part_.rows))
+  // Else e4m3 is left to the activation's own kernel, which quantises what it makes.
+  if (epilogue != GemvEpilogue::kStore && TakesCluster(up, part_.rows) &&
+      (!Quantized(up) || QuantizesAsStaged(up, part_.rows)))
     return Matmul(normed, hidden_, up, part_.rows, activated, intermediate_, epilogue);
   if (epilogue != GemvEpilogue::kStore &&
       Gemv(normed, hidden_, up, part_.rows, activated, intermediate_, epilogue)) {
@@ -305,22 +311,23 @@ void CudaBackend::RunGateUp(int64_t layer) {
   kernels::ProductScales scales;
   Matmul(normed, hidden_, up, part_.rows, out, up_width_, GemvEpilogue::kStore,
          LeavesGateUpUnscaled(part_.rows, up_width_) ? &scales : nullptr);
-  Check(kernels::Activate(launch(), {.type = type_,
-                                     .activation = ToKernel(config_.activation),
-                                     .layout = gated ? kernels::GateLayout::kInterleaved
-                                                     : kernels::GateLayout::kNone,
-                                     .num_rows = part_.rows,
-                                     .width = intermediate_,
-                                     .slot = nullptr,
-                                     .in = out,
-                                     .in_stride = up_width_,
-                                     .in_scales = scales,
-                                     .bias = up.bias,
-                                     .out = activated,
-                                     .out_stride = intermediate_,
-                                     .quantized = intermediate_ % 16 == 0 && intermediate_ <= 32'768
-                                                      ? TakesQuantized(activated)
-                                                      : kernels::QuantizedRows()}),
+  Check(kernels::Activate(
+            launch(),
+            {.type = type_,
+             .activation = ToKernel(config_.activation),
+             .layout = gated ? kernels::GateLayout::kInterleaved : kernels::GateLayout::kNone,
+             .num_rows = part_.rows,
+             .width = intermediate_,
+             .slot = nullptr,
+             .in = out,
+             .in_stride = up_width_,
+             .in_scales = scales,
+             .bias = up.bias,
+             .out = activated,
+             .out_stride = intermediate_,
+             .quantized = intermediate_ % 16 == 0 && intermediate_ <= 32'768
+                              ? TakesQuantized(activated, model_.layers[layer].down)
+                              : kernels::QuantizedRows()}),
         "activation");
 }
 

@@ -28,6 +28,7 @@
 #include "kernels/norm.h"
 #include "kernels/row_stack.h"
 #include "kernels/sample.h"
+#include "kernels/skinny_cluster.h"
 #include "worker/backend/cuda/activations.h"
 #include "worker/backend/cuda/collectives.h"
 #include "worker/backend/cuda/cuda_backend.h"
@@ -170,15 +171,13 @@ class CudaBackend final : public Backend {
   // Whether the kernels that share K among the blocks of a cluster are to take such a
   // product: they stream the weights of several rows faster, and want e4m3 for e4m3.
   bool TakesCluster(const Linear& linear, int m) const;
-  // For a kernel that may write what it makes as e4m3 too: where, if the products
-  // of this step take it so.
-  kernels::QuantizedRows TakesQuantized(const void* made) {
-    const Linear& any = model_.layers[0].qkv;
-    if (!Quantized(any)) return {};
-    if (part_.rows <= kMaxSkinnyRows && !TakesCluster(any, part_.rows)) return {};
-    quantized_from_ = made;
-    return {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
-  }
+  // Whether those quantise such a product's 16-bit input themselves.
+  bool QuantizesAsStaged(const Linear& linear, int m) const;
+  // Of such a product, but for x and where it goes.
+  kernels::SkinnyClusterArgs ClusterArgs(const Linear& linear, int m, const float* x_scales) const;
+  // For a kernel that may write what it makes, the input of `next`, as e4m3 too: where, if the
+  // product takes it so.
+  kernels::QuantizedRows TakesQuantized(const void* made, const Linear& next);
   kernels::Launch launch() const {
     return {.stream = stream_, .pdl = !halved_, .brief = part_.rows <= kMaxBriefRows};
   }

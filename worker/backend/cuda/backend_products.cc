@@ -29,17 +29,34 @@ bool CudaBackend::TakesCluster(const Linear& linear, int m) const {
   const bool unscaled = type_ == Type::kBF16 && (collectives_.size() == 1 || column_parallel);
   const bool faster = m <= 32 || (w.type == Type::kE4M3 && !unscaled);
   if (m < 2 || !faster || type_ == Type::kF32) return false;
-  kernels::SkinnyClusterArgs args;
-  args.weights = w.data;
-  args.type = w.type;
-  args.n = static_cast<int>(w.rows);
-  args.k = static_cast<int>(w.cols);
-  args.m = m;
-  args.x = buffers_.heads.get();
-  args.weight_scales = w.scales;
-  args.x_scales = w.type == Type::kE4M3 ? buffers_.quantized_scales.get() : nullptr;
-  args.out_type = type_;
-  return kernels::SkinnyClusterSupports(args);
+  return kernels::SkinnyClusterSupports(
+      ClusterArgs(linear, m, Quantized(linear) ? buffers_.quantized_scales.get() : nullptr));
+}
+
+bool CudaBackend::QuantizesAsStaged(const Linear& linear, int m) const {
+  return Quantized(linear) && TakesCluster(linear, m) &&
+         kernels::SkinnyClusterSupports(ClusterArgs(linear, m, nullptr));
+}
+
+kernels::SkinnyClusterArgs CudaBackend::ClusterArgs(const Linear& linear, int m,
+                                                    const float* x_scales) const {
+  const DeviceTensor& w = linear.weight;
+  return {.weights = w.data,
+          .type = w.type,
+          .n = static_cast<int>(w.rows),
+          .k = static_cast<int>(w.cols),
+          .m = m,
+          .x = buffers_.heads.get(),
+          .weight_scales = w.scales,
+          .x_scales = x_scales,
+          .out_type = type_};
+}
+
+kernels::QuantizedRows CudaBackend::TakesQuantized(const void* made, const Linear& next) {
+  if (!Quantized(next) || QuantizesAsStaged(next, part_.rows)) return {};
+  if (part_.rows <= kMaxSkinnyRows && !TakesCluster(next, part_.rows)) return {};
+  quantized_from_ = made;
+  return {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
 }
 
 bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
@@ -84,7 +101,7 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
                      .x_scales = nullptr,
                      .weight_scales = w.scales,
                      .multiprocessors = halved_ ? ProductsMultiprocessors() : 0};
-  if (Quantized(linear)) {
+  if (Quantized(linear) && !QuantizesAsStaged(linear, m)) {
     if (x != quantized_from_) {
       Check(kernels::QuantizeRows(launch(), {.type = type_,
                                              .num_rows = m,
@@ -103,20 +120,13 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
     args.x_scales = buffers_.quantized_scales.get();
   }
   if (TakesCluster(linear, m)) {
-    Check(kernels::SkinnyCluster(launch(), {.weights = w.data,
-                                            .type = w.type,
-                                            .n = args.n,
-                                            .k = args.k,
-                                            .m = m,
-                                            .x = args.x,
-                                            .x_stride = args.x_stride,
-                                            .weight_scales = args.weight_scales,
-                                            .x_scales = args.x_scales,
-                                            .epilogue = epilogue,
-                                            .out_type = type_,
-                                            .out = out,
-                                            .out_stride = out_stride}),
-          "a product of few rows");
+    kernels::SkinnyClusterArgs few = ClusterArgs(linear, m, args.x_scales);
+    few.x = args.x;
+    few.x_stride = args.x_stride;
+    few.epilogue = epilogue;
+    few.out = out;
+    few.out_stride = out_stride;
+    Check(kernels::SkinnyCluster(launch(), few), "a product of few rows");
     return;
   }
   // In fp16 sums without their scales would overflow.
