@@ -89,7 +89,7 @@ TYPED_TEST(ActivationTest, MatchesTheDefinition) {
     for (const GateLayout layout :
          {GateLayout::kNone, GateLayout::kHalves, GateLayout::kInterleaved}) {
       for (const int width : {1, 5, 8, 96, 1003, 2048, 4104}) {
-        if (UnderSanitizer() && width > 96) continue;
+        if (SanitizerRun() && width > 96) continue;
         Check<TypeParam>(activation, layout, width, width % 2 == 0, 0);
         Check<TypeParam>(activation, layout, width, width % 2 == 1, 1);
         if (TypeOf<TypeParam>() == Type::kBF16) {

@@ -19,7 +19,6 @@ namespace lockstep::kernels {
 namespace {
 
 using testing::Guarded;
-using testing::SanitizerRun;
 using testing::VirtualRanks;
 
 template <typename T>

@@ -96,12 +96,12 @@ std::vector<AttentionRow> Edges(int longest) {
   return rows;
 }
 
-int Longest() { return UnderSanitizer() ? 101 : 1024; }
+int Longest() { return SanitizerRun() ? 101 : 1024; }
 
 TEST_F(DecodeAttentionTest, EveryHeadDimAndGroupInBF16) {
   for (const int dim : {64, 80, 96, 128, 256, 8, 16, 24, 32, 200}) {
     for (const int group : {1, 4, 7, 8, 16}) {
-      if (UnderSanitizer() && (group == 1 || group == 8 || dim == 24 || dim == 200)) continue;
+      if (SanitizerRun() && (group == 1 || group == 8 || dim == 24 || dim == 200)) continue;
       Check<__nv_bfloat16, __nv_bfloat16>({.heads = 2 * group, .kv_heads = 2, .head_dim = dim},
                                           Edges(group == 4 ? Longest() : 101), dim + group);
       if (HasFatalFailure()) return;
@@ -169,7 +169,7 @@ TEST_F(DecodeAttentionTest, EveryNumberOfSplits) {
 // One row: several clusters share a long context, and a loose bound on the
 // context changes nothing.
 TEST_F(DecodeAttentionTest, LongContexts) {
-  const std::vector<int> positions = UnderSanitizer()
+  const std::vector<int> positions = SanitizerRun()
                                          ? std::vector<int>{9000}
                                          : std::vector<int>{100, 4095, 8190, 9000, 20000, 131071};
   for (const int position : positions) {
@@ -187,7 +187,7 @@ TEST_F(DecodeAttentionTest, LongContexts) {
 
 // As many rows as make the launch choose one block, or two, for each.
 TEST_F(DecodeAttentionTest, ManyRows) {
-  for (const int count : UnderSanitizer() ? std::vector<int>{5} : std::vector<int>{70, 210, 600}) {
+  for (const int count : SanitizerRun() ? std::vector<int>{5} : std::vector<int>{70, 210, 600}) {
     std::vector<AttentionRow> rows;
     for (int i = 0; i < count; ++i) rows.push_back({i % 9 == 4 ? -1 : i, (i * 31) % 90});
     Check<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = 64}, rows, count,
@@ -312,7 +312,7 @@ TEST_F(DecodeAttentionTest, RotatesAndCachesItsOwnPosition) {
   for (const bool history_ready : {false, true}) {
     for (const bool rotate : {true, false}) {
       for (const int dim : {64, 128, 256, 80, 96, 16}) {
-        if (UnderSanitizer() && dim == 256) continue;
+        if (SanitizerRun() && dim == 256) continue;
         CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = dim},
                                                  Edges(Longest()), rotate, history_ready, dim);
         if (HasFatalFailure()) return;
@@ -362,7 +362,7 @@ TEST_F(DecodeAttentionTest, AGraphServesGrowingPositions) {
   cudaGraphExec_t exec;
   ASSERT_CUDA(cudaStreamEndCapture(stream, &graph));
   ASSERT_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-  for (int position = 0; position <= 700; position += UnderSanitizer() ? 233 : 35) {
+  for (int position = 0; position <= 700; position += SanitizerRun() ? 233 : 35) {
     AttentionCase<__nv_bfloat16, __nv_bfloat16> c(shape, {{0, position}}, 9 + position);
     std::vector<int32_t> table(longest.tables().size());
     std::copy_n(c.tables().begin(), std::min(c.tables().size(), table.size()), table.begin());

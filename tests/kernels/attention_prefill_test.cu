@@ -103,14 +103,14 @@ void Check(const AttentionShape& shape, const std::vector<Piece>& pieces, uint32
 
 // Whole prompts, chunks after a history, single rows, counts beside the tiles.
 std::vector<Piece> Pieces() {
-  if (UnderSanitizer()) return {{0, 33}, {40, 5}, {100, 17}};
+  if (SanitizerRun()) return {{0, 33}, {40, 5}, {100, 17}};
   return {{0, 1}, {0, 17}, {0, 130}, {5, 3}, {64, 64}, {127, 66}, {300, 1}, {271, 97}, {0, 0}};
 }
 
 TEST_F(PrefillAttentionTest, EveryHeadDimAndGroupInBF16) {
   for (const int dim : {64, 80, 96, 128, 256, 8, 24, 200}) {
     for (const int group : {1, 4, 7}) {
-      if (UnderSanitizer() && (group == 1 || dim == 24 || dim == 200 || dim == 80)) continue;
+      if (SanitizerRun() && (group == 1 || dim == 24 || dim == 200 || dim == 80)) continue;
       Check<__nv_bfloat16, __nv_bfloat16>({.heads = 2 * group, .kv_heads = 2, .head_dim = dim},
                                           Pieces(), dim + group, group == 4 ? 70 : 0);
       if (HasFatalFailure()) return;
@@ -144,7 +144,7 @@ TEST_F(PrefillAttentionTest, E4M3CacheWidened) {
   for (const int dim : {64, 128, 256}) {
     for (const int block : {8, 16, 64}) {
       for (const int window : {0, 50}) {
-        if (UnderSanitizer() && (block == 64 || window != 0)) continue;
+        if (SanitizerRun() && (block == 64 || window != 0)) continue;
         const AttentionShape shape = {.heads = 6,
                                       .kv_heads = 3,
                                       .head_dim = dim,
@@ -160,7 +160,7 @@ TEST_F(PrefillAttentionTest, E4M3CacheWidened) {
     }
   }
   std::vector<Piece> many;
-  for (int i = 0; i < (UnderSanitizer() ? 35 : 130); ++i) many.push_back({i % 7 * 11, i % 5});
+  for (int i = 0; i < (SanitizerRun() ? 35 : 130); ++i) many.push_back({i % 7 * 11, i % 5});
   Check<__nv_bfloat16, __nv_fp8_e4m3>({.heads = 4, .kv_heads = 1, .head_dim = 64}, many, 5, 0,
                                       true);
 }
@@ -191,7 +191,7 @@ TEST_F(PrefillAttentionTest, WindowsAndBlockSizes) {
   for (const int window : {1, 16, 50, 129}) {
     for (const int block : {16, 32, 5, 128}) {
       for (const int dim : {64, 128}) {
-        if (UnderSanitizer() && (block == 32 || window == 16)) continue;
+        if (SanitizerRun() && (block == 32 || window == 16)) continue;
         Check<__nv_bfloat16, __nv_bfloat16>(
             {.heads = 8, .kv_heads = 2, .head_dim = dim, .block_size = block, .window = window},
             Pieces(), window + block);
@@ -214,7 +214,7 @@ TEST_F(PrefillAttentionTest, PlainKernelForF32AndOddShapes) {
 
 // Several tiles of rows over many tiles of positions, and large logits.
 TEST_F(PrefillAttentionTest, LongPromptsAndSharpScores) {
-  if (UnderSanitizer()) return;
+  if (SanitizerRun()) return;
   for (const int dim : {64, 128}) {
     for (const float sharpness : {0.5f, 8.0f}) {
       Check<__nv_bfloat16, __nv_bfloat16>(

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels/types.h"
+#include "tests/kernels/sanitizer_run.h"
 
 namespace lockstep::kernels {
 
@@ -27,9 +28,6 @@ namespace lockstep::kernels {
     const cudaError_t cuda_status = (call);                                                  \
     ASSERT_EQ(cuda_status, cudaSuccess) << #call << ": " << cudaGetErrorString(cuda_status); \
   } while (0)
-
-// compute-sanitizer slows kernels a hundredfold: fewer and smaller shapes then.
-inline bool UnderSanitizer() { return std::getenv("LOCKSTEP_SANITIZER_RUN") != nullptr; }
 
 template <typename T>
 constexpr Type TypeOf() {

@@ -16,10 +16,9 @@
 #include <vector>
 
 #include "kernels/gemv.h"
+#include "tests/kernels/sanitizer_run.h"
 
 namespace lockstep::kernels::testing {
-
-inline bool SanitizerRun() { return std::getenv("LOCKSTEP_SANITIZER_RUN") != nullptr; }
 
 #define EXPECT_CUDA(expression)                                                                  \
   do {                                                                                           \

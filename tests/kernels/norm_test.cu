@@ -179,7 +179,7 @@ void CheckReduceTail(const Variant& variant, int rows, int hidden) {
 }
 
 std::vector<int> Widths() {
-  if (UnderSanitizer()) return {7, 64, 1000, 4096};
+  if (SanitizerRun()) return {7, 64, 1000, 4096};
   return {1, 2, 7, 8, 64, 100, 129, 768, 1000, 2048, 2049, 4096, 5120, 8192, 12288, 16383, 16384};
 }
 
@@ -283,7 +283,7 @@ TYPED_TEST(NormTest, ScalesEmbeddingsAndAddsLearnedPositions) {
 TYPED_TEST(NormTest, ARowAloneGivesTheSameBits) {
   using T = TypeParam;
   for (const int hidden : {2048, 4096, 5120, 8192, 16384}) {
-    const int rows = UnderSanitizer() ? 70 : 600;
+    const int rows = SanitizerRun() ? 70 : 600;
     const int64_t n = int64_t{rows} * hidden;
     const DeviceRows<T> x(n), residual(n), out(n), normed(n);
     const DeviceRows<T> weight(RandomValues<T>(hidden, 33));
@@ -325,9 +325,9 @@ TYPED_TEST(NormTest, ARowAloneGivesTheSameBits) {
 // Each launch depends on the one before through the residual, in place: a kernel
 // that did not wait, or ended before its predecessor did, would show.
 TYPED_TEST(NormTest, DependentLaunchesGiveWhatPlainOnesGive) {
-  const int hidden = 2048, steps = UnderSanitizer() ? 5 : 200;
+  const int hidden = 2048, steps = SanitizerRun() ? 5 : 200;
   for (const int rows : {1, 300}) {
-    if (rows > 1 && UnderSanitizer()) continue;
+    if (rows > 1 && SanitizerRun()) continue;
     const std::vector<float> x = RandomValues<TypeParam>(rows * hidden, 41);
     const std::vector<float> start = RandomValues<TypeParam>(rows * hidden, 42);
     const DeviceRows<TypeParam> weight(RandomValues<TypeParam>(hidden, 43));

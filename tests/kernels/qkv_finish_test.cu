@@ -176,7 +176,7 @@ void Check(const Variant& variant, const Heads& h, int num_rows) {
 
 // All but six are padding; many rows are cut over the device in another way.
 std::vector<int> RowCounts() {
-  if (UnderSanitizer()) return {6, 129};
+  if (SanitizerRun()) return {6, 129};
   return {6, 150};
 }
 
@@ -187,7 +187,7 @@ TYPED_TEST_SUITE(QkvFinishTest, Types);
 
 std::vector<Heads> Shapes() {
   std::vector<Heads> shapes = {{4, 2, 8, 16}, {32, 8, 128, 16}, {1, 1, 6, 1}, {7, 1, 16, 4}};
-  if (UnderSanitizer()) return shapes;
+  if (SanitizerRun()) return shapes;
   for (const int head_dim : {2, 16, 24, 64, 80, 96, 112, 128, 192, 250, 256}) {
     shapes.push_back({7, 1, head_dim, 16});
     shapes.push_back({3, 3, head_dim, 4});

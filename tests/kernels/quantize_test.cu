@@ -20,7 +20,7 @@ TYPED_TEST(QuantizeTest, RoundsEachRowByItsOwnScale) {
   using T = TypeParam;
   constexpr int kRows = 5;
   for (const int width : {1, 7, 8, 16, 100, 1000, 4096, 14336, 28672}) {
-    if (UnderSanitizer() && width > 4096) continue;
+    if (SanitizerRun() && width > 4096) continue;
     for (const int shift : {0, 1}) {
       const int in_stride = width + 16, out_stride = width + 32;
       std::vector<float> x = RandomValues<T>(kRows * in_stride, 1);
@@ -174,7 +174,7 @@ TYPED_TEST(QuantizeTest, NormsQuantiseAsQuantizeRowsDoes) {
 TEST(QuantizeNorms, MayWriteTheirScalesOverTheProducts) {
   using T = __nv_bfloat16;
   for (const int hidden : {64, 4096, 8192, 16384}) {
-    const int rows = UnderSanitizer() ? 3 : 200;
+    const int rows = SanitizerRun() ? 3 : 200;
     const LeftScales left(rows, hidden, 9);
     const DeviceRows<T> x(RandomValues<T>(rows * hidden, 1)),
         old(RandomValues<T>(rows * hidden, 2));

@@ -273,7 +273,7 @@ void CheckRepeats(const Shape& shape) {
     squares += want[i] * want[i] / tokens.size();
   }
   EXPECT_GT(squares, 0.3);  // of which the bound is small
-  for (int i = 0; i < (testing::SanitizerRun() ? 1 : 2'000); ++i)
+  for (int i = 0; i < (SanitizerRun() ? 1 : 2'000); ++i)
     ASSERT_EQ(llama.Logits(), first) << "launch " << i;
   EXPECT_TRUE(llama.GuardsIntact());
 }

@@ -25,7 +25,7 @@ void CheckShape(const Shape& shape, std::vector<int> positions, double bound) {
                                     << shape.kv_heads << " ranks " << shape.ranks);
   Group<W, T, KV> group(shape);
   ASSERT_TRUE(RowStackSupports(group.args_[0]));
-  if (UnderSanitizer()) positions.resize(1);
+  if (SanitizerRun()) positions.resize(1);
   for (const int position : positions) group.Check(position, bound);
 }
 
@@ -73,7 +73,7 @@ TEST(RowStackTest, SumsOverRanks) {
 // A 70B's: each thread has the row's vectors in two rounds, and a KV head eight query heads.
 TEST(RowStackTest, ServesWideRows) {
   for (const int ranks : {1, 2, 4}) {
-    if (UnderSanitizer() && ranks != 2) continue;
+    if (SanitizerRun() && ranks != 2) continue;
     const Shape shape = {.hidden = 8192,
                          .heads = 8,
                          .kv_heads = 1,
@@ -95,7 +95,7 @@ TEST(RowStackTest, GivesTheSameBitsTwice) {
   const std::vector<BF16> row = group.RandomRow();
   group.Launch(kSlot, 900, row);
   const std::vector<float> once[2] = {group.Logits(0), group.Logits(1)};
-  for (int i = 0; i < (UnderSanitizer() ? 1 : 200); ++i) {
+  for (int i = 0; i < (SanitizerRun() ? 1 : 200); ++i) {
     group.Launch(kSlot, 900, row);
     for (int r = 0; r < 2; ++r) ASSERT_EQ(group.Logits(r), once[r]) << "run " << i;
   }

@@ -20,7 +20,7 @@ struct Shape {
 };
 
 std::vector<Shape> Shapes() {
-  if (UnderSanitizer()) return {{37, 6, 2}, {4097, 24, 1}, {9001, 5, 4}};
+  if (SanitizerRun()) return {{37, 6, 2}, {4097, 24, 1}, {9001, 5, 4}};
   return {{1, 3, 1},       {1, 2, 4},       {2, 5, 2},      {37, 24, 1},    {37, 24, 8},
           {1000, 48, 1},   {1000, 48, 2},   {1000, 48, 4},  {1000, 48, 8},  {4096, 17, 1},
           {4097, 17, 1},   {8191, 24, 2},   {32000, 64, 1}, {32000, 64, 4}, {50257, 24, 2},
@@ -29,7 +29,7 @@ std::vector<Shape> Shapes() {
 
 TEST(Sample, DrawsTheReferencesTokens) {
   for (const Shape& shape : Shapes()) {
-    const int repeats = shape.vocab > 5000 || UnderSanitizer() ? 1 : 4;
+    const int repeats = shape.vocab > 5000 || SanitizerRun() ? 1 : 4;
     for (int repeat = 0; repeat < repeats; ++repeat) {
       const Batch b = MakeBatch(shape.vocab, shape.rows, 100 * shape.rows + repeat);
       RigOptions options;
@@ -49,7 +49,7 @@ TEST(Sample, DrawsTheReferencesTokens) {
 
 // Each setting alone, so that the batch needs no more phases than it does.
 TEST(Sample, NeedsOnlyThePhasesItsRowsAskFor) {
-  const int vocab = UnderSanitizer() ? 301 : 5001;
+  const int vocab = SanitizerRun() ? 301 : 5001;
   for (int setting = 0; setting < static_cast<int>(Settings().size()); ++setting) {
     for (const int tp : {1, 2}) {
       const Batch b = MakeBatch(vocab, 7, 31 * setting + tp, setting);
@@ -66,9 +66,9 @@ TEST(Sample, NeedsOnlyThePhasesItsRowsAskFor) {
 // Pairs of settings: the phases that two kinds of rows need together, among them
 // rows without a cut where only histograms tell the mass.
 TEST(Sample, SettingsShareABatch) {
-  const int vocab = UnderSanitizer() ? 301 : 9001, count = static_cast<int>(Settings().size());
-  for (int first = 0; first < count; first += UnderSanitizer() ? 4 : 1) {
-    for (int second = first + 1; second < count; second += UnderSanitizer() ? 5 : 1) {
+  const int vocab = SanitizerRun() ? 301 : 9001, count = static_cast<int>(Settings().size());
+  for (int first = 0; first < count; first += SanitizerRun() ? 4 : 1) {
+    for (int second = first + 1; second < count; second += SanitizerRun() ? 5 : 1) {
       Batch b = MakeBatch(vocab, 4, 1000 + 31 * first + second, first);
       std::mt19937 generator(first + 100 * second);
       for (const int slot : {0, 2}) {
@@ -86,7 +86,7 @@ TEST(Sample, SettingsShareABatch) {
 }
 
 TEST(Sample, GreedyRowsOfALargeBatch) {
-  const int vocab = UnderSanitizer() ? 2003 : 65003, rows = UnderSanitizer() ? 9 : 256;
+  const int vocab = SanitizerRun() ? 2003 : 65003, rows = SanitizerRun() ? 9 : 256;
   const Batch b = MakeBatch(vocab, rows, 3, 0);
   for (const int tp : {1, 8}) {
     RigOptions options;
@@ -141,7 +141,7 @@ TEST(Sample, PoisonsRowsThatAreNotFinite) {
         }
       }
     }
-    if (UnderSanitizer()) return;
+    if (SanitizerRun()) return;
   }
 }
 
@@ -182,7 +182,7 @@ void ExpectScore(const RowLogprobs& got, const ReferenceScore& expected, const s
 // Of sampled tokens, which may be drawn from changed logits, and of prompt tokens.
 TEST(Sample, ScoresTheRawDistribution) {
   std::vector<Shape> shapes = {{1, 2, 1}, {5, 9, 2}, {1000, 44, 4}, {4100, 30, 1}, {128256, 12, 2}};
-  if (UnderSanitizer()) shapes = {{5, 9, 2}, {4100, 12, 1}};
+  if (SanitizerRun()) shapes = {{5, 9, 2}, {4100, 12, 1}};
   for (const Shape& shape : shapes) {
     Batch b = MakeBatch(shape.vocab, shape.rows, 1000 + shape.vocab);
     for (int i = 0; i < shape.rows; ++i) {
@@ -273,7 +273,7 @@ TEST(Sample, DoesNotStoreATokenBeyondTheTable) {
 
 // Frequencies of many positions' draws against probabilities in double.
 TEST(Sample, DrawsByProbability) {
-  const int vocab = 40, rows = 64, batches = UnderSanitizer() ? 2 : 250;
+  const int vocab = 40, rows = 64, batches = SanitizerRun() ? 2 : 250;
   std::mt19937 generator(12);
   const std::vector<float> row = MakeLogits(Kind::kNormal, vocab, generator);
   for (const bool cut : {false, true}) {
@@ -306,7 +306,7 @@ TEST(Sample, DrawsByProbability) {
       rig.Run();
       for (const SampledRow& result : rig.Results()) seen[result.token] += 1.0;
     }
-    if (UnderSanitizer()) continue;
+    if (SanitizerRun()) continue;
     double chi2 = 0.0;
     int degrees = -1;
     for (int id = 0; id < vocab; ++id) {
@@ -323,7 +323,7 @@ TEST(Sample, DrawsByProbability) {
 // The same graph, launched again with other positions and parameters, and for
 // batches that need less than it was captured for.
 TEST(Sample, ReplaysAsAGraph) {
-  Batch b = MakeBatch(UnderSanitizer() ? 1001 : 32001, 24, 8);
+  Batch b = MakeBatch(SanitizerRun() ? 1001 : 32001, 24, 8);
   RigOptions options;
   options.tp = 2;
   options.pdl = true;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/all_reduce.h"
+#include "tests/kernels/sanitizer_run.h"
 
 namespace lockstep::kernels::testing {
 
@@ -24,8 +25,6 @@ namespace lockstep::kernels::testing {
 
 // Before anything touches a device: each rank's stream needs a queue of its own.
 inline const int kQueues = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-
-inline bool SanitizerRun() { return std::getenv("LOCKSTEP_SANITIZER_RUN") != nullptr; }
 
 // Device memory with 256 guard bytes on either side.
 class Guarded {
