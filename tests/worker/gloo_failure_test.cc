@@ -1,10 +1,12 @@
 // How a gloo communicator ends: peers that die, stop, stray or are none, and Abort.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <csignal>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
@@ -25,6 +27,15 @@ using gloo_testing::OnThreads;
 using gloo_testing::Options;
 using gloo_testing::Ranks;
 using ::testing::HasSubstr;
+
+// Whether a thread of this process waits for something.
+bool Sleeps(pid_t thread) {
+  std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/stat");
+  std::string stat;
+  std::getline(file, stat);
+  const size_t name_end = stat.rfind(") ");  // a name may have anything in it
+  return name_end != std::string::npos && stat[name_end + 2] == 'S';
+}
 
 int ReduceForEver(RankCommunicator& comm, absl::StatusCode expected) {
   std::vector<float> values(1024, 1.0f);
@@ -104,15 +115,14 @@ TEST(GlooCommunicator, AbortEndsACollectiveUnderWayAtOnce) {
       joins.emplace_back([&] { ASSERT_TRUE(comm->Join(exchange).ok()); });
     }
     for (std::thread& join : joins) join.join();
-    std::atomic<bool> entered{false};
+    std::atomic<pid_t> entered{0};
     absl::Status status;
     std::thread waiting([&] {
       std::vector<float> values(count, 1.0f);
-      entered = true;
+      entered = gettid();
       status = comms[0]->AllReduceSum(absl::MakeSpan(values));
     });
-    while (!entered) absl::SleepFor(absl::Milliseconds(1));
-    absl::SleepFor(absl::Milliseconds(20));  // most likely it blocks by now; right either way
+    while (entered == 0 || !Sleeps(entered)) absl::SleepFor(absl::Milliseconds(1));
     const absl::Time start = absl::Now();
     comms[0]->Abort();
     waiting.join();
