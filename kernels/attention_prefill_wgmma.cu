@@ -126,7 +126,7 @@ class Consumer {
     Ring k_ring, v_ring;
 
     Await(&s_.k_full[k_ring.stage], k_ring.parity);
-    ProductsBegin();
+    ProductsFence();
     Scores(score, k_ring.stage);
     ProductsCommit();
     ProductsAwait<0>();
@@ -145,7 +145,7 @@ class Consumer {
       Pin(score);
       Pin(weight);
       Pin(out);
-      ProductsBegin();
+      ProductsFence();
       Scores(score, k_ring.stage);
       ProductsCommit();
       Outputs(out, weight, v_ring.stage);
@@ -172,7 +172,7 @@ class Consumer {
     ZeroUnseen(steps_.end - 1, v_ring.stage);
     Pin(weight);
     Pin(out);
-    ProductsBegin();
+    ProductsFence();
     Outputs(out, weight, v_ring.stage);
     ProductsCommit();
     ProductsAwait<0>();
@@ -202,7 +202,7 @@ class Consumer {
       }
       *reinterpret_cast<uint4*>(s_.q[chunk / 8] + m * 128 + ((chunk % 8) ^ (m % 8)) * 16) = value;
     }
-    FenceForTensorCores();
+    FenceStoresBeforeProducts();
     NamedSync(kGroup + group_, kGroupThreads);
   }
 
@@ -239,7 +239,7 @@ class Consumer {
       *reinterpret_cast<uint4*>(s_.v[stage][chunk / 8] + t * 128 + chunk % 8 * 16) =
           make_uint4(0, 0, 0, 0);
     }
-    FenceForTensorCores();
+    FenceStoresBeforeProducts();
     NamedSync(kGroup + group_, kGroupThreads);
   }
 

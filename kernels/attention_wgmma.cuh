@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "kernels/device.cuh"
+#include "kernels/wgmma.cuh"
 
 namespace lockstep::kernels {
 
@@ -61,10 +62,6 @@ __device__ __forceinline__ void CopyBox(void* to, const CUtensorMap* map, int x,
       "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(z), "r"(SharedAddress(barrier))
       : "memory");
 }
-// Ordinary stores to shared memory, before the tensor cores read them.
-__device__ __forceinline__ void FenceForTensorCores() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 
 // A matrix in swizzled 128-byte rows. leading: bytes from one 64 elements of the
 // contiguous dimension to the next, where a product spans several and that
@@ -73,28 +70,6 @@ __device__ __forceinline__ uint64_t SwizzledMatrix(uint32_t address, uint32_t le
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) |
          static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 |
          static_cast<uint64_t>(1) << 62;
-}
-
-__device__ __forceinline__ void ProductsBegin() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void ProductsCommit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void ProductsAwait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-// Keeps the compiler from moving uses of results across the waits.
-template <int N>
-__device__ __forceinline__ void Pin(float (&v)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(v[i])::"memory");
-}
-template <int N>
-__device__ __forceinline__ void Pin(uint32_t (&v)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(v[i])::"memory");
 }
 
 #define LOCKSTEP_R8(d, i)                                                                     \

@@ -10,6 +10,7 @@
 
 #include "kernels/cluster.cuh"
 #include "kernels/device.cuh"
+#include "kernels/wgmma.cuh"
 
 namespace lockstep::kernels {
 
@@ -22,28 +23,6 @@ __device__ __forceinline__ uint32_t MatrixAt(const void* p) {
 }
 __device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t at) {
   return uint64_t{1024 >> 4 | 1u << 30} << 32 | at;
-}
-
-// Of a thread that has stored what products are to read from shared memory.
-__device__ __forceinline__ void FenceStoresBeforeProducts() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// To be before the first product that uses registers which others wrote.
-__device__ __forceinline__ void ProductsFence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void ProductsCommit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void ProductsAwait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-// Keeps the compiler from moving uses of the sums across fences and waits.
-template <int N>
-__device__ __forceinline__ void Pin(float (&v)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(v[i])::"memory");
 }
 
 #define LOCKSTEP_SUMS8(d, i)                                                                  \
