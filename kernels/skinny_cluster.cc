@@ -20,6 +20,11 @@ int max_clusters[kMaxClusterSplit + 1] = {};
 constexpr int DivUp(int a, int b) { return (a + b - 1) / b; }
 bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Of x in 16 bits, where the weights want e4m3.
+bool QuantizesX(const SkinnyClusterArgs& args) {
+  return args.type == Type::kE4M3 && args.x_scales == nullptr;
+}
+
 struct Plan {
   int rows = 0, split_log2 = 0, clusters = 0, chunks = 0, x_chunks = 0;
   int stages = 0;  // 0: nothing fits
@@ -38,8 +43,7 @@ Plan PlanOf(const SkinnyClusterArgs& args) {
     if ((args.split != 0 && args.split != split) || chunks < split || max_clusters[split] == 0)
       continue;
     const int x_chunks = DivUp(chunks, split);
-    const bool staged = args.type == Type::kE4M3 && args.x_scales == nullptr;
-    if (staged && x_chunks > kMaxStagedChunks) continue;
+    if (QuantizesX(args) && x_chunks > kMaxStagedChunks) continue;
     const size_t rest = ClusterLayout(rows, 0, x_chunks).end + 1024;
     if (rest + kMinClusterStages * kClusterStageBytes > kMaxClusterShared) continue;
     // An even number, for two to take turns; a deeper ring would only delay x behind the
@@ -114,13 +118,13 @@ cudaError_t InitSkinnyCluster() {
 
 bool SkinnyClusterSupports(const SkinnyClusterArgs& args) {
   const bool fp8 = args.type == Type::kE4M3;
-  const bool staged = fp8 && args.x_scales == nullptr;
   if (encode_tiled == nullptr || args.m < 1 || args.m > 64 || args.n < 1 || args.k < 1)
     return false;
   if (args.out_type != Type::kBF16 && args.out_type != Type::kF16) return false;
   if (fp8 ? args.weight_scales == nullptr : args.type != args.out_type) return false;
-  if (staged && args.m > kMaxStagedRows) return false;
-  if (args.k % (fp8 ? 16 : 8) != 0 || args.x_stride % (fp8 && !staged ? 16 : 8) != 0) return false;
+  if (QuantizesX(args) && args.m > kMaxStagedRows) return false;
+  const int x_unit = fp8 && !QuantizesX(args) ? 16 : 8;  // elements of 16 bytes
+  if (args.k % (fp8 ? 16 : 8) != 0 || args.x_stride % x_unit != 0) return false;
   if (!Aligned(args.weights) || !Aligned(args.x) || args.epilogue == GemvEpilogue::kPush)
     return false;
   if (IsGate(args.epilogue) && args.n % 2 != 0) return false;
@@ -135,7 +139,7 @@ cudaError_t SkinnyCluster(const Launch& launch, const SkinnyClusterArgs& args) {
   cudaError_t status =
       MakeMap(args.weights, args.type, args.n, args.k, args.k, kClusterTile, &p.weights);
   const int64_t x_stride = args.x_stride != 0 ? args.x_stride : args.k;
-  if (args.type == Type::kE4M3 && args.x_scales == nullptr) {
+  if (QuantizesX(args)) {
     p.unquantized_x = args.x;
     p.x_stride = x_stride;
   } else if (status == cudaSuccess) {
