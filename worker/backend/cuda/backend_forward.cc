@@ -224,14 +224,16 @@ void CudaBackend::ReduceResidualNorm(const ReduceOp& op) {
   Reduce(launch(), op);
 }
 
+Linear CudaBackend::ReaderOf(const ReduceOp& op) const {
+  if (op.source == ReduceOp::Source::kAttention) return model_.layers[op.layer].up;
+  if (op.layer + 1 < config_.num_layers) return model_.layers[op.layer + 1].qkv;
+  return {model_.head, nullptr};
+}
+
 void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
   const LayerWeights& w = model_.layers[op.layer];
   const void* bias = op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
   const kernels::NormSpec post = model_.Find(op.post), next = model_.Find(op.next);
-  const bool last = op.layer + 1 == config_.num_layers;
-  const Linear product = op.source == ReduceOp::Source::kAttention ? w.up
-                         : last                                    ? Linear{model_.head, nullptr}
-                                : model_.layers[op.layer + 1].qkv;
   std::byte* const partial = Rows(buffers_.partial, hidden_);
   std::byte* const residual = Rows(buffers_.residual, hidden_);
   std::byte* const normed = Rows(buffers_.normed, hidden_);
@@ -268,14 +270,14 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
                                    .x = residual,
                                    .norm = next,
                                    .normed = normed,
-                                   .quantized = TakesQuantized(normed, product)}),
+                                   .quantized = TakesQuantized(normed, ReaderOf(op))}),
             "norm");
     }
     if (fused && fusable) return;  // else it is only the sum
   }
   // There is one buffer of quantised rows, the products' on their own stream.
   const kernels::QuantizedRows quantized =
-      halved_ ? kernels::QuantizedRows() : TakesQuantized(normed, product);
+      halved_ ? kernels::QuantizedRows() : TakesQuantized(normed, ReaderOf(op));
   Check(kernels::ReduceTail(launch, {.type = type_,
                                      .num_rows = part_.rows,
                                      .hidden = hidden_,

@@ -124,6 +124,8 @@ class CudaBackend final : public Backend {
   // A row-parallel product of `width` columns, into buffers_.partial.
   void MatmulPartial(const void* x, int width, const Linear& linear);
   void Reduce(const kernels::Launch& launch, const ReduceOp& op);
+  // The product that takes what Reduce makes.
+  Linear ReaderOf(const ReduceOp& op) const;
   void Enqueue(std::function<void()> operation) {
     if (!status_.ok() || stacked_) return;
     if (halved_) return stage_.push_back(std::move(operation));
