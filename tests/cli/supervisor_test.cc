@@ -15,6 +15,7 @@
 #include "cli/child_process.h"
 #include "cli/private_folder.h"
 #include "gtest/gtest.h"
+#include "tests/fakes/process_state.h"
 
 namespace lockstep {
 namespace {
@@ -228,13 +229,8 @@ TEST_F(SupervisorTest, NoChildOutlivesAKilledSupervisor) {
   ASSERT_TRUE(Eventually([&] { return !Starts("c").empty() && !Starts("w").empty(); }));
   kill(pid_, SIGKILL);
   Wait();
-  // Orphans are reaped by init, which in a bare container may leave zombies: those hold nothing.
-  auto gone = [](pid_t pid) {
-    std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
-    std::string text((std::istreambuf_iterator<char>(file)), {});
-    return text.empty() || text.find(") Z ") != std::string::npos;
-  };
-  EXPECT_TRUE(Eventually([&] { return gone(Starts("c")[0]) && gone(Starts("w")[0]); }));
+  EXPECT_TRUE(
+      Eventually([&] { return ProcessGone(Starts("c")[0]) && ProcessGone(Starts("w")[0]); }));
 }
 
 TEST(DescribeExitTest, NamesCodesAndSignals) {

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/fakes/process_state.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {

@@ -219,12 +219,6 @@ bool Eventually(const std::function<bool()>& condition, int seconds) {
   return condition();
 }
 
-bool ProcessGone(pid_t pid) {
-  std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
-  const std::string text((std::istreambuf_iterator<char>(stat)), {});
-  return text.empty() || text.find(") Z ") != std::string::npos;
-}
-
 std::string HttpRequest(int port, const std::string& method, const std::string& path,
                         const std::string& body) {
   const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);

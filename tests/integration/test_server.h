@@ -75,7 +75,6 @@ v1::GenerateRequest LongGreedy(const std::string& prompt, uint32_t max_tokens);
 
 // Asks for the condition again and again, at most `seconds` times kSlowdown.
 bool Eventually(const std::function<bool()>& condition, int seconds = 20);
-bool ProcessGone(pid_t pid);
 // GET or POST on loopback with one connection; returns the whole answer, head and body.
 std::string HttpRequest(int port, const std::string& method, const std::string& path,
                         const std::string& body = "");

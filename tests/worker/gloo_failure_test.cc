@@ -6,7 +6,6 @@
 #include <atomic>
 #include <csignal>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
@@ -15,6 +14,7 @@
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "tests/fakes/process_state.h"
 #include "tests/worker/gloo_ranks.h"
 #include "worker/comm/gloo_communicator.h"
 #include "worker/comm/memory_exchange.h"
@@ -27,15 +27,6 @@ using gloo_testing::OnThreads;
 using gloo_testing::Options;
 using gloo_testing::Ranks;
 using ::testing::HasSubstr;
-
-// Whether a thread of this process waits for something.
-bool Sleeps(pid_t thread) {
-  std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/stat");
-  std::string stat;
-  std::getline(file, stat);
-  const size_t name_end = stat.rfind(") ");  // a name may have anything in it
-  return name_end != std::string::npos && stat[name_end + 2] == 'S';
-}
 
 int ReduceForEver(RankCommunicator& comm, absl::StatusCode expected) {
   std::vector<float> values(1024, 1.0f);
@@ -122,7 +113,8 @@ TEST(GlooCommunicator, AbortEndsACollectiveUnderWayAtOnce) {
       entered = gettid();
       status = comms[0]->AllReduceSum(absl::MakeSpan(values));
     });
-    while (entered == 0 || !Sleeps(entered)) absl::SleepFor(absl::Milliseconds(1));
+    // Until it waits.
+    while (entered == 0 || ProcessState(entered) != 'S') absl::SleepFor(absl::Milliseconds(1));
     const absl::Time start = absl::Now();
     comms[0]->Abort();
     waiting.join();
