@@ -5,7 +5,7 @@
 // A ring is deep, to go on filling while its warp waits for other blocks, but not all of its
 // pieces are requested at a time: what every SM has under way is what any other access to
 // memory queues behind, and the words between blocks are such. (Of 5, 4 at a time: with 2, or
-// all, an 8B's layer takes 1 % longer.)
+// all, an 8B's layer takes 1 % longer in 16 bits; with FP8 weights all would be 1 % faster.)
 #ifndef LOCKSTEP_KERNELS_ROW_STACK_FEED_CUH_
 #define LOCKSTEP_KERNELS_ROW_STACK_FEED_CUH_
 
