@@ -23,27 +23,34 @@ constexpr size_t kNormApartBytes = 2 << 20;
 
 using Kernel = void (*)(Params);
 
+// How a launch goes about it.
+struct Form {
+  bool two_shot = false, rows = false, pushed = false;
+};
+
 template <typename T, int kMax>
-Kernel KernelOf(bool two_shot, bool rows) {
+Kernel KernelOf(const Form& form) {
+  const auto [two_shot, rows, pushed] = form;
+  if (pushed) return AllReduceKernel<T, kMax, false, true, true>;
   if (two_shot) {
     return rows ? AllReduceKernel<T, kMax, true, true> : AllReduceKernel<T, kMax, true, false>;
   }
   return rows ? AllReduceKernel<T, kMax, false, true> : AllReduceKernel<T, kMax, false, false>;
 }
 template <typename T>
-Kernel KernelOf(int size, bool two_shot, bool rows) {
-  if (size <= 2) return KernelOf<T, 2>(two_shot, rows);
-  if (size <= 4) return KernelOf<T, 4>(two_shot, rows);
-  return KernelOf<T, 8>(two_shot, rows);
+Kernel KernelOf(int size, const Form& form) {
+  if (size <= 2) return KernelOf<T, 2>(form);
+  if (size <= 4) return KernelOf<T, 4>(form);
+  return KernelOf<T, 8>(form);
 }
-Kernel KernelOf(Type type, int size, bool two_shot, bool rows) {
+Kernel KernelOf(Type type, int size, const Form& form) {
   switch (type) {
     case Type::kF32:
-      return KernelOf<float>(size, two_shot, rows);
+      return KernelOf<float>(size, form);
     case Type::kF16:
-      return KernelOf<__half>(size, two_shot, rows);
+      return KernelOf<__half>(size, form);
     case Type::kBF16:
-      return KernelOf<__nv_bfloat16>(size, two_shot, rows);
+      return KernelOf<__nv_bfloat16>(size, form);
     case Type::kE4M3:
       break;
   }
@@ -106,10 +113,12 @@ int OwnedVectors(const Shape& shape, int size) {
 }
 
 // How many rows one launch takes; more of them follow one another.
-int RowsAtOnce(const Shape& shape, const ExchangeLayout& layout, int size, AllReducePath path) {
+int RowsAtOnce(const Shape& shape, const ExchangeLayout& layout, int size, AllReducePath path,
+               bool pushed) {
   const size_t row = size_t(shape.row_vectors) * 16;
   size_t rows = 0;
-  if (path == AllReducePath::kOneShot) rows = layout.one_shot_bytes / row;
+  if (path == AllReducePath::kOneShot)
+    rows = (pushed ? PartsOf(layout, size).one_shot_source : layout.one_shot_bytes) / row;
   if (path == AllReducePath::kTwoShot) {
     rows = std::min(layout.two_shot_bytes / row,
                     PartsOf(layout, size).scatter_source / 16 / OwnedVectors(shape, size));
@@ -170,13 +179,14 @@ void SetRows(const AllReduceArgs& args, const Shape& shape, int first, int rows,
 
 cudaError_t Run(const Launch& launch, const AllReduceArgs& args, const Shape& shape, bool two_shot,
                 const Params& p) {
+  const Form form = {.two_shot = two_shot, .rows = shape.has_rows, .pushed = args.pushed};
   const int most =
       args.max_blocks > 0 ? std::min(args.max_blocks, kMaxExchangeBlocks) : kMaxExchangeBlocks;
   const int rows = std::max(1, std::min(p.rows, most / shape.cluster));
   const size_t threads = RoundUpTo((shape.row_vectors + shape.cluster - 1) / shape.cluster, 32);
-  return LaunchKernel(launch, KernelOf(args.type, p.size, two_shot, shape.has_rows),
-                      dim3(rows * shape.cluster), dim3(static_cast<unsigned>(threads)), 0,
-                      static_cast<unsigned>(shape.cluster), p);
+  return LaunchKernel(launch, KernelOf(args.type, p.size, form), dim3(rows * shape.cluster),
+                      dim3(static_cast<unsigned>(threads)), 0, static_cast<unsigned>(shape.cluster),
+                      p);
 }
 
 // The norm alone, of what an exchange left in residual_out.
@@ -188,6 +198,7 @@ cudaError_t RunNorm(const Launch& launch, const AllReduceArgs& args, const Shape
   p.rank = 0;
   AllReduceArgs norm = args;
   norm.in = args.residual_out;
+  norm.pushed = false;
   norm.bias = norm.residual = nullptr;
   norm.residual_out = nullptr;
   SetRows(norm, shape, 0, shape.rows, &p);
@@ -199,10 +210,15 @@ cudaError_t RunNorm(const Launch& launch, const AllReduceArgs& args, const Shape
 AllReducePath ChooseAllReduce(const AllReduceArgs& args, const ExchangeLayout& layout, int size) {
   Shape shape;
   if (!ShapeOf(args, &shape)) return AllReducePath::kNone;
+  if (args.pushed) {
+    const bool fits = shape.has_rows &&
+                      RowsAtOnce(shape, layout, size, AllReducePath::kOneShot, true) >= shape.rows;
+    return fits ? AllReducePath::kOneShot : AllReducePath::kNone;
+  }
   if (shape.total_vectors * 16 <= layout.one_shot_bytes) return AllReducePath::kOneShot;
   // For two ranks a second crossing saves no bytes.
   const AllReducePath path = size > 2 ? AllReducePath::kTwoShot : AllReducePath::kOneShot;
-  return RowsAtOnce(shape, layout, size, path) > 0 ? path : AllReducePath::kNone;
+  return RowsAtOnce(shape, layout, size, path, false) > 0 ? path : AllReducePath::kNone;
 }
 
 cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLayout& layout,
@@ -212,8 +228,10 @@ cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLa
   if (peers.size < 1 || peers.size > kMaxPeers || !ShapeOf(args, &shape)) {
     return cudaErrorInvalidValue;
   }
-  const int at_once = RowsAtOnce(shape, layout, peers.size, path);
+  const int at_once = RowsAtOnce(shape, layout, peers.size, path, args.pushed);
   if (at_once == 0) return cudaErrorInvalidValue;
+  if (args.pushed && (path != AllReducePath::kOneShot || !shape.has_rows || at_once < shape.rows))
+    return cudaErrorInvalidValue;
   for (const void* p : {args.in, static_cast<const void*>(args.out), args.bias, args.residual,
                         static_cast<const void*>(args.residual_out), args.norm_weight}) {
     if (!Aligned(p)) return cudaErrorMisalignedAddress;
@@ -238,10 +256,10 @@ cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLa
 cudaError_t LoadAllReduceKernels() {
   for (const Type type : {Type::kF32, Type::kF16, Type::kBF16}) {
     for (const int size : {2, 4, 8}) {
-      for (const int form : {0, 1, 2, 3}) {
+      for (const Form& form : {Form{}, Form{.two_shot = true}, Form{.rows = true},
+                               Form{.two_shot = true, .rows = true}, Form{.pushed = true}}) {
         cudaFuncAttributes attributes;
-        const cudaError_t error = cudaFuncGetAttributes(
-            &attributes, KernelOf(type, size, (form & 1) != 0, (form & 2) != 0));
+        const cudaError_t error = cudaFuncGetAttributes(&attributes, KernelOf(type, size, form));
         if (error != cudaSuccess) return error;
       }
     }

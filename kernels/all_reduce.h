@@ -11,6 +11,8 @@
 //
 //   one-shot  every rank pushes its rows to every other and sums for itself:
 //             one crossing, (size - 1) messages sent
+//             The product that makes the rows may push them in its epilogue (ExchangePush):
+//             then the kernel only collects, and the crossing is behind the product's end
 //   two-shot  columns are dealt out in stretches of 32 vectors; each rank sums its
 //             own and pushes the result: two crossings, 2 (size - 1) / size sent
 //
@@ -46,6 +48,7 @@ namespace lockstep::kernels {
 struct ExchangeLayout {
   size_t offset = 0;  // a multiple of 256
   size_t one_shot_bytes = 256 << 10;
+  size_t pushed_bytes = 0;  // of a one-shot whose rows a product pushes, where that is more
   size_t two_shot_bytes = 8 << 20;
   size_t gather_bytes = 64 << 10;  // one rank's part of a small all-gather
 };
@@ -65,6 +68,15 @@ cudaError_t ClearExchangeRegion(const ExchangeLayout& layout, int size, std::byt
 // launch: a lazy load may wait for the device, which waits for a peer.
 cudaError_t InitAllReduce();
 
+// Where the rows of the next one-shot go, a word at a time: see AllReduceArgs::pushed.
+struct ExchangePush {
+  std::byte* to[kMaxPeers] = {};  // of slot 0, this rank's part in each rank's region
+  int rank = 0, size = 0;         // 0: nowhere
+  size_t slot_bytes = 0;          // from one slot to the other
+  const uint64_t* counter = nullptr;
+};
+ExchangePush OneShotPush(const Peers& peers, const ExchangeLayout& layout);
+
 enum class AllReducePath : uint8_t {
   kNone,  // none takes it: NCCL's
   kOneShot,
@@ -77,6 +89,9 @@ struct AllReduceArgs {
   int hidden = 0;  // elements of a row
   const void* in = nullptr;
   void* out = nullptr;  // may be `in`
+  // Every rank's product, the kernel ahead, has pushed its rows; `in` is not read. With bias,
+  // residual or norm.
+  bool pushed = false;
 
   const void* bias = nullptr;      // [hidden], added once; or nullptr
   const void* residual = nullptr;  // [rows][hidden], or nullptr

@@ -97,21 +97,23 @@ __device__ __forceinline__ uint4 LoadVector(const void* from, uint32_t index) {
   return __ldcg(static_cast<const uint4*>(from) + index);
 }
 
-// One vector from every rank; mine is at hand. Leaves the slots empty behind it.
-template <int kMax>
+// One vector from every rank; mine is at hand, unless it was pushed too. Leaves the slots empty
+// behind it.
+template <int kMax, bool kPushed = false>
 __device__ __forceinline__ void Receive(const Params& p, PeerWait code, uint64_t exchange,
                                         uint4* first, uint4 mine, uint4 (&got)[kMax]) {
   PeerWaiter waiter(p.limits, code, exchange);
   for (;;) {
 #pragma unroll
     for (int r = 0; r < kMax; ++r) {
-      if (r < p.size && r != p.rank) got[r] = LoadSystem(first + size_t{p.receive_source} * r);
+      if (r < p.size && (kPushed || r != p.rank))
+        got[r] = LoadSystem(first + size_t{p.receive_source} * r);
     }
     int missing = -1;
 #pragma unroll
     for (int r = 0; r < kMax; ++r) {
       if (r >= p.size) continue;
-      if (r == p.rank) {
+      if (!kPushed && r == p.rank) {
         got[r] = mine;
       } else if (!Arrived(got[r])) {
         missing = r;
@@ -121,7 +123,7 @@ __device__ __forceinline__ void Receive(const Params& p, PeerWait code, uint64_t
   }
 #pragma unroll
   for (int r = 0; r < kMax; ++r) {
-    if (r < p.size && r != p.rank) first[size_t{p.receive_source} * r] = NothingYet();
+    if (r < p.size && (kPushed || r != p.rank)) first[size_t{p.receive_source} * r] = NothingYet();
   }
 }
 
@@ -154,6 +156,19 @@ __device__ __forceinline__ uint4 OneShot(const Params& p, uint64_t exchange, uin
   if (p.residual != nullptr) residual = LoadVector(p.residual, index);
   uint4 got[kMax];
   Receive<kMax>(p, PeerWait::kOneShot, exchange, Vectors(p.base[p.rank]) + slot + index, mine, got);
+  return Sum<T, kMax>(p, got, bias, residual);
+}
+
+// Of rows that the products have pushed.
+template <typename T, int kMax>
+__device__ __forceinline__ uint4 Collect(const Params& p, uint64_t exchange, uint32_t index,
+                                         uint4 bias) {
+  const uint32_t slot = p.receive + (exchange & 1) * p.receive_slot;
+  uint4 residual = {};
+  if (p.residual != nullptr) residual = LoadVector(p.residual, index);
+  uint4 got[kMax];
+  Receive<kMax, true>(p, PeerWait::kOneShot, exchange, Vectors(p.base[p.rank]) + slot + index, {},
+                      got);
   return Sum<T, kMax>(p, got, bias, residual);
 }
 
@@ -265,7 +280,7 @@ constexpr int BlocksPerSm(int max_ranks, bool rows) {
 
 // kRows: bias, residual, norm and padding rows may occur; blocks [row * cluster,
 // + cluster) share a row. Otherwise a row is a tile, of which the last may end early.
-template <typename T, int kMax, bool kTwoShot, bool kRows>
+template <typename T, int kMax, bool kTwoShot, bool kRows, bool kPushed = false>
 __global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerSm(kMax, kRows))
     AllReduceKernel(const __grid_constant__ Params p) {
   __shared__ RowSum::Storage storage;
@@ -295,7 +310,8 @@ __global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerS
     uint4 sum = {};
     const bool timed = row == 0 && v == 0 && p.clock != nullptr;
     if (timed) clock_ns = DeviceClockNs();
-    if (active) {
+    if (kPushed && active) sum = Collect<T, kMax>(p, exchange, index, bias);
+    if (!kPushed && active) {
       const uint4 mine = Sendable(partial ? LoadPartial<T>(p.in, index, p.tail_elements)
                                           : LoadVector(p.in, index));
       if constexpr (kTwoShot) {

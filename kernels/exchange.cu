@@ -85,8 +85,24 @@ ExchangeLayout DefaultExchangeLayout(int size) {
   ExchangeLayout layout;
   // Two ranks: a second crossing saves no bytes.
   layout.one_shot_bytes = size <= 2 ? 8 << 20 : size <= 4 ? 128 << 10 : 64 << 10;
+  layout.pushed_bytes = 256 << 10;
   layout.two_shot_bytes = size <= 2 ? 0 : 8 << 20;
   return layout;
+}
+
+ExchangePush OneShotPush(const Peers& peers, const ExchangeLayout& layout) {
+  const RegionParts parts = PartsOf(layout, peers.size);
+  ExchangePush push;
+  push.rank = peers.rank;
+  push.size = peers.size;
+  push.slot_bytes = parts.one_shot_source * peers.size;
+  for (int r = 0; r < peers.size; ++r) {
+    push.to[r] =
+        peers.base[r] + layout.offset + parts.one_shot + peers.rank * parts.one_shot_source;
+  }
+  push.counter = reinterpret_cast<const uint64_t*>(peers.base[peers.rank] + layout.offset +
+                                                   RegionParts::kOneShotCounter);
+  return push;
 }
 
 size_t ExchangeRegionBytes(const ExchangeLayout& layout, int size) {

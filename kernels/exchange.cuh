@@ -28,6 +28,10 @@ __device__ __forceinline__ void StoreSystem(uint4* to, uint4 v) {
                "r"(v.z), "r"(v.w)
                : "memory");
 }
+__device__ __forceinline__ void StoreSystem(uint2* to, uint2 v) {
+  asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y)
+               : "memory");
+}
 // Two 64-bit halves, each of which arrives whole.
 __device__ __forceinline__ ulonglong2 LoadSystem(const ulonglong2* from) {
   ulonglong2 v;
@@ -183,7 +187,9 @@ constexpr size_t RoundUpTo(size_t bytes, size_t unit) { return (bytes + unit - 1
 constexpr RegionParts PartsOf(const ExchangeLayout& layout, int size) {
   RegionParts parts{};
   parts.one_shot = RegionParts::kCounterBytes;
-  parts.one_shot_source = RoundUpTo(layout.one_shot_bytes, 256);
+  const size_t one_shot =
+      layout.one_shot_bytes > layout.pushed_bytes ? layout.one_shot_bytes : layout.pushed_bytes;
+  parts.one_shot_source = RoundUpTo(one_shot, 256);
   parts.scatter = parts.one_shot + 2 * size * parts.one_shot_source;
   // Stretches that do not come out even leave gaps, many if they are few.
   const size_t share = layout.two_shot_bytes / size;

@@ -125,7 +125,9 @@ bool SkinnyClusterSupports(const SkinnyClusterArgs& args) {
   if (QuantizesX(args) && args.m > kMaxStagedRows) return false;
   const int x_unit = fp8 && !QuantizesX(args) ? 16 : 8;  // elements of 16 bytes
   if (args.k % (fp8 ? 16 : 8) != 0 || args.x_stride % x_unit != 0) return false;
-  if (!Aligned(args.weights) || !Aligned(args.x) || args.epilogue == GemvEpilogue::kPush)
+  if (!Aligned(args.weights) || !Aligned(args.x)) return false;
+  if (args.epilogue == GemvEpilogue::kPush &&
+      (args.m > kMaxPushedRows || args.n % 8 != 0 || args.push.size < 1 || args.bias != nullptr))
     return false;
   if (IsGate(args.epilogue) && args.n % 2 != 0) return false;
   return PlanOf(args).stages != 0;
@@ -163,6 +165,7 @@ cudaError_t SkinnyCluster(const Launch& launch, const SkinnyClusterArgs& args) {
                  : IsGate(args.epilogue) ? args.n / 2
                                          : args.n;
   p.bias = args.bias;
+  p.push = args.push;
   const bool bf16 = args.out_type == Type::kBF16;
   const auto launch_as = args.type == Type::kE4M3
                              ? bf16 ? LaunchCluster<__nv_fp8_e4m3, __nv_bfloat16>

@@ -21,6 +21,7 @@
 #ifndef LOCKSTEP_KERNELS_SKINNY_CLUSTER_CUH_
 #define LOCKSTEP_KERNELS_SKINNY_CLUSTER_CUH_
 
+#include "kernels/exchange.cuh"
 #include "kernels/gemv_elements.cuh"
 #include "kernels/skinny_cluster_block.cuh"
 #include "kernels/skinny_cluster_mma.cuh"
@@ -224,6 +225,10 @@ class Finisher {
   __device__ __forceinline__ void Run() {
     Constants next = ConstantsOf(0);
     WaitForPrevious();
+    if constexpr (kMayPush) {
+      if (p_.epilogue == GemvEpilogue::kPush)
+        push_at_ = (ExchangeNumber(p_.push.counter) & 1) * p_.push.slot_bytes;
+    }
     if constexpr (sizeof(W) == 1) {
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
@@ -244,6 +249,7 @@ class Finisher {
   }
 
  private:
+  static constexpr bool kMayPush = kRows <= kMaxPushedRows;
   static constexpr int kItems = kRows / 16;  // of at most 32 weight rows a block
   static constexpr int kStride = ClusterSumStride(kRows);
 
@@ -302,6 +308,8 @@ class Finisher {
       }
       if (IsGate(p_.epilogue)) {
         StoreGated(j, r, v[j]);
+      } else if (kMayPush && p_.epilogue == GemvEpilogue::kPush) {
+        Push(j, r, v[j]);
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) Store(RowOf(j, i), r, v[j][i] + constants.bias);
@@ -316,6 +324,29 @@ class Finisher {
       static_cast<float*>(p_.out)[at] = v;
     } else {
       static_cast<T*>(p_.out)[at] = FromFloat<T>(v);
+    }
+  }
+
+  // By all lanes of a warp: four neighbours have as many columns of four rows of x, and each comes
+  // to have all of them of one row, 8 bytes, which it sends to every rank, its own last.
+  __device__ __forceinline__ void Push(int item, int r, const float (&v)[4]) const {
+    const bool odd = at_ % 2 != 0, second = at_ / 2 % 2 != 0;
+    const float a = __shfl_xor_sync(~0u, odd ? v[0] : v[2], 1);
+    const float b = __shfl_xor_sync(~0u, odd ? v[1] : v[3], 1);
+    const uint32_t first_row = odd ? PackPair<T>(a, v[2]) : PackPair<T>(v[0], a);
+    const uint32_t second_row = odd ? PackPair<T>(b, v[3]) : PackPair<T>(v[1], b);
+    const uint32_t other = __shfl_xor_sync(~0u, second ? first_row : second_row, 2);
+    const int m = RowOf(item, 2 * odd + second);
+    if (r >= p_.n || m >= p_.m) return;
+    const uint2 words =
+        Sendable(second ? make_uint2(other, second_row) : make_uint2(first_row, other));
+    const size_t to = push_at_ + (static_cast<size_t>(m) * p_.n + r / 4 * 4) * sizeof(T);
+#pragma unroll 1
+    for (int turn = 1; turn <= p_.push.size; ++turn) {
+      const int rank = p_.push.rank + turn;
+      StoreSystem(reinterpret_cast<uint2*>(
+                      p_.push.to[rank < p_.push.size ? rank : rank - p_.push.size] + to),
+                  words);
     }
   }
 
@@ -343,6 +374,7 @@ class Finisher {
   const int rows_log2_ = 6 - p_.split_log2;
   const int at_ = tid_ & ((1 << rows_log2_) - 1);
   float x_scale_[kItems][4] = {};
+  size_t push_at_ = 0;  // the slot
 };
 
 }  // namespace cluster

@@ -24,6 +24,7 @@
 
 #include <cstdint>
 
+#include "kernels/all_reduce.h"
 #include "kernels/gemv.h"
 #include "kernels/types.h"
 
@@ -41,7 +42,10 @@ struct SkinnyClusterArgs {
   const float* weight_scales = nullptr;  // [n], kE4M3 only
   const float* x_scales = nullptr;       // [m], kE4M3 only; null: x is of out_type
 
-  GemvEpilogue epilogue = GemvEpilogue::kStore;  // no kPush
+  // kPush, of up to 32 rows: into every rank's region by `push`, for an all-reduce that is told so;
+  // n a multiple of 8, no bias.
+  GemvEpilogue epilogue = GemvEpilogue::kStore;
+  ExchangePush push = {};
   Type out_type = Type::kBF16;  // kBF16 or kF16, `type` unless that is kE4M3; kLogits: fp32
   void* out = nullptr;
   int64_t out_stride = 0;      // 0: the row's width

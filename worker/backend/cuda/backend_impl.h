@@ -126,6 +126,8 @@ class CudaBackend final : public Backend {
   void Reduce(const kernels::Launch& launch, const ReduceOp& op);
   // The product that takes what Reduce makes.
   Linear ReaderOf(const ReduceOp& op) const;
+  // Where such a product of `linear` pushes its sums; of size 0: it stores them.
+  kernels::ExchangePush PushOfPartial(const Linear& linear) const;
   void Enqueue(std::function<void()> operation) {
     if (!status_.ok() || stacked_) return;
     if (halved_) return stage_.push_back(std::move(operation));
@@ -251,6 +253,7 @@ class CudaBackend final : public Backend {
   bool halved_ = false;
   Part halves_[2];
   std::vector<std::function<void()>> stage_;
+  bool pushed_ = false;                   // what buffers_.partial would hold is with the ranks
   const void* quantized_from_ = nullptr;  // what buffers_.quantized is the e4m3 of
   // One decoded row: a row-parallel product pushes its sums to every rank, and the
   // product after it polls for them, adds the residual and norms them as it waits

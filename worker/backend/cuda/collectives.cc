@@ -51,6 +51,13 @@ absl::Status Collectives::AllReduce(const kernels::Launch& launch,
   return SumByNccl(launch, args, kernels::TransferMark::kEnd);
 }
 
+kernels::ExchangePush Collectives::push_for(const kernels::AllReduceArgs& next) const {
+  if (!has_peers() || may_skip() ||
+      kernels::ChooseAllReduce(next, comm_->layout(), size_) == kernels::AllReducePath::kNone)
+    return {};
+  return kernels::OneShotPush(peers_, comm_->layout());
+}
+
 absl::Status Collectives::AllReduceAside(const kernels::Launch& launch,
                                          const kernels::AllReduceArgs& args) {
   if (comm_->Skips()) return absl::OkStatus();

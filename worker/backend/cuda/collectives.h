@@ -43,6 +43,8 @@ class Collectives {
   const kernels::GemvExchange* gemv_exchange() const {
     return has_peers() ? &gemv_exchange_ : nullptr;
   }
+  // Where a product may leave the rows of the all-reduce after it; of size 0: nowhere.
+  kernels::ExchangePush push_for(const kernels::AllReduceArgs& next) const;
   // Names the rank that a failed step waited for, if one did.
   absl::Status Explain(const absl::Status& failure) const;
 
