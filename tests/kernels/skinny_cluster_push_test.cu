@@ -53,7 +53,7 @@ void Check(const Shape& s) {
     Fill(weights.back().get<T>(), s.hidden, 77, 1.0f);
     for (Memory& residual : cases[r]->residual) Fill(residual.get<T>(), s.m * s.hidden, 78, 1.0f);
   }
-  ranks.Synchronize();
+  ranks.SynchronizeDevices();
   // The residual streams go on from round to round, so that no round is like another; both slots
   // of the exchange are used in turn.
   for (int round = 0; round < (SanitizerRun() ? 2 : 20); ++round) {
@@ -61,7 +61,7 @@ void Check(const Shape& s) {
       ranks.Use(r);
       Fill(cases[r]->x.template get<T>(), s.m * s.k, seed += 10, 2.0f);
     }
-    ranks.Synchronize();
+    ranks.SynchronizeDevices();
     for (const bool pushed : {false, true}) {
       for (int r = 0; r < s.ranks; ++r) {
         ranks.Use(r);

@@ -140,6 +140,13 @@ class VirtualRanks {
           << fault_->block;
     }
   }
+  // Of the devices too: a fill or a copy is on a stream that the ranks' do not wait for.
+  void SynchronizeDevices() const {
+    for (int r = 0; r < size_; ++r) {
+      Use(r);
+      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    }
+  }
 
  private:
   const int size_;
