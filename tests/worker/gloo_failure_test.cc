@@ -111,10 +111,12 @@ TEST(GlooCommunicator, AbortEndsACollectiveUnderWayAtOnce) {
     std::thread waiting([&] {
       std::vector<float> values(count, 1.0f);
       entered = gettid();
+      entered.notify_one();
       status = comms[0]->AllReduceSum(absl::MakeSpan(values));
     });
-    // Until it waits.
-    while (entered == 0 || ProcessState(entered) != 'S') absl::SleepFor(absl::Milliseconds(1));
+    entered.wait(0);
+    // Until it waits, or has ended without.
+    while (ProcessState(entered) == 'R') std::this_thread::yield();
     const absl::Time start = absl::Now();
     comms[0]->Abort();
     waiting.join();
