@@ -211,7 +211,8 @@ AllReducePath ChooseAllReduce(const AllReduceArgs& args, const ExchangeLayout& l
   Shape shape;
   if (!ShapeOf(args, &shape)) return AllReducePath::kNone;
   if (args.pushed) {
-    const bool fits = shape.has_rows &&
+    // What is passed over as padding would stay behind in its slot.
+    const bool fits = shape.has_rows && args.slots == nullptr &&
                       RowsAtOnce(shape, layout, size, AllReducePath::kOneShot, true) >= shape.rows;
     return fits ? AllReducePath::kOneShot : AllReducePath::kNone;
   }
@@ -230,7 +231,7 @@ cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLa
   }
   const int at_once = RowsAtOnce(shape, layout, peers.size, path, args.pushed);
   if (at_once == 0) return cudaErrorInvalidValue;
-  if (args.pushed && (path != AllReducePath::kOneShot || !shape.has_rows || at_once < shape.rows))
+  if (args.pushed && path != ChooseAllReduce(args, layout, peers.size))
     return cudaErrorInvalidValue;
   for (const void* p : {args.in, static_cast<const void*>(args.out), args.bias, args.residual,
                         static_cast<const void*>(args.residual_out), args.norm_weight}) {

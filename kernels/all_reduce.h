@@ -90,7 +90,7 @@ struct AllReduceArgs {
   const void* in = nullptr;
   void* out = nullptr;  // may be `in`
   // Every rank's product, the kernel ahead, has pushed its rows; `in` is not read. With bias,
-  // residual or norm.
+  // residual or norm, without slots.
   bool pushed = false;
 
   const void* bias = nullptr;      // [hidden], added once; or nullptr

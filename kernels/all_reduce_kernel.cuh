@@ -142,33 +142,22 @@ __device__ __forceinline__ uint4 Sum(const Params& p, const uint4 (&got)[kMax], 
   return Pack<T>(sum);
 }
 
-template <typename T, int kMax>
+// kPushed: of rows that the products have pushed.
+template <typename T, int kMax, bool kPushed>
 __device__ __forceinline__ uint4 OneShot(const Params& p, uint64_t exchange, uint32_t index,
                                          uint4 mine, uint4 bias) {
   const uint32_t slot = p.receive + (exchange & 1) * p.receive_slot;
 #pragma unroll
   for (int d = 1; d < kMax; ++d) {
-    if (d >= p.size) break;
+    if (kPushed || d >= p.size) break;
     const int peer = p.rank + d < p.size ? p.rank + d : p.rank + d - p.size;
     StoreSystem(Vectors(p.base[peer]) + slot + p.rank * p.receive_source + index, mine);
   }
   uint4 residual = {};
   if (p.residual != nullptr) residual = LoadVector(p.residual, index);
   uint4 got[kMax];
-  Receive<kMax>(p, PeerWait::kOneShot, exchange, Vectors(p.base[p.rank]) + slot + index, mine, got);
-  return Sum<T, kMax>(p, got, bias, residual);
-}
-
-// Of rows that the products have pushed.
-template <typename T, int kMax>
-__device__ __forceinline__ uint4 Collect(const Params& p, uint64_t exchange, uint32_t index,
-                                         uint4 bias) {
-  const uint32_t slot = p.receive + (exchange & 1) * p.receive_slot;
-  uint4 residual = {};
-  if (p.residual != nullptr) residual = LoadVector(p.residual, index);
-  uint4 got[kMax];
-  Receive<kMax, true>(p, PeerWait::kOneShot, exchange, Vectors(p.base[p.rank]) + slot + index, {},
-                      got);
+  Receive<kMax, kPushed>(p, PeerWait::kOneShot, exchange, Vectors(p.base[p.rank]) + slot + index,
+                         mine, got);
   return Sum<T, kMax>(p, got, bias, residual);
 }
 
@@ -310,14 +299,15 @@ __global__ void __launch_bounds__(kRows ? kMaxThreads : kTileVectors, BlocksPerS
     uint4 sum = {};
     const bool timed = row == 0 && v == 0 && p.clock != nullptr;
     if (timed) clock_ns = DeviceClockNs();
-    if (kPushed && active) sum = Collect<T, kMax>(p, exchange, index, bias);
-    if (!kPushed && active) {
-      const uint4 mine = Sendable(partial ? LoadPartial<T>(p.in, index, p.tail_elements)
-                                          : LoadVector(p.in, index));
+    if (active) {
+      uint4 mine = {};
+      if constexpr (!kPushed)
+        mine = Sendable(partial ? LoadPartial<T>(p.in, index, p.tail_elements)
+                                : LoadVector(p.in, index));
       if constexpr (kTwoShot) {
         sum = TwoShot<T, kMax>(p, exchange, row, v, index, mine, bias);
       } else {
-        sum = OneShot<T, kMax>(p, exchange, index, mine, bias);
+        sum = OneShot<T, kMax, kPushed>(p, exchange, index, mine, bias);
       }
     }
     if (timed) {

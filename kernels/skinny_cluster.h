@@ -30,6 +30,9 @@
 
 namespace lockstep::kernels {
 
+// Whose sums a product sends to the other ranks itself.
+inline constexpr int kMaxPushedRows = 32;
+
 struct SkinnyClusterArgs {
   const void* weights = nullptr;  // [n][k], 16-byte aligned
   Type type = Type::kBF16;        // of weights and x: kBF16, kF16 or kE4M3
@@ -42,8 +45,8 @@ struct SkinnyClusterArgs {
   const float* weight_scales = nullptr;  // [n], kE4M3 only
   const float* x_scales = nullptr;       // [m], kE4M3 only; null: x is of out_type
 
-  // kPush, of up to 32 rows: into every rank's region by `push`, for an all-reduce that is told so;
-  // n a multiple of 8, no bias.
+  // kPush, of up to kMaxPushedRows: into every rank's region by `push`, for an all-reduce that is
+  // told so; n a multiple of 8, no bias.
   GemvEpilogue epilogue = GemvEpilogue::kStore;
   ExchangePush push = {};
   Type out_type = Type::kBF16;  // kBF16 or kF16, `type` unless that is kE4M3; kLogits: fp32

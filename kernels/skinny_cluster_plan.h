@@ -31,7 +31,6 @@ inline constexpr int kClusterThreads = (kClusterGroups + 1) * 128 + kClusterGrou
 inline constexpr int kMaxStagedRows = 16;
 inline constexpr int kStagingLanes = kClusterGroups * 128 / kMaxStagedRows;  // a row's
 inline constexpr int kMaxStagedChunks = 16;
-inline constexpr int kMaxPushedRows = 32;
 // A row of sums: padded against bank conflicts.
 __host__ __device__ constexpr int ClusterSumStride(int rows) { return rows + 4; }
 // Two tiles' sums.

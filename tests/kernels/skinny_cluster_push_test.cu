@@ -152,6 +152,11 @@ TEST(SkinnyClusterPushTest, RefusesWhatItCannotDo) {
   AllReduceArgs sum = {.rows = 4, .hidden = 64};
   sum.pushed = true;  // without anything that makes it rows
   EXPECT_EQ(ChooseAllReduce(sum, ranks.layout(), 2), AllReducePath::kNone);
+  sum.residual = c.residual[0].get();
+  EXPECT_EQ(ChooseAllReduce(sum, ranks.layout(), 2), AllReducePath::kOneShot);
+  const int32_t slots[4] = {};
+  sum.slots = slots;  // what is padding would stay in its slot
+  EXPECT_EQ(ChooseAllReduce(sum, ranks.layout(), 2), AllReducePath::kNone);
 }
 
 }  // namespace

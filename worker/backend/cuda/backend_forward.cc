@@ -240,8 +240,7 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
   if (collectives_.size() > 1) {
     kernels::AllReduceArgs args = {
         .type = type_, .rows = part_.rows, .hidden = hidden_, .in = partial, .out = partial};
-    args.pushed = pushed_;
-    pushed_ = false;
+    args.pushed = push_.size > 0;
     const bool fusable = post.kind == kernels::NormKind::kNone &&
                          next.kind == kernels::NormKind::kRms && next.weight != nullptr &&
                          !op.norm_is_residual;

@@ -253,7 +253,8 @@ class CudaBackend final : public Backend {
   bool halved_ = false;
   Part halves_[2];
   std::vector<std::function<void()>> stage_;
-  bool pushed_ = false;                   // what buffers_.partial would hold is with the ranks
+  // Where the last row-parallel product's sums went; of size 0: into buffers_.partial.
+  kernels::ExchangePush push_;
   const void* quantized_from_ = nullptr;  // what buffers_.quantized is the e4m3 of
   // One decoded row: a row-parallel product pushes its sums to every rank, and the
   // product after it polls for them, adds the residual and norms them as it waits

@@ -18,8 +18,6 @@ constexpr int64_t kMaxSkinnyK = 8'192;
 // has its pick of kernels; else there is one, of tiles of 128 rows of either (down of an 8B, 256
 // rows: 28 and 46 us; 70B, 192 rows: gate-up 145 and 220). For long ones the one is as good.
 constexpr int kMaxUnscaledRows = 2'048;
-// Of a product of few rows that sends its sums to the other ranks itself.
-constexpr int kMaxPushedRows = 32;
 
 }  // namespace
 
@@ -126,7 +124,7 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
     few.x = args.x;
     few.x_stride = args.x_stride;
     few.epilogue = epilogue;
-    if (epilogue == GemvEpilogue::kPush) few.push = PushOfPartial(linear);
+    if (epilogue == GemvEpilogue::kPush) few.push = push_;
     few.out = out;
     few.out_stride = out_stride;
     Check(kernels::SkinnyCluster(launch(), few), "a product of few rows");
@@ -142,15 +140,15 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
 
 // The ranks' sums are of what is scaled already.
 void CudaBackend::MatmulPartial(const void* x, int width, const Linear& linear) {
-  pushed_ = PushOfPartial(linear).size > 0;
+  push_ = PushOfPartial(linear);
   Matmul(x, width, linear, part_.rows, Rows(buffers_.partial, hidden_), hidden_,
-         pushed_ ? GemvEpilogue::kPush : GemvEpilogue::kStore,
+         push_.size > 0 ? GemvEpilogue::kPush : GemvEpilogue::kStore,
          collectives_.size() == 1 ? &partial_scales_ : nullptr);
 }
 
 kernels::ExchangePush CudaBackend::PushOfPartial(const Linear& linear) const {
   // What can fold has a residual and an RMS norm behind each sum.
-  if (collectives_.size() == 1 || halved_ || !can_fold_ || part_.rows > kMaxPushedRows ||
+  if (collectives_.size() == 1 || halved_ || !can_fold_ || part_.rows > kernels::kMaxPushedRows ||
       !TakesCluster(linear, part_.rows))
     return {};
   return collectives_.push_for({.type = type_,
