@@ -26,6 +26,7 @@ enum class PeerWait : uint32_t {
   kSmallAllGather = 4,
   kPushedPartial = 5,  // a partial pushed by the epilogue of a matrix kernel
   kOwnBlocks = 6,      // other blocks of this rank, in the kernel of a whole step
+  kCopiedRows = 7,     // a rank's copies of a long all-reduce
 };
 
 struct alignas(16) PeerFault {

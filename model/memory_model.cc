@@ -162,12 +162,20 @@ int64_t CudaActivationBytes(const ModelConfig& config, const ServingShape& shape
          rotary + kCublasWorkspaceBytes;
 }
 
-int64_t CommunicationBytes(const ShardPlan& plan, BackendKind backend) {
+// Of a long step's rows, on cuda: the norms' results, which every rank gathers, and what the
+// others send of half of its sums.
+int64_t SharedRowBytes(const ModelConfig& config, const ServingShape& shape) {
+  const int64_t element = DTypeBytes(shape.dtype);
+  const int64_t fp8 = shape.quantization.empty() ? 0 : config.hidden_size + 4;
+  return shape.max_batched_tokens * (config.hidden_size * element * 3 / 2 + fp8);
+}
+
+int64_t CommunicationBytes(const ModelConfig& config, const ServingShape& shape,
+                           const ShardPlan& plan, BackendKind backend) {
   if (plan.tp_size == 1) return 0;
   if (backend == BackendKind::kCpu) return (plan.tp_size - 1) * kCpuBytesPerPeer;
-  // Two all-reduces in flight that peers read and write directly.
   // NCCL's buffers and the region that peers write into.
-  return kNcclBytes + kCudaExchangeBytes;
+  return kNcclBytes + kCudaExchangeBytes + SharedRowBytes(config, shape);
 }
 
 // Tokens of whole blocks that fit into `bytes`.
@@ -274,7 +282,7 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
   const bool cpu = backend == BackendKind::kCpu;
   memory.activation_bytes =
       cpu ? CpuActivationBytes(config, shape, *plan) : CudaActivationBytes(config, shape, *plan);
-  memory.communication_bytes = CommunicationBytes(*plan, backend);
+  memory.communication_bytes = CommunicationBytes(config, shape, *plan, backend);
   memory.runtime_bytes = cpu ? 0 : kCudaRuntimeBytes;
   return memory;
 }

@@ -228,6 +228,7 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
     report.activation_bytes = unsigned_of(*bytes);
   }
   if (const auto bytes = (*backend)->runtime_bytes()) report.runtime_bytes = unsigned_of(*bytes);
+  report.shared_bytes = unsigned_of((*backend)->shared_bytes());
   report.shard = DescribeShard(*config, *plan);
   loaded.limits = {limits.max_num_seqs,  limits.max_batched_tokens,
                    limits.max_model_len, limits.block_size,

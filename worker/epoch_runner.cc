@@ -344,6 +344,7 @@ absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
     loading_ = false;
     if (!loaded.ok()) return loaded.status();
     if (epoch.closed) return absl::AbortedError("the epoch was closed while loading");
+    options.shared_bytes = loaded->shared_bytes;
     communicator = epoch.communicator = options_.make_communicator(options);
   }
   for (const auto& [name, seconds] : loaded->phases) add_phase(name, seconds);

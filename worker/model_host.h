@@ -29,6 +29,7 @@ struct LoadReport {
   uint64_t checkpoint_bytes = 0;  // read from files by this Load
   uint64_t kv_bytes = 0;
   std::optional<uint64_t> activation_bytes, runtime_bytes;  // where the backend says
+  uint64_t shared_bytes = 0;                                // CommunicatorOptions'
   uint64_t model_digest = 0;                                // ranks of a group must agree on it
   std::string shard;                                        // in words
   std::vector<std::pair<std::string, double>> phases;       // name, seconds

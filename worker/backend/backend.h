@@ -136,6 +136,8 @@ class Backend {
   // As allocated.
   virtual int64_t weight_bytes() const = 0;
   virtual int64_t kv_bytes() const = 0;
+  // What Attach's communicator is to let the ranks share (CommunicatorOptions).
+  virtual int64_t shared_bytes() const { return 0; }
   // Buffers of a step, and what libraries take for themselves; nothing where a
   // backend cannot tell.
   virtual std::optional<int64_t> activation_bytes() const { return std::nullopt; }

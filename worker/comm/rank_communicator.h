@@ -37,6 +37,9 @@ struct CommunicatorOptions {
   int size = 1;
   std::string bind_address;  // local address or name that the other ranks can reach
   int64_t max_skew_ms = 0;   // a collective that waits longer for a rank fails; 0: 30,000
+  // Of device memory that every rank may write, where GPUs reach each other: what the backend
+  // shares beside the collectives' own; the same on every rank.
+  uint64_t shared_bytes = 0;
   // Of tests alone (worker/fault_injection.h), for GPUs. `skips` is asked before each
   // all-reduce, which this rank leaves out if so (then steps are not replayed, which would
   // not ask); nccl_only: as if no GPU could reach another's memory.

@@ -94,26 +94,26 @@ void CudaBackend::Embed(const EmbedOp& op) {
   if (projected) {
     Matmul(embedded, width, {model_.project_in, nullptr}, rows_, buffers_.partial.get(), hidden_);
   }
-  Check(kernels::AfterEmbed(
-            launch(), {.type = type_,
-                       .num_rows = rows_,
-                       .hidden = hidden_,
-                       .rows = io_.rows(),
-                       .x = buffers_.partial.get(),
-                       .scale = static_cast<float>(config_.embedding_scale),
-                       .position_table = model_.position.data,
-                       .position_offset = static_cast<int>(config_.position_offset),
-                       .norm = model_.Find(op.norm),
-                       .residual = buffers_.residual.get(),
-                       .normed = buffers_.normed.get(),
-                       .quantized = TakesQuantized(buffers_.normed.get(), model_.layers[0].qkv)}),
-        "the embedding's norm");
+  Check(
+      kernels::AfterEmbed(launch(), {.type = type_,
+                                     .num_rows = rows_,
+                                     .hidden = hidden_,
+                                     .rows = io_.rows(),
+                                     .x = buffers_.partial.get(),
+                                     .scale = static_cast<float>(config_.embedding_scale),
+                                     .position_table = model_.position.data,
+                                     .position_offset = static_cast<int>(config_.position_offset),
+                                     .norm = model_.Find(op.norm),
+                                     .residual = buffers_.residual.get(),
+                                     .normed = Normed(),
+                                     .quantized = TakesQuantized(Normed(), model_.layers[0].qkv)}),
+      "the embedding's norm");
 }
 
 void CudaBackend::RunQkv(const QkvOp& op) {
   const LayerWeights& w = model_.layers[op.layer];
-  Matmul(Rows(buffers_.normed, hidden_), hidden_, w.qkv, part_.rows, Rows(buffers_.qkv, qkv_width_),
-         qkv_width_, GemvEpilogue::kStore, &qkv_scales_);
+  Matmul(Normed(), hidden_, w.qkv, part_.rows, Rows(buffers_.qkv, qkv_width_), qkv_width_,
+         GemvEpilogue::kStore, &qkv_scales_);
   const float2* rotary = op.rope == RopeTable::kNone ? nullptr
                          : op.rope == RopeTable::kLocal && rope_local_.get() != nullptr
                              ? rope_local_.get()
@@ -230,13 +230,16 @@ Linear CudaBackend::ReaderOf(const ReduceOp& op) const {
   return {model_.head, nullptr};
 }
 
-void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
+const void* CudaBackend::BiasOf(const ReduceOp& op) const {
   const LayerWeights& w = model_.layers[op.layer];
-  const void* bias = op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
+  return op.source == ReduceOp::Source::kAttention ? w.o.bias : w.down.bias;
+}
+
+void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
   const kernels::NormSpec post = model_.Find(op.post), next = model_.Find(op.next);
   std::byte* const partial = Rows(buffers_.partial, hidden_);
   std::byte* const residual = Rows(buffers_.residual, hidden_);
-  std::byte* const normed = Rows(buffers_.normed, hidden_);
+  std::byte* const normed = Normed();
   if (collectives_.size() > 1) {
     kernels::AllReduceArgs args = {
         .type = type_, .rows = part_.rows, .hidden = hidden_, .in = partial, .out = partial};
@@ -246,7 +249,7 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
                          !op.norm_is_residual;
     if (fusable) {
       args.out = normed;
-      args.bias = bias;
+      args.bias = BiasOf(op);
       args.residual = args.residual_out = residual;
       args.norm_weight = next.weight;
       args.eps = next.eps;
@@ -277,19 +280,24 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
     if (fused && fusable) return;  // else it is only the sum
   }
   // There is one buffer of quantised rows, the products' on their own stream.
-  const kernels::QuantizedRows quantized =
-      halved_ ? kernels::QuantizedRows() : TakesQuantized(normed, ReaderOf(op));
+  AddAndNorm(launch, op, normed,
+             halved_ ? kernels::QuantizedRows() : TakesQuantized(normed, ReaderOf(op)));
+}
+
+void CudaBackend::AddAndNorm(const Launch& launch, const ReduceOp& op, std::byte* normed,
+                             const kernels::QuantizedRows& quantized) {
+  std::byte* const residual = Rows(buffers_.residual, hidden_);
   Check(kernels::ReduceTail(launch, {.type = type_,
                                      .num_rows = part_.rows,
                                      .hidden = hidden_,
                                      .slot = io_.arrays().slot + part_.first,
-                                     .x = partial,
+                                     .x = Rows(buffers_.partial, hidden_),
                                      .x_scales = partial_scales_,
-                                     .bias = bias,
-                                     .post = post,
+                                     .bias = BiasOf(op),
+                                     .post = model_.Find(op.post),
                                      .residual_in = residual,
                                      .residual_out = residual,
-                                     .next = next,
+                                     .next = model_.Find(op.next),
                                      .norm_is_residual = op.norm_is_residual,
                                      .normed = normed,
                                      .quantized = quantized}),
@@ -299,7 +307,7 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
 void CudaBackend::RunGateUp(int64_t layer) {
   const Linear& up = model_.layers[layer].up;
   const bool gated = config_.gated_mlp;
-  const std::byte* const normed = Rows(buffers_.normed, hidden_);
+  const std::byte* const normed = Normed();
   std::byte* const activated = Rows(buffers_.activated, intermediate_);
   const GemvEpilogue epilogue = GateEpilogue(config_);
   // Else e4m3 is left to the activation's own kernel, which quantises what it makes.
@@ -347,7 +355,7 @@ void CudaBackend::Logits(absl::Span<const LogitRow> rows) {
     return;
   }
   const int count = capturing_ ? rows_ : static_cast<int>(rows.size());
-  const void* hidden = buffers_.normed.get();
+  const void* hidden = Normed();
   if (!capturing_) {
     Check(kernels::GatherRows(launch(), {.type = type_,
                                          .in = hidden,

@@ -94,6 +94,7 @@ class CudaBackend final : public Backend {
 
   int64_t max_logit_rows() const override { return max_logit_rows_; }
   int64_t weight_bytes() const override { return weights_->allocated_bytes(); }
+  int64_t shared_bytes() const override { return static_cast<int64_t>(shared_rows_.bytes); }
   int64_t kv_bytes() const override { return static_cast<int64_t>(kv_.bytes()); }
   std::optional<int64_t> activation_bytes() const override { return activation_bytes_; }
   std::optional<int64_t> runtime_bytes() const override { return runtime_bytes_; }
@@ -124,6 +125,10 @@ class CudaBackend final : public Backend {
   // A row-parallel product of `width` columns, into buffers_.partial.
   void MatmulPartial(const void* x, int width, const Linear& linear);
   void Reduce(const kernels::Launch& launch, const ReduceOp& op);
+  // What follows a sum over the ranks that lies in buffers_.partial.
+  void AddAndNorm(const kernels::Launch& launch, const ReduceOp& op, std::byte* normed,
+                  const kernels::QuantizedRows& quantized);
+  const void* BiasOf(const ReduceOp& op) const;
   // The product that takes what Reduce makes.
   Linear ReaderOf(const ReduceOp& op) const;
   // Where such a product of `linear` pushes its sums; of size 0: it stores them.
@@ -136,11 +141,14 @@ class CudaBackend final : public Backend {
 
   void SetParts(int cut, int decode_rows);
   // Of backend_halves.cc.
+  kernels::QuantizedRows SharedQuantized() const;
   absl::Status PrepareHalves();
   bool MayHalve(int rows, int decode_rows) const;
+  static int CutOf(int rows);  // of the first half
   // For a half's products, beside the other half's sum; 0: all.
   int ProductsMultiprocessors() const;
   void RunHalves(const ReduceOp& op);
+  void ReduceByRows(const ReduceOp& op);
   void JoinHalves();
 
   // Whether a step of one row may fold its all-reduces into the products around
@@ -189,6 +197,11 @@ class CudaBackend final : public Backend {
   std::byte* Rows(const Buffer<std::byte>& buffer, int width) const {
     return buffer.get() + size_t(part_.first) * width * kernels::TypeBytes(type_);
   }
+  std::byte* Normed() const {
+    if (!by_rows_) return Rows(buffers_.normed, hidden_);
+    return collectives_.shared(shared_rows_.normed) +
+           size_t(part_.first) * hidden_ * kernels::TypeBytes(type_);
+  }
   kernels::KvLayer Kv(int64_t layer) const;
   absl::Status AllocateWidened();
   // Of span `s` of the step's arrays: blocks of its context.
@@ -215,6 +228,7 @@ class CudaBackend final : public Backend {
   cudaStream_t exchange_stream_ = nullptr;          // of halves' all-reduces
   cudaEvent_t produced_[2] = {}, reduced_[2] = {};  // of halves
   int multiprocessors_ = 0;
+  SharedRows shared_rows_;
   std::unique_ptr<LtMatmul> lt_;
   Buffer<std::byte> own_exchange_;  // with one rank, what is pushed stays here
   kernels::GemvExchange exchange_region_;
@@ -253,9 +267,12 @@ class CudaBackend final : public Backend {
   bool halved_ = false;
   Part halves_[2];
   std::vector<std::function<void()>> stage_;
+  bool by_rows_ = false;     // the halves' sums, by Collectives::SumOwnRows
+  bool dealt_e4m3_ = false;  // and what is left of them is e4m3
   // Where the last row-parallel product's sums went; of size 0: into buffers_.partial.
   kernels::ExchangePush push_;
-  const void* quantized_from_ = nullptr;  // what buffers_.quantized is the e4m3 of
+  const void* quantized_from_ = nullptr;  // what quantized_ is the e4m3 of
+  kernels::QuantizedRows quantized_;
   // One decoded row: a row-parallel product pushes its sums to every rank, and the
   // product after it polls for them, adds the residual and norms them as it waits
   // for its weights. No kernel and no launch of its own is left of the all-reduce.

@@ -56,7 +56,8 @@ kernels::QuantizedRows CudaBackend::TakesQuantized(const void* made, const Linea
   if (!Quantized(next) || QuantizesAsStaged(next, part_.rows)) return {};
   if (part_.rows <= kMaxSkinnyRows && !TakesCluster(next, part_.rows)) return {};
   quantized_from_ = made;
-  return {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
+  quantized_ = {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
+  return quantized_;
 }
 
 bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
@@ -103,21 +104,22 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
                      .multiprocessors = halved_ ? ProductsMultiprocessors() : 0};
   if (Quantized(linear) && !QuantizesAsStaged(linear, m)) {
     if (x != quantized_from_) {
+      quantized_ = {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
       Check(kernels::QuantizeRows(launch(), {.type = type_,
                                              .num_rows = m,
                                              .width = args.k,
                                              .slot = nullptr,
                                              .in = x,
                                              .in_stride = x_stride,
-                                             .out = buffers_.quantized.get(),
+                                             .out = quantized_.values,
                                              .out_stride = args.k,
-                                             .scales = buffers_.quantized_scales.get()}),
+                                             .scales = quantized_.scales}),
             "quantising activations");
     }
     quantized_from_ = nullptr;  // one copy, for one product
-    args.x = buffers_.quantized.get();
+    args.x = quantized_.values;
     args.x_stride = args.k;
-    args.x_scales = buffers_.quantized_scales.get();
+    args.x_scales = quantized_.scales;
   }
   if (TakesCluster(linear, m)) {
     kernels::SkinnyClusterArgs few = ClusterArgs(linear, m, args.x_scales);

@@ -73,8 +73,10 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
     needs_ = needs_ | (row.samples ? slot.needs : kernels::NeedsOf(slot.params, true));
   }
   halved_ = MayHalve(rows_, decode_rows);
+  by_rows_ = halved_ && collectives_.deals_rows();
+  dealt_e4m3_ = false;
   stage_.clear();
-  const int cut = halved_ ? (rows_ / 2 + 127) / 128 * 128 : rows_;
+  const int cut = halved_ ? CutOf(rows_) : rows_;
   io_.Write(spans, rows, cut);
   SetParts(cut, decode_rows);
 
@@ -136,7 +138,7 @@ bool CudaBackend::BeginRecording(std::vector<LogitRow>* rows) {
   to_record_.pop_back();
   collectives_.ResetStats();
   stage_.clear();
-  halved_ = false;
+  halved_ = by_rows_ = false;
   quantized_from_ = nullptr;
   sampled_rows_ = 0;
   rows->assign(rows_, {.samples = true});

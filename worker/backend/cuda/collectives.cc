@@ -12,11 +12,14 @@ constexpr size_t kLeastMarkedBytes = 8 << 20;
 
 }  // namespace
 
-absl::Status Collectives::Attach(Communicator* comm, int hidden, kernels::CollectiveClock* clock) {
+absl::Status Collectives::Attach(Communicator* comm, int hidden, const SharedRows& shared,
+                                 kernels::CollectiveClock* clock) {
   size_ = comm->size();
   comm_ = comm->device();
   clock_ = clock;
   gemv_exchange_ = {};
+  row_exchange_ = {};
+  row_exchange_number_ = 1;
   if (size_ == 1) return absl::OkStatus();
   if (comm_ == nullptr) {
     return absl::InvalidArgumentError("the cuda backend needs a communicator of device memory");
@@ -27,6 +30,10 @@ absl::Status Collectives::Attach(Communicator* comm, int hidden, kernels::Collec
     gemv_exchange_.peers = peers_;
     gemv_exchange_.offset = comm_->gemv_offset();
     gemv_exchange_.width = hidden;
+    if (shared.bytes > 0 && comm_->shared_bytes() == shared.bytes) {
+      row_exchange_ = {
+          .peers = peers_, .offset = comm_->shared_offset(), .inbox_bytes = shared.inbox_bytes};
+    }
   }
   return absl::OkStatus();
 }
@@ -63,6 +70,44 @@ absl::Status Collectives::AllReduceAside(const kernels::Launch& launch,
   if (comm_->Skips()) return absl::OkStatus();
   Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
   return SumByNccl(launch, args, kernels::TransferMark::kEndAside);
+}
+
+kernels::RowShare Collectives::OwnRows(int rows) const {
+  return kernels::ShareOf(rows, row_exchange_.peers.rank, size_);
+}
+
+std::byte* Collectives::shared(size_t offset) const {
+  return peers_.base[peers_.rank] + row_exchange_.offset + offset;
+}
+
+absl::Status Collectives::SumOwnRows(cudaStream_t stream, kernels::Type type, int rows, int hidden,
+                                     void* data) {
+  leaves_out_ = comm_->Skips();
+  if (leaves_out_) return absl::OkStatus();
+  Count(static_cast<size_t>(rows) * hidden * kernels::TypeBytes(type));
+  absl::Status status =
+      ToStatus(kernels::MarkTransfer(stream, clock_, kernels::TransferMark::kBegin), "all-reduce");
+  if (!status.ok()) return status;
+  return ToStatus(kernels::SumRows(stream, row_exchange_,
+                                   {.type = type,
+                                    .rows = rows,
+                                    .hidden = hidden,
+                                    .data = data,
+                                    .number = row_exchange_number_}),
+                  "all-reduce");
+}
+
+absl::Status Collectives::GatherRows(cudaStream_t stream,
+                                     absl::Span<const kernels::GatheredRows> arrays, int rows) {
+  if (leaves_out_) return absl::OkStatus();
+  absl::Status status =
+      ToStatus(kernels::GatherRows(stream, row_exchange_, arrays.data(),
+                                   static_cast<int>(arrays.size()), rows, row_exchange_number_),
+               "all-reduce");
+  row_exchange_number_ += 2;
+  if (!status.ok()) return status;
+  return ToStatus(kernels::MarkTransfer(stream, clock_, kernels::TransferMark::kEndAside),
+                  "all-reduce");
 }
 
 absl::Status Collectives::SumByNccl(const kernels::Launch& launch,

@@ -8,9 +8,12 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "kernels/all_reduce.h"
 #include "kernels/gemv.h"
+#include "kernels/row_exchange.h"
 #include "kernels/types.h"
+#include "worker/backend/cuda/shared_rows.h"
 #include "worker/comm/communicator.h"
 
 namespace lockstep {
@@ -24,7 +27,8 @@ class Collectives {
   // `comm`: of any size; above 1 it must be a DeviceCommunicator, which outlives
   // the epoch.
   // The ranks' waits for each other are added to `clock`, of this device's memory.
-  absl::Status Attach(Communicator* comm, int hidden, kernels::CollectiveClock* clock);
+  absl::Status Attach(Communicator* comm, int hidden, const SharedRows& shared,
+                      kernels::CollectiveClock* clock);
   int size() const { return size_; }
   bool has_peers() const;
   bool may_skip() const;  // in tests: an all-reduce may be left out, so each is asked for anew
@@ -36,6 +40,17 @@ class Collectives {
   // The sum alone, in place of args.in, by what takes few multiprocessors: for a long
   // message beside other kernels.
   absl::Status AllReduceAside(const kernels::Launch& launch, const kernels::AllReduceArgs& args);
+  // Whether a long message may go by rows that are dealt out: see kernels/row_exchange.h.
+  bool deals_rows() const { return row_exchange_.peers.size > 1; }
+  // The sum of the rows that are this rank's, in place; then what was made of them, in the
+  // ranks' shared rows, to all others. One behind the other, on one stream.
+  absl::Status SumOwnRows(cudaStream_t stream, kernels::Type type, int rows, int hidden,
+                          void* data);
+  kernels::RowShare OwnRows(int rows) const;
+  absl::Status GatherRows(cudaStream_t stream, absl::Span<const kernels::GatheredRows> arrays,
+                          int rows);
+  // The own ones; offsets as in SharedRows.
+  std::byte* shared(size_t offset) const;
   // bytes of `send` from every rank, in rank order.
   absl::Status AllGather(const kernels::Launch& launch, const void* send, void* gathered,
                          size_t bytes);
@@ -63,6 +78,9 @@ class Collectives {
   kernels::CollectiveClock* clock_ = nullptr;
   kernels::Peers peers_;  // if has_peers()
   kernels::GemvExchange gemv_exchange_;
+  kernels::RowExchange row_exchange_;  // of peers' size 1: none
+  uint32_t row_exchange_number_ = 1;
+  bool leaves_out_ = false;  // the exchange under way, in tests
   CollectiveStats stats_;
 };
 

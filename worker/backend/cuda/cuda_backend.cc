@@ -135,7 +135,7 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
   in_flight_.clear();
   last_end_ns_ = 0;
   graphs_.Clear();  // they hold the last epoch's peers
-  status_ = collectives_.Attach(comm, hidden_, io_.io().collectives);
+  status_ = collectives_.Attach(comm, hidden_, shared_rows_, io_.io().collectives);
   if (status_.ok()) status_ = PrepareExchange();
   if (status_.ok()) status_ = PrepareStack();
   graphs_.SetLimits(static_cast<int>(max_logit_rows_), static_cast<int>(limits_.max_model_len));
@@ -165,6 +165,7 @@ absl::Status InitKernels() {
   if (status.ok()) status = ToStatus(kernels::InitSkinnyCluster(), "loading the matrix kernels");
   if (status.ok()) status = ToStatus(kernels::InitRowStack(), "loading the kernel of a row");
   if (status.ok()) status = ToStatus(kernels::InitAllReduce(), "loading the all-reduce kernels");
+  if (status.ok()) status = ToStatus(kernels::InitRowExchange(), "loading the all-reduce kernels");
   if (status.ok()) {
     status = ToStatus(kernels::InitDecodeAttention(), "loading the attention kernels");
   }

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
 #include "kernels/gemv.h"
+#include "kernels/row_exchange.h"
 
 namespace lockstep {
 namespace {
@@ -23,6 +24,7 @@ size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 DeviceCommunicator::DeviceCommunicator(const CommunicatorOptions& options, int device)
     : options_(options), device_(device), layout_(kernels::DefaultExchangeLayout(options.size)) {
   gemv_offset_ = Aligned(layout_.offset + kernels::ExchangeRegionBytes(layout_, options.size));
+  shared_offset_ = Aligned(gemv_offset_ + kernels::GemvExchangeBytes(options.size, kMaxGemvWidth));
 }
 
 DeviceCommunicator::~DeviceCommunicator() = default;
@@ -55,12 +57,15 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
   const PeerMemory::Options options = {.rank = options_.rank,
                                        .size = options_.size,
                                        .device = device_,
-                                       .bytes = gemv_offset_ + gemv_bytes};
+                                       .bytes = shared_offset_ + options_.shared_bytes};
   const auto clear = [&](std::byte* own, cudaStream_t stream) {
-    const cudaError_t error = kernels::ClearExchangeRegion(layout_, options_.size, own, stream);
+    cudaError_t error = kernels::ClearExchangeRegion(layout_, options_.size, own, stream);
     // All ones: nothing has arrived (kernels/gemv.h).
-    return error != cudaSuccess ? error
-                                : cudaMemsetAsync(own + gemv_offset_, 0xff, gemv_bytes, stream);
+    if (error == cudaSuccess) {
+      error = cudaMemsetAsync(own + gemv_offset_, 0xff, gemv_bytes, stream);
+    }
+    if (error != cudaSuccess || options_.shared_bytes == 0) return error;
+    return kernels::ClearRowExchange(own + shared_offset_, stream);
   };
   absl::StatusOr<std::unique_ptr<PeerMemory>> peers =
       options_.nccl_only ? absl::UnimplementedError("as this worker was told (--inject)")

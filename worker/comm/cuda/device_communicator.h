@@ -1,7 +1,8 @@
 // The communicator of one rank on a GPU, for one group and epoch: NCCL, and,
 // where the GPUs can reach each other's memory, the regions of the own kernels.
 //
-//   region   [all-reduce and small all-gather | folded all-reduce of kernels/gemv.h]
+//   region   [all-reduce and small all-gather | folded all-reduce of kernels/gemv.h |
+//             what the backend shares: kernels/row_exchange.h]
 //
 // Join blocks until every rank is there. The collectives themselves are enqueued
 // by worker/backend/cuda/collectives.h; those on host memory, which the base class
@@ -46,6 +47,9 @@ class DeviceCommunicator final : public RankCommunicator {
   const kernels::Peers* peers() const { return peers_ ? &peers_->peers() : nullptr; }
   const kernels::ExchangeLayout& layout() const { return layout_; }
   size_t gemv_offset() const { return gemv_offset_; }
+  // Of options.shared_bytes, if those are not 0; begins with a cleared RowExchange.
+  size_t shared_offset() const { return shared_offset_; }
+  size_t shared_bytes() const { return options_.shared_bytes; }
   // Above one rank, after Join.
   NcclCommunicator* nccl() { return nccl_.get(); }
   // Which rank a kernel waited for in vain; OK if none did.
@@ -68,7 +72,7 @@ class DeviceCommunicator final : public RankCommunicator {
   const CommunicatorOptions options_;
   const int device_;
   kernels::ExchangeLayout layout_;
-  size_t gemv_offset_ = 0;
+  size_t gemv_offset_ = 0, shared_offset_ = 0;
   std::mutex mutex_;  // nccl_ and peers_ appear while another thread may abort
   bool aborted_ = false;
   std::unique_ptr<NcclCommunicator> nccl_;

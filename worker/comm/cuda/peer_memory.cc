@@ -87,6 +87,7 @@ const char* WaitedFor(PeerWait code) {
     case PeerWait::kOneShot:
     case PeerWait::kScatter:
     case PeerWait::kGather:
+    case PeerWait::kCopiedRows:
       return "all-reduce";
     case PeerWait::kSmallAllGather:
       return "all-gather";

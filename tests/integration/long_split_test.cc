@@ -1,0 +1,140 @@
+// Prompts of thousands of tokens, split over two ranks: the next tokens are those of one
+// rank. On GPUs such steps go in two halves (worker/backend/cuda/backend_halves.cc), whose
+// rows the ranks deal out, which shorter prompts never see.
+//
+// Dummy weights in the shapes of tests/golden. By default one family, whose chain of norms is the
+// longest; LOCKSTEP_GOLDEN_MODELS=all: every one.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/integration/test_server.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int kContext = 4'096;
+
+std::vector<std::string> Families() {
+  const char* const asked = std::getenv("LOCKSTEP_GOLDEN_MODELS");
+  if (asked == nullptr) return {"gemma3"};
+  if (std::string(asked) != "all") return {asked};
+  return {"gemma3", "llama", "mistral_window", "opt_post_norm_projected", "opt", "qwen2", "qwen3"};
+}
+
+// The model's folder but for its weights, with room for long prompts.
+class LongModel {
+ public:
+  explicit LongModel(const std::string& name)
+      : path_(std::filesystem::path(::testing::TempDir()) /
+              absl::StrCat("long-", name, "-", ::getpid())) {
+    std::filesystem::create_directories(path_);
+    for (const char* file : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}) {
+      const std::filesystem::path from = std::filesystem::path(GoldenModel(name)) / file;
+      if (std::filesystem::exists(from)) std::filesystem::copy(from, path_ / file);
+    }
+    std::ifstream in(GoldenModel(name) + "/config.json");
+    nlohmann::json config = nlohmann::json::parse(in);
+    config["max_position_embeddings"] = kContext;
+    vocab_size_ = config.at("vocab_size").get<uint32_t>();
+    std::ofstream(path_ / "config.json") << config;
+  }
+  ~LongModel() { std::filesystem::remove_all(path_); }
+  LongModel(const LongModel&) = delete;
+  LongModel& operator=(const LongModel&) = delete;
+
+  std::string path() const { return path_; }
+  uint32_t vocab_size() const { return vocab_size_; }
+
+ private:
+  const std::filesystem::path path_;
+  uint32_t vocab_size_ = 0;
+};
+
+// The likeliest first tokens of answers to a prompt of each length.
+std::vector<v1::TokenLogprobs> FirstTokens(const LongModel& model, int tp_size,
+                                           const std::vector<std::string>& flags) {
+  std::vector<v1::TokenLogprobs> tokens;
+  std::vector<std::string> all = {"--load-format",
+                                  "dummy",
+                                  "--max-model-len",
+                                  absl::StrCat(kContext),
+                                  "--max-num-batched-tokens",
+                                  absl::StrCat(kContext),
+                                  "--no-enable-prefix-caching"};
+  all.insert(all.end(), flags.begin(), flags.end());
+  const auto served = TestServer::Start(model.path(), tp_size, all);
+  if (served == nullptr) return tokens;
+  for (const uint32_t length : {1'600u, 3'001u}) {
+    v1::GenerateRequest request;
+    for (uint32_t i = 0; i < length; ++i) {
+      request.mutable_token_ids()->add_ids((i * i * 31 + i * 7 + length) % model.vocab_size());
+    }
+    request.mutable_sampling()->set_temperature(0);
+    request.mutable_sampling()->set_max_tokens(1);
+    request.mutable_sampling()->set_ignore_eos(true);
+    request.mutable_sampling()->set_logprobs(5);
+    const absl::StatusOr<v1::GenerateResponse> answer = served->client().Generate(request);
+    EXPECT_TRUE(answer.ok()) << answer.status() << served->server().Log();
+    if (!answer.ok()) return tokens;
+    EXPECT_EQ(answer->completions(0).logprobs_size(), 1);
+    tokens.push_back(answer->completions(0).logprobs(0));
+  }
+  return tokens;
+}
+
+void ExpectTheSameSplit(const std::string& family, const std::vector<std::string>& flags,
+                        double bound) {
+  SCOPED_TRACE(family);
+  const LongModel model(family);
+  const std::vector<v1::TokenLogprobs> wanted = FirstTokens(model, 1, flags);
+  const std::vector<v1::TokenLogprobs> got = FirstTokens(model, 2, flags);
+  ASSERT_EQ(wanted.size(), 2u);
+  ASSERT_EQ(got.size(), wanted.size());
+  double worst = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    std::map<uint32_t, double> by_id;
+    for (const v1::Logprob& each : wanted[i].top()) by_id[each.token_id()] = each.logprob();
+    int common = 0;
+    for (const v1::Logprob& each : got[i].top()) {
+      const auto same = by_id.find(each.token_id());
+      if (same == by_id.end()) continue;
+      ++common;
+      worst = std::max(worst, std::abs(same->second - double{each.logprob()}));
+    }
+    EXPECT_GT(common, 0);
+    if (got[i].chosen().token_id() == wanted[i].chosen().token_id()) continue;
+    EXPECT_LT(wanted[i].top(0).logprob() - wanted[i].top(1).logprob(), bound)
+        << "another token, and it was not close";
+  }
+  EXPECT_LT(worst, bound);
+  std::printf("%s: log-probabilities within %g\n", family.c_str(), worst);
+}
+
+TEST(LongSplitTest, Float32IsTheSameOverTwoRanks) {
+  for (const std::string& family : Families()) {
+    ExpectTheSameSplit(family, {"--dtype", "float32"}, 2e-3);
+  }
+}
+
+// e4m3 rounds to three bits what differs in the last of sixteen.
+TEST(LongSplitTest, Fp8IsCloseOverTwoRanks) {
+  if (!OnGpus()) GTEST_SKIP() << "the cpu backend has no FP8";
+  ExpectTheSameSplit("llama", {"--dtype", "bfloat16", "--quantization", "fp8"}, 0.5);
+}
+
+}  // namespace
+}  // namespace lockstep
