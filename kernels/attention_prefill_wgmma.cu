@@ -1,5 +1,5 @@
 // Prefill attention with warpgroup products, head_dim 64, 128 and 256. A block
-// takes 128 rows; a producer warp streams k and v, 64 or 128 positions a step,
+// takes 128 rows; producer warps stream k and v, 64 or 128 positions a step,
 // through two stages of shared memory by the tensor copy engine (a box a block and 64
 // elements); two consumer warpgroups take 64 rows each:
 //
@@ -62,11 +62,16 @@ struct Steps {
   int first = 0, end = 0;
 };
 
+// Warps that copy k, and as many that copy v, each its share of the panels. A warp requests its
+// lanes' boxes one after another, and one warp was too slow for all of a step's (6,144 tokens
+// of an 8B: 627 us, not 562).
 template <int kDim>
+constexpr int kFeeders = kDim > 64 ? 2 : 1;
+
+template <int kDim, bool kOfV>
 __device__ __forceinline__ void Produce(const WgmmaParams& w, Shared<kDim>& s, const TileRows& rows,
-                                        const Steps& steps, int kv_head) {
+                                        const Steps& steps, int kv_head, int feeder) {
   constexpr int kPositions = PositionsOf(kDim);
-  using Panel = typename Shared<kDim>::Panel;
   const Params& p = w.p;
   const int lane = threadIdx.x % 32;
   const int32_t* table = p.block_table + static_cast<int64_t>(rows.span.slot) * p.table_stride;
@@ -77,26 +82,23 @@ __device__ __forceinline__ void Produce(const WgmmaParams& w, Shared<kDim>& s, c
                       position + p.block_size > rows.see_begin;
     return seen ? __ldg(table + position / p.block_size) : -1;
   };
-  const auto copy = [&](const CUtensorMap* map, Panel* to, int block, uint64_t* full) {
-    const int count = __popc(__ballot_sync(~0u, block >= 0));
-    if (lane == 0) ArriveExpecting(full, count * p.block_size * kDim * 2);
-    __syncwarp();
-    if (block < 0) return;
-#pragma unroll
-    for (int panel = 0; panel < kDim / 64; ++panel) {
-      CopyBox(to[panel] + lane * p.block_size * 128, map, panel * 64, 0,
-              block * p.kv_heads + kv_head, full);
-    }
-  };
   Ring ring;
   int block = block_of(steps.first);
   for (int step = steps.first; step < steps.end; ++step) {
     const int next = block_of(step + 1);
-    Await(&s.k_empty[ring.stage], ring.parity ^ 1);
-    copy(&w.k, s.k[ring.stage], block, &s.k_full[ring.stage]);
+    const int count = __popc(__ballot_sync(~0u, block >= 0));
+    uint64_t* const full = &(kOfV ? s.v_full : s.k_full)[ring.stage];
+    Await(&(kOfV ? s.v_empty : s.k_empty)[ring.stage], ring.parity ^ 1);
+    if (lane == 0) ArriveExpecting(full, count * p.block_size * kDim * 2 / kFeeders<kDim>);
     __syncwarp();
-    Await(&s.v_empty[ring.stage], ring.parity ^ 1);
-    copy(&w.v, s.v[ring.stage], block, &s.v_full[ring.stage]);
+    if (block >= 0) {
+#pragma unroll
+      for (int i = 0; i < kDim / 64 / kFeeders<kDim>; ++i) {
+        const int panel = i * kFeeders<kDim> + feeder;
+        CopyBox((kOfV ? s.v : s.k)[ring.stage][panel] + lane * p.block_size * 128,
+                kOfV ? &w.v : &w.k, panel * 64, 0, block * p.kv_heads + kv_head, full);
+      }
+    }
     __syncwarp();
     block = next;
     ring.Advance();
@@ -159,13 +161,16 @@ class Consumer {
       Leave(&s_.k_empty[k_ring.stage]);
       k_ring.Advance();
       Softmax(score, step + 1);
+      ComputeBeforeAwaiting(sum_[0] + sum_[1]);
       ProductsAwait<0>();
       Pin(out);
       Pin(weight);
       Leave(&s_.v_empty[v_ring.stage]);
       v_ring.Advance();
+      if (__any_sync(~0u, shrink_[0] != 1.0f || shrink_[1] != 1.0f)) {
 #pragma unroll
-      for (int i = 0; i < kDim / 2; ++i) out[i] *= shrink_[i / 2 % 2];
+        for (int i = 0; i < kDim / 2; ++i) out[i] *= shrink_[i / 2 % 2];
+      }
       Convert(score, weight);
     }
     Await(&s_.v_full[v_ring.stage], v_ring.parity);
@@ -328,8 +333,8 @@ __global__ void __launch_bounds__(kThreads, 1) WgmmaKernel(const __grid_constant
   TriggerDependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      InitBarrier(&s.k_full[i], 1);
-      InitBarrier(&s.v_full[i], 1);
+      InitBarrier(&s.k_full[i], kFeeders<kDim>);
+      InitBarrier(&s.v_full[i], kFeeders<kDim>);
       InitBarrier(&s.k_empty[i], kConsumers * kGroupThreads / 32);
       InitBarrier(&s.v_empty[i], kConsumers * kGroupThreads / 32);
     }
@@ -344,7 +349,12 @@ __global__ void __launch_bounds__(kThreads, 1) WgmmaKernel(const __grid_constant
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x < 32) Produce<kDim>(w, s, rows, steps, kv_head);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (warp < kFeeders<kDim>) {
+      Produce<kDim, false>(w, s, rows, steps, kv_head, warp);
+    } else if (warp < 2 * kFeeders<kDim>) {
+      Produce<kDim, true>(w, s, rows, steps, kv_head, warp - kFeeders<kDim>);
+    }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     Consumer<T, kDim>(w.p, s, rows, steps, kv_head).Run();

@@ -181,7 +181,7 @@ void BenchDecode(const Options& options, char* pool) {
   CHECK_CUDA(cudaFree(workspace));
 }
 
-void BenchPrefill(char* pool) {
+void BenchPrefill(const Options& options, char* pool) {
   std::printf("prefill of one prompt, head_dim 128\n%-8s %7s %-14s %10s %9s\n", "shape", "tokens",
               "cache", "us", "TFLOP/s");
   const struct {
@@ -196,7 +196,7 @@ void BenchPrefill(char* pool) {
       const int blocks = tokens / kBlock, width = (shape.heads + 2 * shape.kv_heads) * kDim;
       __nv_bfloat16* q = Random(int64_t{tokens} * width, 1);
       __nv_bfloat16* out = Random(int64_t{tokens} * shape.heads * kDim, 2);
-      int32_t* table = Upload(Scattered(1, blocks));
+      int32_t* table = Upload(Scattered(1, blocks, options.order != 0));
       PrefillSpan* spans = Upload(std::vector<PrefillSpan>{{0, 0, 0, tokens}});
       const int64_t half = int64_t{blocks} * shape.kv_heads * kBlock * kDim * 2;
       PrefillAttentionArgs args;
@@ -251,7 +251,7 @@ void Main(int argc, char** argv) {
   CHECK_CUDA(InitPrefillAttention());
   char* pool = reinterpret_cast<char*>(Random(PoolBytes(options) / 2, 3));
   if (options.decode) BenchDecode(options, pool);
-  if (options.prefill) BenchPrefill(pool);
+  if (options.prefill) BenchPrefill(options, pool);
   CHECK_CUDA(cudaFree(pool));
 }
 

@@ -33,6 +33,12 @@ __device__ __forceinline__ void Pin(uint32_t (&v)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(v[i])::"memory");
 }
 
+// All that v is made of is computed here, ahead of a wait for products behind it: ptxas would
+// else move it behind the wait, since no product needs it. v is never below 0.
+__device__ __forceinline__ void ComputeBeforeAwaiting(float v) {
+  if (v < 0.0f) asm volatile("nanosleep.u32 0;" ::: "memory");
+}
+
 }  // namespace lockstep::kernels
 
 #endif  // LOCKSTEP_KERNELS_WGMMA_CUH_
