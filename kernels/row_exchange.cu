@@ -32,6 +32,16 @@ __device__ __forceinline__ uint32_t LoadAcquire(const uint32_t* from) {
   return v;
 }
 
+// One warp may look at the host's word as often as it likes, unlike a device full of waiting
+// threads (PeerWaiter): hundreds of these follow each other, and all must end soon.
+__device__ __forceinline__ bool GivenUp(const WaitLimits& limits) {
+  if (limits.abort == nullptr) return false;
+  if (LoadAcquire(limits.aborted) != 0) return true;
+  if (LoadAcquire(limits.abort) == 0) return false;
+  *limits.aborted = 1;
+  return true;
+}
+
 // A lane a rank. What the stream copied before is where it should be when this begins.
 __global__ void __launch_bounds__(32) MeetKernel(const __grid_constant__ MeetParams p) {
   const int r = static_cast<int>(threadIdx.x);
@@ -40,7 +50,8 @@ __global__ void __launch_bounds__(32) MeetKernel(const __grid_constant__ MeetPar
   StoreRelease(p.word[r], p.number);
   PeerWaiter waiter(p.limits, PeerWait::kCopiedRows, p.number);
   const uint32_t* const theirs = p.words + r * (kWordStride / sizeof(uint32_t));
-  while (static_cast<int32_t>(LoadAcquire(theirs) - p.number) < 0 && !waiter.Over(r)) {
+  for (uint32_t tries = 0; static_cast<int32_t>(LoadAcquire(theirs) - p.number) < 0; ++tries) {
+    if ((tries % 64 == 0 && GivenUp(p.limits)) || waiter.Over(r)) return;
   }
 }
 
