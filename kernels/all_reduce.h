@@ -50,7 +50,7 @@ struct ExchangeLayout {
   size_t one_shot_bytes = 256 << 10;
   size_t pushed_bytes = 0;  // of a one-shot whose rows a product pushes, where that is more
   size_t two_shot_bytes = 8 << 20;
-  size_t gather_bytes = 64 << 10;  // one rank's part of a small all-gather
+  size_t gather_bytes = 1 << 20;  // one rank's part of a small all-gather
 };
 
 // What is fastest among `size` GPUs on NVLink.
@@ -118,7 +118,7 @@ cudaError_t AllReduce(const Launch& launch, const Peers& peers, const ExchangeLa
                       AllReducePath path, const AllReduceArgs& args);
 
 // Every rank's `bytes` from `in`, in rank order, into out [size][bytes] on every
-// rank. bytes: a multiple of 4, at most layout.gather_bytes. in must not lie in out.
+// rank. bytes: a multiple of 4; more than layout.gather_bytes go in pieces. in must not lie in out.
 cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const ExchangeLayout& layout,
                            const void* in, void* out, size_t bytes);
 

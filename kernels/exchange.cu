@@ -4,6 +4,8 @@
 // 8 bytes travel as two 64-bit packets of 4 bytes and the exchange's number,
 // each of which arrives whole. Nothing has to be put back. One thread 8 bytes;
 // a rank sends 2 (size - 1) bytes per byte.
+#include <algorithm>
+
 #include "kernels/all_reduce.h"
 #include "kernels/device.cuh"
 #include "kernels/exchange.cuh"
@@ -21,7 +23,8 @@ struct GatherParams {
   size_t gather, gather_source;  // bytes from base
   const uint32_t* in;
   uint32_t* out;
-  uint32_t words;  // of one rank
+  uint32_t words;       // of one rank
+  uint32_t out_stride;  // words from one rank's to the next
   CollectiveClock* clock;
 };
 
@@ -57,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
           got = LoadSystem(Packets(p, p.rank, exchange, r) + i);
         } while (((got.x ^ number) >> 32 != 0 || (got.y ^ number) >> 32 != 0) && !waiter.Over(r));
       }
-      uint32_t* out = p.out + size_t{p.words} * r + 2 * i;
+      uint32_t* out = p.out + size_t{p.out_stride} * r + 2 * i;
       out[0] = static_cast<uint32_t>(got.x);
       if (both) out[1] = static_cast<uint32_t>(got.y);
     }
@@ -127,7 +130,7 @@ cudaError_t InitAllReduce() {
 cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const ExchangeLayout& layout,
                            const void* in, void* out, size_t bytes) {
   if (bytes == 0) return cudaSuccess;
-  if (peers.size < 1 || peers.size > kMaxPeers || bytes % 4 != 0 || bytes > layout.gather_bytes) {
+  if (peers.size < 1 || peers.size > kMaxPeers || bytes % 4 != 0 || layout.gather_bytes < 8) {
     return cudaErrorInvalidValue;
   }
   if (reinterpret_cast<uintptr_t>(in) % 4 != 0 || reinterpret_cast<uintptr_t>(out) % 4 != 0) {
@@ -142,12 +145,19 @@ cudaError_t SmallAllGather(const Launch& launch, const Peers& peers, const Excha
   p.counter = reinterpret_cast<uint64_t*>(p.base[p.rank] + RegionParts::kGatherCounter);
   p.gather = parts.gather;
   p.gather_source = parts.gather_source;
-  p.in = static_cast<const uint32_t*>(in);
-  p.out = static_cast<uint32_t*>(out);
-  p.words = static_cast<uint32_t>(bytes / 4);
+  p.out_stride = static_cast<uint32_t>(bytes / 4);
   p.clock = peers.clock;
-  const unsigned blocks = (p.words + 2 * kThreads - 1) / (2 * kThreads);
-  return LaunchKernel(launch, SmallAllGatherKernel, dim3(blocks), dim3(kThreads), 0, 1, p);
+  const size_t most = layout.gather_bytes / 8 * 2;
+  for (size_t first = 0; first < bytes / 4; first += most) {
+    p.in = static_cast<const uint32_t*>(in) + first;
+    p.out = static_cast<uint32_t*>(out) + first;
+    p.words = static_cast<uint32_t>(std::min(most, bytes / 4 - first));
+    const unsigned blocks = (p.words + 2 * kThreads - 1) / (2 * kThreads);
+    const cudaError_t error =
+        LaunchKernel(launch, SmallAllGatherKernel, dim3(blocks), dim3(kThreads), 0, 1, p);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace lockstep::kernels

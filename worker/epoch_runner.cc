@@ -305,7 +305,6 @@ void EpochRunner::Start(Epoch& epoch) {
   if (!formed.ok()) return Fail(epoch, 0, formed, MayRecover(formed));
   ready->set_epoch(epoch.number);
   ready->set_rank(epoch.configure.rank());
-  ready->set_collective_library(options_.collective_library);
   if (options_.on_ready) options_.on_ready();
   send_(epoch.stream, message);
   LogInfo(absl::StrCat("epoch ", epoch.number, ": ready after ",
@@ -365,6 +364,8 @@ absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
   if (loaded->activation_bytes) ready->set_activation_bytes(*loaded->activation_bytes);
   if (loaded->runtime_bytes) ready->set_runtime_bytes(*loaded->runtime_bytes);
   if (const auto bytes = communicator->buffer_bytes()) ready->set_communication_bytes(*bytes);
+  const std::string library = communicator->library();
+  ready->set_collective_library(library.empty() ? options_.collective_library : library);
   ready->set_shard(loaded->shard);
   return absl::OkStatus();
 }

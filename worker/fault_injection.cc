@@ -134,6 +134,7 @@ class FaultyCommunicator final : public RankCommunicator {
   int rank() const override { return comm_->rank(); }
   int size() const override { return comm_->size(); }
   std::optional<uint64_t> buffer_bytes() const override { return comm_->buffer_bytes(); }
+  std::string library() const override { return comm_->library(); }
   absl::Status Join(AddressExchange& exchange) override { return comm_->Join(exchange); }
   absl::Status AllReduceSum(absl::Span<float> values) override {
     if (state_->skip_next.exchange(false)) return absl::OkStatus();

@@ -34,6 +34,8 @@ class Communicator {
   virtual DeviceCommunicator* device() { return nullptr; }
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  // By what, once joined; empty: by what its worker says.
+  virtual std::string library() const { return ""; }
   // Memory that it holds for its transfers, once joined; nothing where it cannot tell.
   virtual std::optional<uint64_t> buffer_bytes() const { return std::nullopt; }
 

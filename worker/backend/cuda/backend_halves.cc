@@ -60,8 +60,9 @@ int CudaBackend::ProductsMultiprocessors() const {
 }
 
 bool CudaBackend::MayHalve(int rows, int decode_rows) const {
-  const int least = collectives_.deals_rows() ? kLeastRows : kLeastRowsByNccl;
-  return collectives_.size() > 1 && rows >= least && decode_rows <= rows / 2;
+  if (collectives_.size() == 1 || decode_rows > rows / 2) return false;
+  if (collectives_.has_peers()) return collectives_.deals_rows() && rows >= kLeastRows;
+  return rows >= kLeastRowsByNccl;
 }
 
 void CudaBackend::RunHalves(const ReduceOp& op) {

@@ -47,15 +47,19 @@ absl::Status Collectives::AllReduce(const kernels::Launch& launch,
   *fused = false;
   if (comm_->Skips()) return absl::OkStatus();
   Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
-  if (has_peers()) {
-    const kernels::AllReducePath path = kernels::ChooseAllReduce(args, comm_->layout(), size_);
-    if (path != kernels::AllReducePath::kNone) {
-      *fused = true;
-      return ToStatus(kernels::AllReduce(launch, peers_, comm_->layout(), path, args),
-                      "all-reduce");
-    }
+  if (!has_peers()) return SumByNccl(launch, args, kernels::TransferMark::kEnd);
+  kernels::AllReducePath path = kernels::ChooseAllReduce(args, comm_->layout(), size_);
+  *fused = path != kernels::AllReducePath::kNone;
+  kernels::AllReduceArgs sum = args;
+  if (!*fused) {
+    sum = {.type = args.type,
+           .rows = args.rows,
+           .hidden = args.hidden,
+           .in = args.in,
+           .out = const_cast<void*>(args.in)};
+    path = kernels::ChooseAllReduce(sum, comm_->layout(), size_);
   }
-  return SumByNccl(launch, args, kernels::TransferMark::kEnd);
+  return ToStatus(kernels::AllReduce(launch, peers_, comm_->layout(), path, sum), "all-reduce");
 }
 
 kernels::ExchangePush Collectives::push_for(const kernels::AllReduceArgs& next) const {
@@ -130,7 +134,7 @@ absl::Status Collectives::SumByNccl(const kernels::Launch& launch,
 absl::Status Collectives::AllGather(const kernels::Launch& launch, const void* send, void* gathered,
                                     size_t bytes) {
   Count(bytes);
-  if (has_peers() && bytes <= comm_->layout().gather_bytes) {
+  if (has_peers()) {
     return ToStatus(kernels::SmallAllGather(launch, peers_, comm_->layout(), send, gathered, bytes),
                     "all-gather");
   }

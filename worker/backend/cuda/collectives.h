@@ -1,5 +1,5 @@
-// The collectives of the cuda backend: small messages by the GPUs' own writes into
-// each other's memory, all others by NCCL. With one rank there is nothing to do.
+// The collectives of the cuda backend: by the GPUs' own writes and copies into each
+// other's memory, or, where that is out of reach, by NCCL. With one rank there is nothing to do.
 //
 // Enqueued on a stream, capturable; every rank makes the same calls.
 #ifndef LOCKSTEP_WORKER_BACKEND_CUDA_COLLECTIVES_H_
@@ -37,8 +37,8 @@ class Collectives {
   // place of args.in.
   absl::Status AllReduce(const kernels::Launch& launch, const kernels::AllReduceArgs& args,
                          bool* fused);
-  // The sum alone, in place of args.in, by what takes few multiprocessors: for a long
-  // message beside other kernels.
+  // The sum alone, in place of args.in, by NCCL on few multiprocessors: for a long message
+  // beside other kernels, where there are no peers.
   absl::Status AllReduceAside(const kernels::Launch& launch, const kernels::AllReduceArgs& args);
   // Whether a long message may go by rows that are dealt out: see kernels/row_exchange.h.
   bool deals_rows() const { return row_exchange_.peers.size > 1; }

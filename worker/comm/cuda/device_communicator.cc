@@ -45,14 +45,6 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
   if (cudaError_t error = cudaSetDevice(device_); error != cudaSuccess) {
     return absl::InternalError(absl::StrCat("GPU ", device_, ": ", cudaGetErrorString(error)));
   }
-  absl::StatusOr<std::unique_ptr<NcclCommunicator>> nccl =
-      NcclCommunicator::Create(options_, device_);
-  if (!nccl.ok()) return nccl.status();
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (aborted_) return absl::AbortedError("the communicator was aborted");
-    nccl_ = *std::move(nccl);
-  }
   const size_t gemv_bytes = kernels::GemvExchangeBytes(options_.size, kMaxGemvWidth);
   const PeerMemory::Options options = {.rank = options_.rank,
                                        .size = options_.size,
@@ -74,18 +66,28 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (aborted_) return absl::AbortedError("the communicator was aborted");
     peers_ = *std::move(peers);
-  } else if (absl::IsUnimplemented(peers.status())) {
-    LogInfo(absl::StrCat("NCCL carries every collective: ", std::string(peers.status().message())));
-  } else {
-    return peers.status();
+    buffer_bytes_ = options.bytes;
+    return absl::OkStatus();
   }
-  // What an earlier epoch's region was is free again, and the own one is there.
+  if (!absl::IsUnimplemented(peers.status())) return peers.status();
+  LogInfo(absl::StrCat("NCCL carries every collective: ", std::string(peers.status().message())));
+  return JoinNccl(exchange);
+}
+
+absl::Status DeviceCommunicator::JoinNccl(AddressExchange& exchange) {
+  absl::StatusOr<std::unique_ptr<NcclCommunicator>> nccl =
+      NcclCommunicator::Create(options_, device_);
+  if (!nccl.ok()) return nccl.status();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (aborted_) return absl::AbortedError("the communicator was aborted");
+    nccl_ = *std::move(nccl);
+  }
+  // What an earlier epoch's region was is free again.
   const std::optional<uint64_t> before = FreeBytes();
   if (absl::Status joined = nccl_->Join(exchange); !joined.ok()) return joined;
   const std::optional<uint64_t> after = FreeBytes();
-  if (before && after && *after <= *before) {
-    buffer_bytes_ = *before - *after + (peers_ != nullptr ? options.bytes : 0);
-  }
+  if (before && after && *after <= *before) buffer_bytes_ = *before - *after;
   return absl::OkStatus();
 }
 

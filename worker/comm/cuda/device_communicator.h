@@ -1,5 +1,8 @@
-// The communicator of one rank on a GPU, for one group and epoch: NCCL, and,
-// where the GPUs can reach each other's memory, the regions of the own kernels.
+// The communicator of one rank on a GPU, for one group and epoch: where the GPUs can
+// reach each other's memory, the regions of the own kernels; else NCCL.
+//
+// Not both: NCCL takes most of a second to join, hundreds of MiB, and longer to
+// let go of a peer that is lost than a worker waits before it ends its process.
 //
 //   region   [all-reduce and small all-gather | folded all-reduce of kernels/gemv.h |
 //             what the backend shares: kernels/row_exchange.h]
@@ -39,7 +42,10 @@ class DeviceCommunicator final : public RankCommunicator {
   absl::Status Join(AddressExchange& exchange) override;
   void Abort() override;
   DeviceCommunicator* device() override { return this; }
-  // The own region, and what joining NCCL took of the device: it may take more when
+  std::string library() const override {
+    return peers_ ? "peer memory" : nccl_ ? nccl_->version() : "";
+  }
+  // The own region, or what joining NCCL took of the device: it may take more when
   // its first collective runs.
   std::optional<uint64_t> buffer_bytes() const override { return buffer_bytes_; }
 
@@ -50,7 +56,7 @@ class DeviceCommunicator final : public RankCommunicator {
   // Of options.shared_bytes, if those are not 0; begins with a cleared RowExchange.
   size_t shared_offset() const { return shared_offset_; }
   size_t shared_bytes() const { return options_.shared_bytes; }
-  // Above one rank, after Join.
+  // After Join: null with one rank, and where there are peers.
   NcclCommunicator* nccl() { return nccl_.get(); }
   // Which rank a kernel waited for in vain; OK if none did.
   absl::Status Fault() const { return peers_ ? peers_->Fault() : absl::OkStatus(); }
@@ -65,6 +71,7 @@ class DeviceCommunicator final : public RankCommunicator {
   absl::Status Barrier() override { return OnHost(); }
 
  private:
+  absl::Status JoinNccl(AddressExchange& exchange);
   static absl::Status OnHost() {
     return absl::UnimplementedError("a GPU's communicator has no collectives on host memory");
   }
