@@ -78,7 +78,7 @@ struct ExchangePush {
 ExchangePush OneShotPush(const Peers& peers, const ExchangeLayout& layout);
 
 enum class AllReducePath : uint8_t {
-  kNone,  // none takes it: NCCL's
+  kNone,  // none does all that is asked; any takes the sum alone
   kOneShot,
   kTwoShot,
 };
