@@ -89,7 +89,7 @@ __device__ __forceinline__ void Produce(const WgmmaParams& w, Shared<kDim>& s, c
     const int count = __popc(__ballot_sync(~0u, block >= 0));
     uint64_t* const full = &(kOfV ? s.v_full : s.k_full)[ring.stage];
     Await(&(kOfV ? s.v_empty : s.k_empty)[ring.stage], ring.parity ^ 1);
-    if (lane == 0) ArriveExpecting(full, count * p.block_size * kDim * 2 / kFeeders<kDim>);
+    if (lane == 0) BarrierArriveExpecting(full, count * p.block_size * kDim * 2 / kFeeders<kDim>);
     __syncwarp();
     if (block >= 0) {
 #pragma unroll
@@ -189,7 +189,7 @@ class Consumer {
   // The warp's products no longer read the stage.
   __device__ __forceinline__ void Leave(uint64_t* empty) const {
     __syncwarp();
-    if (thread_ % 32 == 0) Arrive(empty);
+    if (thread_ % 32 == 0) BarrierArrive(empty);
   }
 
   __device__ __forceinline__ void LoadQuery() const {
@@ -333,10 +333,10 @@ __global__ void __launch_bounds__(kThreads, 1) WgmmaKernel(const __grid_constant
   TriggerDependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      InitBarrier(&s.k_full[i], kFeeders<kDim>);
-      InitBarrier(&s.v_full[i], kFeeders<kDim>);
-      InitBarrier(&s.k_empty[i], kConsumers * kGroupThreads / 32);
-      InitBarrier(&s.v_empty[i], kConsumers * kGroupThreads / 32);
+      BarrierInit(&s.k_full[i], kFeeders<kDim>);
+      BarrierInit(&s.v_full[i], kFeeders<kDim>);
+      BarrierInit(&s.k_empty[i], kConsumers * kGroupThreads / 32);
+      BarrierInit(&s.v_empty[i], kConsumers * kGroupThreads / 32);
     }
     FenceBarrierInit();
   }

@@ -9,46 +9,17 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/bulk_copy.cuh"
 #include "kernels/device.cuh"
 #include "kernels/wgmma.cuh"
 
 namespace lockstep::kernels {
 
-__device__ __forceinline__ uint32_t SharedAddress(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
-
-// Barriers in shared memory that count arrivals and copied bytes.
-__device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-__device__ __forceinline__ void FenceBarrierInit() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void ArriveExpecting(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-__device__ __forceinline__ void Arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
-}
 // Waits for the phase of that parity to end. A wait that never ends is a bug of
 // the kernel: it stops with an error rather than hang the device.
 __device__ __forceinline__ void Await(uint64_t* barrier, int parity) {
-  uint32_t done = 0;
   for (int tries = 0; tries < (1 << 26); ++tries) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(SharedAddress(barrier)), "r"(parity)
-        : "memory");
-    if (done != 0) return;
+    if (BarrierTry(barrier, static_cast<uint32_t>(parity))) return;
   }
   __trap();
 }
