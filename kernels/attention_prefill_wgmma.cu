@@ -21,7 +21,8 @@
 namespace lockstep::kernels::prefill {
 namespace {
 
-constexpr int kRows = 128, kGroupRows = 64, kStages = 2;
+constexpr int kRows = 128, kStages = 2;
+[[maybe_unused]] constexpr int kGroupRows = 64;
 constexpr int kGroupThreads = 128, kConsumers = 2, kThreads = kGroupThreads * (1 + kConsumers);
 // Cached positions a step: fewer where the output takes the registers.
 constexpr int PositionsOf(int dim) { return dim == 256 ? 64 : 128; }
@@ -48,10 +49,11 @@ constexpr size_t SharedBytesOf() {
 }
 
 // The stage of a step and the parity of its barriers.
+template <int kCount>
 struct Ring {
   int stage = 0, parity = 0;
   __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) {
+    if (++stage == kCount) {
       stage = 0;
       parity ^= 1;
     }
@@ -82,7 +84,7 @@ __device__ __forceinline__ void Produce(const WgmmaParams& w, Shared<kDim>& s, c
                       position + p.block_size > rows.see_begin;
     return seen ? __ldg(table + position / p.block_size) : -1;
   };
-  Ring ring;
+  Ring<kStages> ring;
   int block = block_of(steps.first);
   for (int step = steps.first; step < steps.end; ++step) {
     const int next = block_of(step + 1);
@@ -125,7 +127,7 @@ class Consumer {
     LoadQuery();
     float score[kScores], out[kDim / 2] = {};
     uint32_t weight[kScores / 2];
-    Ring k_ring, v_ring;
+    Ring<kStages> k_ring, v_ring;
 
     Await(&s_.k_full[k_ring.stage], k_ring.parity);
     ProductsFence();
