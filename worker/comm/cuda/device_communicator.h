@@ -1,8 +1,8 @@
 // The communicator of one rank on a GPU, for one group and epoch: where the GPUs can
 // reach each other's memory, the regions of the own kernels; else NCCL.
 //
-// Not both: NCCL takes most of a second to join, hundreds of MiB, and longer to
-// let go of a peer that is lost than a worker waits before it ends its process.
+// Not both: NCCL takes half a second to join, memory, and longer to let go of a
+// peer that is lost than a worker waits before it ends its process.
 //
 //   region   [all-reduce and small all-gather | folded all-reduce of kernels/gemv.h |
 //             what the backend shares: kernels/row_exchange.h]
