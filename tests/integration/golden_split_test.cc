@@ -5,11 +5,9 @@
 // By default one model of tests/golden at tp 2, since parity_test has the rest of the
 // cpu backend; LOCKSTEP_GOLDEN_MODELS=all, as tests/gpu/run asks: every one, at tp 4 too.
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +16,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/integration/close_tokens.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -138,20 +137,7 @@ TEST_P(GoldenSplitTest, SixteenBitsStayWithinTheBoundOfFloat32) {
       const double bound = std::string(dtype) == "float16" ? kFloat16Bound : kBFloat16Bound;
       const Tops got = NextTokens(model, GetParam(), dtype);
       ASSERT_EQ(got.size(), wanted.size());
-      double worst = 0;
-      for (size_t i = 0; i < got.size(); ++i) {
-        std::map<uint32_t, double> by_id;
-        for (const v1::Logprob& each : wanted[i].top()) by_id[each.token_id()] = each.logprob();
-        for (const v1::Logprob& each : got[i].top()) {
-          const auto same = by_id.find(each.token_id());
-          if (same == by_id.end()) continue;
-          worst = std::max(worst, std::abs(same->second - double{each.logprob()}));
-        }
-        if (got[i].chosen().token_id() == wanted[i].chosen().token_id()) continue;
-        EXPECT_LT(wanted[i].top(0).logprob() - wanted[i].top(1).logprob(), bound)
-            << "prefix " << i << ": another token, and it was not close";
-      }
-      EXPECT_LT(worst, bound);
+      ExpectCloseTokens(wanted, got, bound);
     }
   }
 }
