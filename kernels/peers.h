@@ -16,6 +16,9 @@ namespace lockstep::kernels {
 
 inline constexpr int kMaxPeers = 8;
 
+// Where the next part of a region may begin.
+constexpr size_t AlignedInRegion(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
 // What a kernel was waiting for when its patience ended. Written whole, just
 // before the kernel traps; 0: nothing was missed.
 enum class PeerWait : uint32_t {

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 
 #include "kernels/device.cuh"
 #include "kernels/exchange.cuh"
@@ -83,25 +84,14 @@ __global__ void __launch_bounds__(kSumThreads) SumKernel(const __grid_constant__
 }
 
 using SumPointer = void (*)(SumParams);
+// size: 2 to kMaxPeers.
 template <typename T>
 SumPointer SumOf(int size) {
-  switch (size) {
-    case 2:
-      return SumKernel<T, 2>;
-    case 3:
-      return SumKernel<T, 3>;
-    case 4:
-      return SumKernel<T, 4>;
-    case 5:
-      return SumKernel<T, 5>;
-    case 6:
-      return SumKernel<T, 6>;
-    case 7:
-      return SumKernel<T, 7>;
-    case 8:
-      return SumKernel<T, 8>;
-  }
-  return nullptr;
+  static constexpr SumPointer kSums[] = {SumKernel<T, 2>, SumKernel<T, 3>, SumKernel<T, 4>,
+                                         SumKernel<T, 5>, SumKernel<T, 6>, SumKernel<T, 7>,
+                                         SumKernel<T, 8>};
+  static_assert(std::size(kSums) == kMaxPeers - 1);
+  return kSums[size - 2];
 }
 SumPointer FindSum(Type type, int size) {
   switch (type) {

@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
@@ -441,12 +440,7 @@ TEST(SmallAllGatherTest, BringsAnyBitsInRankOrder) {
     args.in = args.out = data[r].get();
     AllReduce(ranks.launch(r), ranks.peers(r), ranks.layout(), AllReducePath::kOneShot, args);
   }
-  ranks.Use(0);
-  const bool failed = cudaStreamSynchronize(ranks.launch(0).stream) != cudaSuccess;
-  std::fprintf(stderr, "failed %d code %d exchange %u rank %u\n", failed,
-               static_cast<int>(ranks.fault().code), ranks.fault().exchange, ranks.fault().rank);
-  std::fflush(stderr);
-  std::_Exit(0);
+  ranks.ReportFault();
 }
 
 TEST(AllReduceDeathTest, NamesTheRankThatDidNotCome) {

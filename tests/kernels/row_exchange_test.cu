@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <cstdio>
 #include <vector>
 
 #include "kernels/device.cuh"
@@ -77,15 +76,13 @@ void Load() {
   }
 }
 
-size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 // Where things lie in a region that has room for `rows`.
 struct Layout {
   Layout(int rows, int hidden, size_t element, int size)
-      : inbox(Aligned(MostRowsOfShare(rows, size) * hidden * element)),
+      : inbox(AlignedInRegion(MostRowsOfShare(rows, size) * hidden * element)),
         made(RowExchangeBytes(inbox, size)),
-        marks(made + Aligned(rows * hidden * element)),
-        guard(marks + Aligned(rows * sizeof(float))),
+        marks(made + AlignedInRegion(rows * hidden * element)),
+        guard(marks + AlignedInRegion(rows * sizeof(float))),
         bytes(guard + 256) {}
   size_t inbox, made, marks, guard, bytes;
 };
@@ -271,12 +268,7 @@ TEST(RowExchangeTest, EndsOnceTheGroupIsGivenUp) {
     SumRows(ranks.launch(r).stream, group.exchange(r),
             {.type = Type::kF32, .rows = 8, .hidden = 64, .data = data[r].get(), .number = 1});
   }
-  ranks.Use(0);
-  const bool failed = cudaStreamSynchronize(ranks.launch(0).stream) != cudaSuccess;
-  std::fprintf(stderr, "failed %d code %d exchange %u rank %u\n", failed,
-               static_cast<int>(ranks.fault().code), ranks.fault().exchange, ranks.fault().rank);
-  std::fflush(stderr);
-  std::_Exit(0);
+  ranks.ReportFault();
 }
 
 TEST(RowExchangeDeathTest, NamesTheRankThatDidNotCome) {

@@ -21,12 +21,13 @@ struct SharedRows {
   // rows: of a step; part_rows: of a message; row_bytes: of it.
   SharedRows(int64_t rows, int64_t part_rows, int hidden, size_t row_bytes, bool fp8, int size) {
     if (size == 1 || row_bytes % 16 != 0) return;
-    const auto aligned = [](size_t n) { return (n + 255) / 256 * 256; };
-    inbox_bytes = aligned(kernels::MostRowsOfShare(static_cast<int>(part_rows), size) * row_bytes);
-    normed = aligned(kernels::RowExchangeBytes(inbox_bytes, size));
-    quantized = normed + aligned(rows * row_bytes);
-    scales = quantized + (fp8 ? aligned(rows * hidden) : 0);
-    bytes = scales + (fp8 ? aligned(rows * sizeof(float)) : 0);
+    using kernels::AlignedInRegion;
+    inbox_bytes =
+        AlignedInRegion(kernels::MostRowsOfShare(static_cast<int>(part_rows), size) * row_bytes);
+    normed = AlignedInRegion(kernels::RowExchangeBytes(inbox_bytes, size));
+    quantized = normed + AlignedInRegion(rows * row_bytes);
+    scales = quantized + (fp8 ? AlignedInRegion(rows * hidden) : 0);
+    bytes = scales + (fp8 ? AlignedInRegion(rows * sizeof(float)) : 0);
   }
 };
 

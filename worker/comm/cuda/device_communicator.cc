@@ -17,14 +17,14 @@ std::optional<uint64_t> FreeBytes() {
   return free_bytes;
 }
 
-size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 }  // namespace
 
 DeviceCommunicator::DeviceCommunicator(const CommunicatorOptions& options, int device)
     : options_(options), device_(device), layout_(kernels::DefaultExchangeLayout(options.size)) {
-  gemv_offset_ = Aligned(layout_.offset + kernels::ExchangeRegionBytes(layout_, options.size));
-  shared_offset_ = Aligned(gemv_offset_ + kernels::GemvExchangeBytes(options.size, kMaxGemvWidth));
+  gemv_offset_ = kernels::AlignedInRegion(layout_.offset +
+                                          kernels::ExchangeRegionBytes(layout_, options.size));
+  shared_offset_ = kernels::AlignedInRegion(
+      gemv_offset_ + kernels::GemvExchangeBytes(options.size, kMaxGemvWidth));
 }
 
 DeviceCommunicator::~DeviceCommunicator() = default;
