@@ -11,6 +11,7 @@ namespace {
 
 using decode::Kernel;
 using decode::Params;
+using decode::Way;
 
 // Thread blocks wanted on the device: two on each of an H200's 132 multiprocessors.
 constexpr int kBlocksWanted = 264;
@@ -19,14 +20,31 @@ int RoundedDim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 12
 
 int HeadTiles(int group) { return group <= 8 ? 1 : 2; }
 
-Kernel FindKernel(Type type, Type kv_type, int head_dim, int group, bool ring) {
+Kernel FindKernel(Type type, Type kv_type, int head_dim, int group, Way way) {
   const int dim = RoundedDim(head_dim), head_tiles = HeadTiles(group);
-  if (type == Type::kBF16 && kv_type == Type::kBF16) return decode::FindBF16(dim, head_tiles, ring);
-  if (type == Type::kF16 && kv_type == Type::kF16) return decode::FindF16(dim, head_tiles, ring);
+  if (type == Type::kBF16 && kv_type == Type::kBF16) return decode::FindBF16(dim, head_tiles, way);
+  if (type == Type::kF16 && kv_type == Type::kF16) return decode::FindF16(dim, head_tiles, way);
   if (kv_type != Type::kE4M3) return nullptr;
-  if (type == Type::kBF16) return decode::FindBF16OverE4M3(dim, head_tiles, ring);
-  if (type == Type::kF16) return decode::FindF16OverE4M3(dim, head_tiles, ring);
+  if (type == Type::kBF16) return decode::FindBF16OverE4M3(dim, head_tiles, way);
+  if (type == Type::kF16) return decode::FindF16OverE4M3(dim, head_tiles, way);
   return nullptr;
+}
+
+int Multiprocessors() {
+  static const int count = [] {
+    int device = 0, found = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+      return 1;
+    return found;
+  }();
+  return count;
+}
+// Blocks that work is dealt out to: as many as the device holds.
+int DealtBlocks(Type kv_type, int head_dim, int group) {
+  return std::min(Multiprocessors() *
+                      decode::BlocksOf(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group)),
+                  decode::kMaxDealtBlocks);
 }
 
 bool TakesFast(const DecodeAttentionArgs& a) {
@@ -86,7 +104,12 @@ constexpr int kMaxBriefPairs = 128;
 constexpr int kMinRingPairs = 128, kMaxRingPairs = 192;
 // Rows and KV heads for which Choose may return several clusters.
 constexpr int kMaxPairsOfClusters = kBlocksWanted / (2 * decode::kMaxCluster);
-constexpr size_t kArrivedBytes = kMaxPairsOfClusters * decode::kMaxCluster * sizeof(int);
+constexpr size_t kArrivedBytes = decode::kMaxDealtBlocks * sizeof(int);
+static_assert(kMaxPairsOfClusters * decode::kMaxCluster <= decode::kMaxDealtBlocks);
+// From so many rows and KV heads on work may be dealt out; of fewer, a row's blocks are a cluster.
+// Contexts of 16 bits that are short, and so not far apart, gain nothing (8B, 1.1K, served, ms a
+// step: 16 rows 4.91 and 5.04 dealt, 64 7.05 and 7.09; e4m3 64 rows 4.61 and 4.55).
+constexpr int kMinDealtPairs = 128, kMaxShortContext = 2'048;
 
 }  // namespace
 
@@ -103,9 +126,25 @@ size_t DecodeAttentionWorkspaceBytes(int heads, int kv_heads, int head_dim, int 
     if (clusters > 1)
       partials = std::max(partials, static_cast<size_t>(rows) * kv_heads * clusters);
   }
-  if (partials == 0) return 0;
+  partials = std::max(partials, size_t{2} * DealtBlocks(Type::kE4M3, head_dim, heads / kv_heads));
   const size_t quads = static_cast<size_t>(heads / kv_heads) * head_dim / 4;
   return kArrivedBytes + partials * quads * (sizeof(float4) + sizeof(float2));
+}
+
+bool DecodeAttentionDeals(const DecodeAttentionArgs& args) {
+  return args.num_rows * args.kv.kv_heads >= kMinDealtPairs &&
+         (args.max_context > kMaxShortContext || args.kv.type == Type::kE4M3) &&
+         args.num_rows <= decode::kMaxDealtRows && TakesFast(args);
+}
+
+size_t DecodeAttentionPlanBytes() { return decode::PlanBytes(decode::kMaxDealtBlocks); }
+
+cudaError_t PlanDecodeAttention(const Launch& launch, const DecodeAttentionArgs& args, void* plan) {
+  if (args.num_rows < 1 || args.num_rows > decode::kMaxDealtRows || !TakesFast(args))
+    return cudaErrorInvalidValue;
+  const int blocks = DealtBlocks(args.kv.type, args.kv.head_dim, args.heads / args.kv.kv_heads);
+  return decode::LaunchPlan(launch, args.rows, args.num_rows, args.kv.kv_heads, args.window, blocks,
+                            static_cast<decode::BlockPlan*>(plan));
 }
 
 cudaError_t InitDecodeAttention() {
@@ -116,12 +155,12 @@ cudaError_t InitDecodeAttention() {
   for (const auto& pair : pairs) {
     for (int dim : {64, 128, 256}) {
       for (int group : {1, decode::kMaxGroup}) {
-        for (bool ring : {false, true}) {
-          const Kernel kernel = FindKernel(pair[0], pair[1], dim, group, ring);
-          cudaError_t status =
-              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(decode::SharedBytes(
-                                       decode::kMaxGroup, dim, decode::kMaxCluster, ring)));
+        for (Way way : {Way::kPlain, Way::kRing, Way::kDealt}) {
+          const Kernel kernel = FindKernel(pair[0], pair[1], dim, group, way);
+          const size_t bytes =
+              decode::SharedBytes(decode::kMaxGroup, dim, decode::kMaxCluster, way == Way::kRing);
+          cudaError_t status = cudaFuncSetAttribute(
+              kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
           if (status != cudaSuccess) return status;
           status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
           if (status != cudaSuccess) return status;
@@ -158,10 +197,15 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   }
 
   const int group = args.heads / args.kv.kv_heads, pairs = args.num_rows * args.kv.kv_heads;
-  Shares shares = Choose(pairs, args.max_context, args.splits);
+  const bool dealt = args.plan != nullptr;
+  if (dealt && (args.workspace == nullptr || args.num_rows > decode::kMaxDealtRows))
+    return cudaErrorInvalidValue;
+  Shares shares;
+  if (!dealt) shares = Choose(pairs, args.max_context, args.splits);
   if (args.workspace == nullptr) shares.clusters = 1;
   Params p = {};
   p.rows = args.rows;
+  p.plan = static_cast<const decode::BlockPlan*>(args.plan);
   p.k = args.kv.k;
   p.v = args.kv.v;
   p.kv_heads = args.kv.kv_heads;
@@ -187,28 +231,32 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   p.scales = args.scales;
   p.k_column = ColumnOf(args, args.fresh_k);
   p.v_column = ColumnOf(args, args.fresh_v);
-  if (shares.clusters > 1) {
+  if (shares.clusters > 1 || dealt) {
+    const int blocks = DealtBlocks(args.kv.type, args.kv.head_dim, group);
     const size_t quads = static_cast<size_t>(group) * args.kv.head_dim / 4;
+    const size_t partials =
+        dealt ? size_t{2} * blocks : static_cast<size_t>(pairs) * shares.clusters;
     char* base = static_cast<char*>(args.workspace);
     p.arrived = reinterpret_cast<int*>(base);
     p.partials = reinterpret_cast<float4*>(base + kArrivedBytes);
-    p.partial_statistics = reinterpret_cast<float2*>(p.partials + static_cast<size_t>(pairs) *
-                                                                      shares.clusters * quads);
+    p.partial_statistics = reinterpret_cast<float2*>(p.partials + partials * quads);
   }
   const int per_warp = args.max_context / (decode::kTile * decode::kWarps * shares.cluster_size);
   const bool ring =
-      decode::HasRing(RoundedDim(args.kv.head_dim), HeadTiles(group)) &&
+      !dealt && decode::HasRing(RoundedDim(args.kv.head_dim), HeadTiles(group)) &&
       (args.ring != 0 ? args.ring > 0
                       : pairs >= kMinRingPairs && pairs <= kMaxRingPairs && per_warp > 1);
   p.warp_bytes = decode::WarpBytes(group, args.kv.head_dim, ring);
-  const Kernel kernel = FindKernel(args.type, args.kv.type, args.kv.head_dim, group, ring);
-  const dim3 grid(shares.cluster_size * shares.clusters, args.kv.kv_heads, args.num_rows);
+  const Way way = dealt ? Way::kDealt : ring ? Way::kRing : Way::kPlain;
+  const Kernel kernel = FindKernel(args.type, args.kv.type, args.kv.head_dim, group, way);
+  const size_t shared_bytes =
+      decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size, ring);
+  dim3 grid(shares.cluster_size * shares.clusters, args.kv.kv_heads, args.num_rows);
+  if (dealt) grid = dim3(DealtBlocks(args.kv.type, args.kv.head_dim, group));
   // Of 512 rows and KV heads at 1K of context 90 us if brief, 73 if not.
   const Launch own = {
       .stream = launch.stream, .pdl = launch.pdl, .brief = launch.brief && pairs <= kMaxBriefPairs};
-  return LaunchKernel(own, kernel, grid, decode::kThreads,
-                      decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size, ring),
-                      shares.cluster_size, p);
+  return LaunchKernel(own, kernel, grid, decode::kThreads, shared_bytes, shares.cluster_size, p);
 }
 
 }  // namespace lockstep::kernels

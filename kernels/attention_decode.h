@@ -7,7 +7,8 @@
 // context, so each cached byte is read once: bytes = 2 * context * kv_heads *
 // head_dim * sizeof(KV) a row. The shares of a row are merged in a fixed order
 // inside a thread-block cluster, and for very long contexts across clusters
-// through the workspace: the same launch gives the same bits.
+// through the workspace: the same launch gives the same bits. By a plan all shares are of one
+// size instead (attention_decode_deal.cuh), so that a long row does not keep the others waiting.
 //
 // FP32 accumulation; with f16 and bf16 the products run on tensor cores (the
 // probabilities rounded to the type), with f32 in plain FP32.
@@ -53,6 +54,10 @@ struct DecodeAttentionArgs {
   // Tiles on their way through shared memory: 0 chooses by num_rows; 1 with, -1 without,
   // where the shape has both. The same bits.
   int ring = 0;
+  // By PlanDecodeAttention, of the same rows, heads, type and window: the work is then dealt out by
+  // tiles of all rows together, whatever their lengths. It needs a workspace; a row's bits
+  // depend on the others' lengths; splits and ring mean nothing.
+  const void* plan = nullptr;
   void* workspace = nullptr;  // DecodeAttentionWorkspaceBytes, zeroed once
 
   // The caller's word that slots, positions, tables and every position before a
@@ -80,6 +85,13 @@ bool DecodeAttentionTakesFresh(const DecodeAttentionArgs& args);
 // Enough for any launch with at most these many rows and this much context.
 size_t DecodeAttentionWorkspaceBytes(int heads, int kv_heads, int head_dim, int max_rows,
                                      int max_context);
+
+// Whether a plan pays for such rows.
+bool DecodeAttentionDeals(const DecodeAttentionArgs& args);
+size_t DecodeAttentionPlanBytes();
+// Writes the plan of all launches of a step with these rows, heads, types and window. Nothing
+// behind it begins before it is written.
+cudaError_t PlanDecodeAttention(const Launch& launch, const DecodeAttentionArgs& args, void* plan);
 
 // Once a process and device, before the first launch: loads the kernels.
 cudaError_t InitDecodeAttention();

@@ -2,12 +2,8 @@
 
 namespace lockstep::kernels::decode {
 
-Kernel FindF16(int dim, int head_tiles, bool ring) {
-  using T = __half;
-  if (dim == 64) return head_tiles == 1 ? DecodeKernel<T, T, 64, 1> : DecodeKernel<T, T, 64, 2>;
-  if (dim == 128 && head_tiles == 1 && ring) return DecodeKernel<T, T, 128, 1, true>;
-  if (dim == 128) return head_tiles == 1 ? DecodeKernel<T, T, 128, 1> : DecodeKernel<T, T, 128, 2>;
-  return head_tiles == 1 ? DecodeKernel<T, T, 256, 1> : DecodeKernel<T, T, 256, 2>;
+Kernel FindF16(int dim, int head_tiles, Way way) {
+  return FindFor<__half, __half>(dim, head_tiles, way);
 }
 
 }  // namespace lockstep::kernels::decode

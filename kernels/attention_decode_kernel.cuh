@@ -10,12 +10,15 @@
 // and r + 8; of V, those of lane r of 8 of positions 2c, 2c + 1, 2c + 8, 2c + 9. Chunks
 // past head_dim repeat the last ones: q is zero there, or the result unused.
 //
-// grid: x = clusters * cluster size (shares of the context), y = KV head, z = row.
+// grid: x = clusters * cluster size (shares of the context), y = KV head, z = row. Or, where the
+// work is dealt out by tiles (attention_decode_deal.cuh): x alone, as many blocks as the device
+// holds.
 #ifndef LOCKSTEP_KERNELS_ATTENTION_DECODE_KERNEL_CUH_
 #define LOCKSTEP_KERNELS_ATTENTION_DECODE_KERNEL_CUH_
 
 #include <cmath>
 
+#include "kernels/attention_decode_deal.cuh"
 #include "kernels/attention_decode_launch.h"
 #include "kernels/attention_decode_merge.cuh"
 #include "kernels/attention_decode_query.cuh"
@@ -25,23 +28,9 @@
 
 namespace lockstep::kernels::decode {
 
-// Which tiles of the row this warp takes: first, first + kWarps, ... < end.
-struct Work {
-  int position = 0;
-  int begin = 0;      // first position seen
-  int last_tile = 0;  // holds `position`
-  int clusters = 1;   // that take part
-  int first = 0, end = 0;
-  __device__ bool any() const { return first < end; }
-};
-
 __device__ __forceinline__ Work Divide(const Params& p, int position, int warp) {
-  Work w;
-  w.position = position;
-  w.begin = p.window > 0 ? max(0, position + 1 - p.window) : 0;
-  w.last_tile = position / kTile;
-  const int first_tile = w.begin / kTile;
-  const int tiles = w.last_tile - first_tile + 1;
+  Work w = WorkOf(p.window, position);
+  const int first_tile = w.begin / kTile, tiles = w.tiles();
   // Another cluster only where every warp of one has several tiles.
   const int per_cluster = __ffs(kWarps * kTilesPerWarp) - 1 + p.cluster_shift;
   const int useful = 31 - __clz(max(1, tiles >> per_cluster));
@@ -60,14 +49,14 @@ __device__ __forceinline__ Work Divide(const Params& p, int position, int warp) 
 template <typename KV>
 class Tiles {
  public:
-  __device__ __forceinline__ Tiles(const Params& p, const int32_t* table, const Work& work)
-      : p_(p), table_(table), work_(work) {}
+  __device__ __forceinline__ Tiles(const Params& p, const Place& place, const Work& work)
+      : p_(p), place_(place), work_(work) {}
 
   // The element offset of a position of this KV head.
   __device__ __forceinline__ int64_t OffsetOf(int position) const {
-    const int64_t block = __ldcg(table_ + (position >> p_.block_shift));
+    const int64_t block = __ldcg(Table() + (position >> p_.block_shift));
     const int within = position & ((1 << p_.block_shift) - 1);
-    return (((block * p_.kv_heads + blockIdx.y) << p_.block_shift) + within) * p_.head_dim;
+    return (((block * p_.kv_heads + place_.kv_head) << p_.block_shift) + within) * p_.head_dim;
   }
 
   // The element offset of position `tile` * 16; i counts the
@@ -75,33 +64,28 @@ class Tiles {
   __device__ __forceinline__ int64_t Offset(int tile, int i) {
     if (i % 32 == 0) {
       const int mine = tile + static_cast<int>(threadIdx.x % 32) * kWarps;
-      block_ = mine < work_.end ? __ldcg(table_ + (mine * kTile >> p_.block_shift)) : 0;
+      block_ = mine < work_.end ? __ldcg(Table() + (mine * kTile >> p_.block_shift)) : 0;
     }
     const int64_t block = __shfl_sync(~0u, block_, i % 32);
     const int within = tile * kTile & ((1 << p_.block_shift) - 1);
-    return (((block * p_.kv_heads + blockIdx.y) << p_.block_shift) + within) * p_.head_dim;
+    return (((block * p_.kv_heads + place_.kv_head) << p_.block_shift) + within) * p_.head_dim;
   }
 
  private:
+  __device__ __forceinline__ const int32_t* Table() const {
+    return p_.rows.block_table + static_cast<int64_t>(place_.slot) * p_.rows.table_stride;
+  }
+
   const Params& p_;
-  const int32_t* table_;
+  const Place& place_;
   const Work& work_;
   int32_t block_ = 0;
 };
 
-// Of a multiprocessor: as many as have the registers, so that enough is on its way.
-template <typename KV, int kDim, int kHeadTiles>
-inline constexpr int kBlocks = kDim > 128 || kHeadTiles > 1 ? 2
-                               : sizeof(KV) == 1            ? 4
-                                                            : 3;
-
-// kDim: head_dim rounded up to 64, 128 or 256; kHeadTiles: tiles of 8 query heads.
-// kRing: tiles come through shared memory. Loads to registers need the L1, of which the
-// products' division of an SM's memory leaves little. For several tiles a warp; it takes
-// the room in which a product's blocks could begin.
-template <typename T, typename KV, int kDim, int kHeadTiles, bool kRing = false>
-__global__ void __launch_bounds__(kThreads, kBlocks<KV, kDim, kHeadTiles>)
-    DecodeKernel(const __grid_constant__ Params p) {
+// A warp's part of a share: its tiles, and what it found to the merge. Of all the block's threads.
+template <typename T, typename KV, int kDim, int kHeadTiles, bool kRing>
+__device__ __forceinline__ void Attend(const Params& p, const Merge& merge, const Place& place,
+                                       const Work& work) {
   using M = typename Chunk<KV>::M;
   using Raw = typename Chunk<KV>::Raw;
   constexpr int kKChunks = kDim / 32, kVChunks = kDim / 64;
@@ -109,33 +93,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<KV, kDim, kHeadTiles>)
   // with 256 elements there are not the registers.
   constexpr bool kAhead = kDim <= 128;
 
-  TriggerDependents();
-  if (!p.history_ready) WaitForPrevious();
-  const int row = blockIdx.z;
-  const int slot = __ldcg(p.rows.slot + row), position = __ldcg(p.rows.position + row);
-  if (slot < 0) {
-    WaitForPrevious();
-    return;
-  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const Work work = Divide(p, position, warp);
-  if (blockIdx.x >= static_cast<unsigned>(work.clusters * p.cluster_size)) {
-    WaitForPrevious();
-    return;
-  }
-  __shared__ uint64_t merge_barrier;
-  const Merge merge(p, &merge_barrier);
-  merge.Begin();
   Raw* stash_k = reinterpret_cast<Raw*>(merge.stash());
   Raw* stash_v = stash_k + kDim / 8;
   const KV* k_cache = static_cast<const KV*>(p.k);
   const KV* v_cache = static_cast<const KV*>(p.v);
   const int chunks = p.head_dim / 8;
-  Tiles<KV> tiles(p, p.rows.block_table + static_cast<int64_t>(slot) * p.rows.table_stride, work);
+  Tiles<KV> tiles(p, place, work);
 
   Raw k[2][kKChunks], v[4][kVChunks];
-  // A row of the tile that is seen: the data of others is never used, but must
-  // be finite. The row's own position is replaced before use.
+  // A row of the tile whose v may be used: what others hold weighs nothing, but must be
+  // finite. (The score of an unseen k is not used.) The row's own position is replaced before use.
   const auto seen = [&](int tile, int i) {
     return min(max(i, work.begin - tile * kTile), work.position - tile * kTile);
   };
@@ -149,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<KV, kDim, kHeadTiles>)
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const Raw* at =
-            reinterpret_cast<const Raw*>(k_cache + offset + seen(tile, r + 8 * i) * p.head_dim);
+        const Raw* at = reinterpret_cast<const Raw*>(k_cache + offset + (r + 8 * i) * p.head_dim);
         LoadChunks<KV, true>(at, chunks, c, 4, k[i]);
       }
     }
@@ -174,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<KV, kDim, kHeadTiles>)
       work.any() && work.end == work.last_tile + 1 && (work.last_tile - work.first) % kWarps == 0;
   int64_t offset = 0;
   if (owner) offset = tiles.OffsetOf(work.position);
-  OwnPosition<T, KV> own(p, offset);
+  OwnPosition<T, KV> own(p, place, offset);
   if constexpr (kRing) {
     ring.Init();
 #pragma unroll
@@ -195,10 +162,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<KV, kDim, kHeadTiles>)
   const float2* rotary = p.rotary == nullptr
                              ? nullptr
                              : p.rotary + static_cast<int64_t>(work.position) * (p.head_dim / 2);
-  if (owner) own.Request(row, rotary);
+  if (owner) own.Request(rotary);
   uint4* const staged = static_cast<uint4*>(merge.query());
-  const float row_factor = RowFactor(p.scales, row);
-  StageQuery<T, M>(p, row, row_factor, rotary, staged);
+  const float row_factor = RowFactor(p.scales, place.row);
+  StageQuery<T, M>(p, place, row_factor, rotary, staged);
   if (owner) own.Store(row_factor, rotary, stash_k, stash_v);
   __syncthreads();
 
@@ -265,7 +232,75 @@ __global__ void __launch_bounds__(kThreads, kBlocks<KV, kDim, kHeadTiles>)
       p.group, p.head_dim,
       [&](int head, float2 statistics) { merge.SetWarpStatistics(warp, head, statistics); },
       [&](int head, int d, float4 v) { merge.SetWarpOutput(warp, head, d, v); });
-  merge.template Finish<T>(row, work.clusters);
+}
+
+// kDim: head_dim rounded up to 64, 128 or 256; kHeadTiles: tiles of 8 query heads.
+// kRing: tiles come through shared memory. Loads to registers need the L1, of which the
+// products' division of an SM's memory leaves little. For several tiles a warp; it takes
+// the room in which a product's blocks could begin.
+template <typename T, typename KV, int kDim, int kHeadTiles, bool kRing>
+__global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTiles))
+    DecodeKernel(const __grid_constant__ Params p) {
+  TriggerDependents();
+  if (!p.history_ready) WaitForPrevious();
+  const int row = blockIdx.z;
+  const Place place = {row, __ldcg(p.rows.slot + row), static_cast<int>(blockIdx.y)};
+  const int position = __ldcg(p.rows.position + row);
+  if (place.slot < 0) {
+    WaitForPrevious();
+    return;
+  }
+  const Work work = Divide(p, position, threadIdx.x / 32);
+  if (blockIdx.x >= static_cast<unsigned>(work.clusters * p.cluster_size)) {
+    WaitForPrevious();
+    return;
+  }
+  __shared__ uint64_t merge_barrier;
+  const Merge merge(p, &merge_barrier);
+  merge.Begin();
+  Attend<T, KV, kDim, kHeadTiles, kRing>(p, merge, place, work);
+  merge.template Finish<T>(place, work.clusters);
+}
+
+template <typename T, typename KV, int kDim, int kHeadTiles>
+__global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTiles))
+    DealtDecodeKernel(const __grid_constant__ Params p) {
+  TriggerDependents();
+  if (!p.history_ready) WaitForPrevious();
+  const Merge merge(p, nullptr);
+  __shared__ Deal deal;
+  if (threadIdx.x == 0) deal.Init(p);
+  __syncthreads();
+  while (!deal.done()) {
+    Work work = WorkOf(p.window, deal.share().position);
+    work.first = deal.share().first + static_cast<int>(threadIdx.x) / 32;
+    work.end = deal.share().end;
+    Attend<T, KV, kDim, kHeadTiles, false>(p, merge, deal.share().place, work);
+    merge.template Finish<T>(deal.share());
+    __syncthreads();  // what was this share's is the next one's
+    if (threadIdx.x == 0) deal.Next(p);
+    __syncthreads();
+  }
+  WaitForPrevious();
+}
+
+template <typename T, typename KV, int kDim, int kHeadTiles>
+Kernel FindFor(Way way) {
+  if (way == Way::kDealt) return DealtDecodeKernel<T, KV, kDim, kHeadTiles>;
+  if constexpr (HasRing(kDim, kHeadTiles)) {
+    if (way == Way::kRing) return DecodeKernel<T, KV, kDim, kHeadTiles, true>;
+  }
+  return DecodeKernel<T, KV, kDim, kHeadTiles, false>;
+}
+template <typename T, typename KV, int kDim>
+Kernel FindFor(int head_tiles, Way way) {
+  return head_tiles == 1 ? FindFor<T, KV, kDim, 1>(way) : FindFor<T, KV, kDim, 2>(way);
+}
+template <typename T, typename KV>
+Kernel FindFor(int dim, int head_tiles, Way way) {
+  return dim == 64    ? FindFor<T, KV, 64>(head_tiles, way)
+         : dim == 128 ? FindFor<T, KV, 128>(head_tiles, way)
+                      : FindFor<T, KV, 256>(head_tiles, way);
 }
 
 }  // namespace lockstep::kernels::decode

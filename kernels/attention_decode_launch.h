@@ -21,9 +21,17 @@ constexpr int kMaxCluster = 16;
 constexpr int kMaxClusters = 16;
 constexpr int kMaxGroup = 16;
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxDealtRows = 1024, kMaxDealtBlocks = 1024;
+// Of a multiprocessor: as many as have the registers, so that enough is on its way.
+constexpr int BlocksOf(size_t kv_bytes, int dim, int head_tiles) {
+  return dim > 128 || head_tiles > 1 ? 2 : kv_bytes == 1 ? 4 : 3;
+}
+
+struct BlockPlan;  // attention_decode_deal.cuh
 
 struct Params {
   StepRows rows;
+  const BlockPlan* plan;  // of dealt work
   void* k;
   void* v;
   int kv_heads, block_shift, head_dim, group;  // blocks of 1 << block_shift positions
@@ -42,9 +50,12 @@ struct Params {
   const float2* rotary;
   ProductScales scales;  // columns: q's
   int k_column, v_column;
-  int warp_bytes;    // see WarpBytes
-  int* arrived;      // [rows * kv_heads][kMaxCluster], zero between launches
-  float4* partials;  // [rows * kv_heads][clusters][group * head_dim / 4]
+  int warp_bytes;  // see WarpBytes
+  // Zero between launches: of several clusters [rows * kv_heads][kMaxCluster], of dealt
+  // work [blocks].
+  int* arrived;
+  // [rows * kv_heads][clusters][group * head_dim / 4], or [blocks][2][group * head_dim / 4].
+  float4* partials;
   float2* partial_statistics;
 };
 
@@ -77,14 +88,19 @@ constexpr size_t SharedBytes(int group, int head_dim, int cluster_size, bool rin
 }
 
 using Kernel = void (*)(Params);
+// Writes what dealt work's blocks begin with.
+cudaError_t LaunchPlan(const Launch& launch, const StepRows& rows, int num_rows, int kv_heads,
+                       int window, int blocks, BlockPlan* plan);
+size_t PlanBytes(int blocks);
+enum class Way : uint8_t { kPlain, kRing, kDealt };
 // The one with a ring is there for 8 heads of 128, and the one for any other shape
-// is the same with and without.
+// is the plain one.
 constexpr bool HasRing(int dim, int head_tiles) { return dim == 128 && head_tiles == 1; }
-// head_tiles: 1 or 2; dim: 64, 128 or 256; ring: only where HasRing.
-Kernel FindBF16(int dim, int head_tiles, bool ring);
-Kernel FindF16(int dim, int head_tiles, bool ring);
-Kernel FindBF16OverE4M3(int dim, int head_tiles, bool ring);
-Kernel FindF16OverE4M3(int dim, int head_tiles, bool ring);
+// head_tiles: 1 or 2; dim: 64, 128 or 256.
+Kernel FindBF16(int dim, int head_tiles, Way way);
+Kernel FindF16(int dim, int head_tiles, Way way);
+Kernel FindBF16OverE4M3(int dim, int head_tiles, Way way);
+Kernel FindF16OverE4M3(int dim, int head_tiles, Way way);
 
 }  // namespace lockstep::kernels::decode
 

@@ -4,7 +4,9 @@
 //   blocks of a cluster    each block owns a slice of the result; all send it their
 //                          part, into its shared memory
 //   clusters (very long    partials in device memory; the last block to arrive
-//   contexts only)         at a slice adds them up
+//   contexts only), and    at a slice adds them up
+//   blocks that work was
+//   dealt out to
 //
 // A share is (top, sum) of each head, the largest score seen (base 2) and the
 // sum of exp2(score - top), and the output weighted the same way.
@@ -13,6 +15,7 @@
 
 #include <cmath>
 
+#include "kernels/attention_decode_deal.cuh"
 #include "kernels/attention_decode_launch.h"
 #include "kernels/attention_mma.cuh"
 #include "kernels/cluster.cuh"
@@ -77,16 +80,49 @@ class Merge {
     *reinterpret_cast<float4*>(WarpOutput(warp, head, d)) = v;
   }
 
+  // Writes the result of a share's place, once every warp has set its part, or leaves that to
+  // the block that comes last to it.
+  template <typename T>
+  __device__ __forceinline__ void Finish(const Share& share) const {
+    __shared__ bool others_came;
+    int* const arrived = p_.arrived + share.first_block;
+    // Usual of the one that has a place's beginning: to the others it was the first they did.
+    if (threadIdx.x == 0)
+      others_came =
+          share.blocks > 1 && share.index == 0 && LoadAcquire(arrived) == share.blocks - 1;
+    __syncthreads();
+    if (share.blocks > 1) {
+      if (others_came) {
+        if (threadIdx.x == 0) *arrived = 0;
+      } else {
+        for (int quad = threadIdx.x; quad < quads_; quad += kThreads) {
+          float4 out;
+          const float2 s = OfBlock(quad, out);
+          const int64_t at = DealtIndex(share, share.index, quad);
+          p_.partials[at] = out;
+          p_.partial_statistics[at] = s;
+        }
+        if (!IsLast(arrived, share.blocks)) return;
+      }
+    }
+    for (int quad = threadIdx.x; quad < quads_; quad += kThreads) {
+      float4 out;
+      float2 all = OfBlock(quad, out);
+      if (share.blocks > 1) all = AddShares(share, quad, all, out);
+      Store<T>(share.place, quad, all.y, out);
+    }
+  }
+
   // Writes the row's result, once every warp has set its share. `clusters` take
   // part.
   template <typename T>
-  __device__ __forceinline__ void Finish(int row, int clusters) const {
+  __device__ __forceinline__ void Finish(const Place& place, int clusters) const {
     __syncthreads();
     if (p_.cluster_size == 1) {
       for (int quad = threadIdx.x; quad < quads_; quad += kThreads) {
         float4 out;
         const float2 s = OfBlock(quad, out);
-        SetResult<T>(row, clusters, 0, quad, s, out);
+        SetResult<T>(place, clusters, 0, quad, s, out);
       }
     } else {
       const int rank = static_cast<int>(ClusterRank());
@@ -103,9 +139,9 @@ class Merge {
         SendRemote(AddressIn(statistics + at * sizeof(float2), owner), s, counted);
       }
       AwaitBarrier(barrier_, 0);
-      AddBlocks<T>(row, clusters, rank);
+      AddBlocks<T>(place, clusters, rank);
     }
-    if (clusters > 1) AddClusters<T>(row, clusters);
+    if (clusters > 1) AddClusters<T>(place, clusters);
   }
 
  private:
@@ -134,7 +170,7 @@ class Merge {
 
   // This block's slice: neighbouring lanes hold what the blocks sent of a quad.
   template <typename T>
-  __device__ __forceinline__ void AddBlocks(int row, int clusters, int rank) const {
+  __device__ __forceinline__ void AddBlocks(const Place& place, int clusters, int rank) const {
     const int size = p_.cluster_size, items = quads_per_block_ * size;
     for (int first = 0; first < items; first += kThreads) {
       const int item = first + static_cast<int>(threadIdx.x);
@@ -158,66 +194,116 @@ class Merge {
         for (float& part : v) part += __shfl_xor_sync(~0u, part, step);
       }
       if (mine && from == 0) {
-        SetResult<T>(row, clusters, rank, quad, {top, v[4]}, make_float4(v[0], v[1], v[2], v[3]));
+        SetResult<T>(place, clusters, rank, quad, {top, v[4]}, make_float4(v[0], v[1], v[2], v[3]));
       }
     }
   }
 
   template <typename T>
-  __device__ __forceinline__ void SetResult(int row, int clusters, int rank, int quad, float2 s,
-                                            const float4& out) const {
+  __device__ __forceinline__ void SetResult(const Place& place, int clusters, int rank, int quad,
+                                            float2 s, const float4& out) const {
     if (clusters == 1) {
-      Store<T>(row, quad, s.y, out);
+      Store<T>(place, quad, s.y, out);
     } else {
-      SetPartial(row, rank, quad, s, out);
+      SetPartial(place, rank, quad, s, out);
     }
   }
 
   template <typename T>
-  __device__ __forceinline__ void Store(int row, int quad, float sum, const float4& v) const {
+  __device__ __forceinline__ void Store(const Place& place, int quad, float sum,
+                                        const float4& v) const {
     const float factor = p_.factors.v / sum;
     const float values[4] = {v.x * factor, v.y * factor, v.z * factor, v.w * factor};
-    T* out = static_cast<T*>(p_.out) + static_cast<int64_t>(row) * p_.out_stride +
-             static_cast<int>(blockIdx.y) * p_.group * p_.head_dim;
+    T* out = static_cast<T*>(p_.out) + static_cast<int64_t>(place.row) * p_.out_stride +
+             place.kv_head * p_.group * p_.head_dim;
     kernels::Store<T, 4>(out + quad * 4, Pack<T, 4>(values));
   }
 
-  __device__ __forceinline__ int64_t Pair(int row) const {
-    return static_cast<int64_t>(row) * p_.kv_heads + blockIdx.y;
+  // A block may leave two: of the place that it begins within and of the one that it ends within.
+  __device__ __forceinline__ int64_t DealtIndex(const Share& share, int index, int quad) const {
+    return (int64_t{share.first_block + index} * 2 + (index == 0)) * quads_ + quad;
   }
-  __device__ __forceinline__ int64_t PartialIndex(int row, int cluster, int quad) const {
-    return (Pair(row) * p_.clusters + cluster) * quads_ + quad;
+  // What all blocks have found of a quad, in their order; `own` and `out` are this one's.
+  __device__ __forceinline__ float2 AddShares(const Share& share, int quad, float2 own,
+                                              float4& out) const {
+    constexpr int kAtOnce = 8;
+    const float4 own_out = out;
+    float2 all = {-INFINITY, 0.0f};
+    out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int first = 0; first < share.blocks; first += kAtOnce) {
+      float2 s[kAtOnce];
+      float4 v[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        s[i] = {-INFINITY, 0.0f};
+        v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (first + i >= share.blocks) continue;
+        const int64_t at = DealtIndex(share, first + i, quad);
+        const bool mine = first + i == share.index;
+        s[i] = mine ? own : __ldcg(p_.partial_statistics + at);
+        v[i] = mine ? own_out : __ldcg(p_.partials + at);
+      }
+      float top = all.x;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) top = fmaxf(top, s[i].x);
+      const float shrink = Exp2(all.x - Base(top));
+      all = {top, all.y * shrink};
+      out = make_float4(out.x * shrink, out.y * shrink, out.z * shrink, out.w * shrink);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float weight = Exp2(s[i].x - Base(top));
+        all.y += weight * s[i].y;
+        AddScaled(out, weight, v[i]);
+      }
+    }
+    return all;
   }
-  __device__ __forceinline__ void SetPartial(int row, int rank, int quad, float2 s,
+  __device__ __forceinline__ int64_t Pair(const Place& place) const {
+    return static_cast<int64_t>(place.row) * p_.kv_heads + place.kv_head;
+  }
+  __device__ __forceinline__ int64_t PartialIndex(const Place& place, int cluster, int quad) const {
+    return (Pair(place) * p_.clusters + cluster) * quads_ + quad;
+  }
+  __device__ __forceinline__ void SetPartial(const Place& place, int rank, int quad, float2 s,
                                              const float4& v) const {
     const int cluster = (static_cast<int>(blockIdx.x) - rank) >> p_.cluster_shift;
-    const int64_t at = PartialIndex(row, cluster, quad);
+    const int64_t at = PartialIndex(place, cluster, quad);
     p_.partials[at] = v;
     p_.partial_statistics[at] = s;
   }
 
-  // The block that arrives last at this slice of the result finishes it, and
+  static __device__ __forceinline__ int LoadAcquire(const int* from) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+  }
+  // Whether this block is the last of so many to arrive, with all that the others have stored. It
   // leaves the counter at zero for the next launch.
-  template <typename T>
-  __device__ __forceinline__ void AddClusters(int row, int clusters) const {
-    const int rank = p_.cluster_size == 1 ? 0 : static_cast<int>(ClusterRank());
+  __device__ __forceinline__ bool IsLast(int* arrived, int blocks) const {
     int* flag = reinterpret_cast<int*>(stash_);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      int* arrived = p_.arrived + Pair(row) * kMaxCluster + rank;
-      const bool last = atomicAdd(arrived, 1) == clusters - 1;
+      const bool last = atomicAdd(arrived, 1) == blocks - 1;
       if (last) *arrived = 0;
       *flag = last;
     }
     __syncthreads();
-    if (*flag == 0) return;
+    if (*flag == 0) return false;
     __threadfence();
+    return true;
+  }
+
+  // The block that arrives last at this slice of the result finishes it.
+  template <typename T>
+  __device__ __forceinline__ void AddClusters(const Place& place, int clusters) const {
+    const int rank = p_.cluster_size == 1 ? 0 : static_cast<int>(ClusterRank());
+    if (!IsLast(p_.arrived + Pair(place) * kMaxCluster + rank, clusters)) return;
     for (int i = threadIdx.x; i < quads_per_block_; i += kThreads) {
       const int quad = rank * quads_per_block_ + i;
       if (quad >= quads_) break;
-      const float4* values = p_.partials + PartialIndex(row, 0, quad);
-      const float2* statistics = p_.partial_statistics + PartialIndex(row, 0, quad);
+      const float4* values = p_.partials + PartialIndex(place, 0, quad);
+      const float2* statistics = p_.partial_statistics + PartialIndex(place, 0, quad);
       float2 shares[kMaxClusters];
 #pragma unroll
       for (int k = 0; k < kMaxClusters; ++k) {
@@ -235,7 +321,7 @@ class Merge {
         all.y += weight * shares[k].y;
         AddScaled(out, weight, __ldcg(values + static_cast<int64_t>(k) * quads_));
       }
-      Store<T>(row, quad, all.y, out);
+      Store<T>(place, quad, all.y, out);
     }
   }
 

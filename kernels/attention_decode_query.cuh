@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/attention_decode_deal.cuh"
 #include "kernels/attention_decode_launch.h"
 #include "kernels/attention_mma.cuh"
 
@@ -62,12 +63,13 @@ template <typename T, typename KV>
 class OwnPosition {
  public:
   using Raw = typename Chunk<KV>::Raw;
-  __device__ __forceinline__ OwnPosition(const Params& p, int64_t offset)
+  __device__ __forceinline__ OwnPosition(const Params& p, const Place& place, int64_t offset)
       : p_(p),
+        place_(place),
         k_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.k) + offset) + threadIdx.x % 32),
         v_at_(reinterpret_cast<Raw*>(static_cast<KV*>(p.v) + offset) + threadIdx.x % 32) {}
 
-  __device__ __forceinline__ void Request(int row, const float2* rotary) {
+  __device__ __forceinline__ void Request(const float2* rotary) {
     const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8;
     if (chunk >= chunks) return;
     if (rotary != nullptr) angles_.Load(rotary, chunk, p_.head_dim / 2);
@@ -76,7 +78,8 @@ class OwnPosition {
       v_ = __ldcg(v_at_);
       return;
     }
-    const int64_t at = static_cast<int64_t>(row) * p_.q_stride + blockIdx.y * p_.head_dim;
+    const int64_t at =
+        static_cast<int64_t>(place_.row) * p_.q_stride + place_.kv_head * p_.head_dim;
     const T* k = static_cast<const T*>(p_.fresh_k) + at;
     fresh_k_ = LoadChunk(k, chunk);
     partner_ = LoadChunk(k, PartnerOf(chunk, chunks));
@@ -89,7 +92,7 @@ class OwnPosition {
     const int chunk = threadIdx.x % 32, chunks = p_.head_dim / 8;
     if (chunk < chunks) {
       if (p_.fresh_k != nullptr) {
-        const int column = static_cast<int>(blockIdx.y) * p_.head_dim;
+        const int column = place_.kv_head * p_.head_dim;
         float x[8], partner[8];
         Unpack<T, 8>(fresh_k_, x);
         ScaleProduct<T>(p_.scales, row_factor, p_.k_column + column + chunk * 8, x);
@@ -112,6 +115,7 @@ class OwnPosition {
 
  private:
   const Params& p_;
+  const Place& place_;
   Raw* k_at_;
   Raw* v_at_;
   Raw k_ = {}, v_ = {};
@@ -122,11 +126,12 @@ class OwnPosition {
 // The block's query heads, turned, scaled and as the products take them: [head][chunk].
 // Together, since every warp waits as long for what one thread would load as for all.
 template <typename T, typename M>
-__device__ __forceinline__ void StageQuery(const Params& p, int row, float row_factor,
+__device__ __forceinline__ void StageQuery(const Params& p, const Place& place, float row_factor,
                                            const float2* rotary, uint4* to) {
   const int chunks = p.head_dim / 8;
-  const int first = static_cast<int>(blockIdx.y) * p.group * p.head_dim;
-  const T* heads = static_cast<const T*>(p.q) + static_cast<int64_t>(row) * p.q_stride + first;
+  const int first = place.kv_head * p.group * p.head_dim;
+  const T* heads =
+      static_cast<const T*>(p.q) + static_cast<int64_t>(place.row) * p.q_stride + first;
   for (int i = threadIdx.x; i < p.group * chunks; i += kThreads) {
     const int head = i / chunks, chunk = i - head * chunks;
     const T* at = heads + head * p.head_dim;

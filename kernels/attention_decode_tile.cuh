@@ -63,32 +63,28 @@ class TileSums {
   // Their weights. Lane (r, c) has positions r and r + 8, seen if `low` and `high` say so, of
   // heads 2c and 2c + 1.
   __device__ __forceinline__ void Weigh(bool low, bool high, float factor) {
+    bool outgrown = false;
 #pragma unroll
     for (int n = 0; n < kHeadTiles; ++n) {
-      float shrink[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float& s0 = score_[n][h];
         float& s1 = score_[n][2 + h];
         s0 = low ? s0 * factor : -INFINITY;
         s1 = high ? s1 * factor : -INFINITY;
-        float m = fmaxf(s0, s1);
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 4));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 8));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 16));
-        m = fmaxf(m, top_[n][h]);
-        shrink[h] = Exp2(top_[n][h] - m);
-        top_[n][h] = m;
-        s0 = Exp2(s0 - m);
-        s1 = Exp2(s1 - m);
-        sum_[n][h] = sum_[n][h] * shrink[h] + (s0 + s1);
+        outgrown |= fmaxf(s0, s1) > top_[n][h] + kSlack;
       }
+    }
+    if (__any_sync(~0u, outgrown)) Raise();
 #pragma unroll
-      for (int m = 0; m < kOutTiles; ++m) {
-        out_[n][m][0] *= shrink[0];
-        out_[n][m][1] *= shrink[1];
-        out_[n][m][2] *= shrink[0];
-        out_[n][m][3] *= shrink[1];
+    for (int n = 0; n < kHeadTiles; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& s0 = score_[n][h];
+        float& s1 = score_[n][2 + h];
+        s0 = Exp2(s0 - top_[n][h]);
+        s1 = Exp2(s1 - top_[n][h]);
+        sum_[n][h] += s0 + s1;
       }
       weight_[n][0] = Transpose8x8(PackPair<M>(score_[n][0], score_[n][1]));
       weight_[n][1] = Transpose8x8(PackPair<M>(score_[n][2], score_[n][3]));
@@ -158,6 +154,36 @@ class TileSums {
   }
 
  private:
+  // By how much, as a power of two, a score may exceed the one that weights are relative to: that
+  // one is then seldom raised, which multiplies all sums.
+  static constexpr float kSlack = 8.0f;
+
+  // To the largest score of any position so far.
+  __device__ __forceinline__ void Raise() {
+#pragma unroll
+    for (int n = 0; n < kHeadTiles; ++n) {
+      float shrink[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float m = fmaxf(score_[n][h], score_[n][2 + h]);
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 4));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 8));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 16));
+        m = fmaxf(m, top_[n][h]);
+        shrink[h] = Exp2(top_[n][h] - m);
+        top_[n][h] = m;
+        sum_[n][h] *= shrink[h];
+      }
+#pragma unroll
+      for (int m = 0; m < kOutTiles; ++m) {
+        out_[n][m][0] *= shrink[0];
+        out_[n][m][1] *= shrink[1];
+        out_[n][m][2] *= shrink[0];
+        out_[n][m][3] *= shrink[1];
+      }
+    }
+  }
+
   float top_[kHeadTiles][2], sum_[kHeadTiles][2];
   float out_[kHeadTiles][kOutTiles][4];
   float score_[kHeadTiles][4];

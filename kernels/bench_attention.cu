@@ -2,7 +2,8 @@
 // (every launch of a graph reads another layer's), with and without dependent
 // launch, and prefill of one prompt. Prints microseconds a launch, and GB/s of
 // KV read or TFLOP/s (causal half only). Arguments, in any order: decode or
-// prefill alone; splits=N; ring=1 or -1, with or without; context=N, only that one; max=N, the
+// prefill alone; splits=N; ring=1 or -1, with or without; dealt=1, by a plan; ragged=N, all rows
+// but each N-th have a sixteenth of the context; context=N, only that one; max=N, the
 // bound on it; order=1, blocks of a sequence one after another; spread=GIB, layers as far apart as
 // in a cache of that size; kv=fp8, decode from a cache of e4m3.
 #include <algorithm>
@@ -88,7 +89,8 @@ float Time(int count, int replays, Enqueue enqueue) {
 }
 
 struct Options {
-  int splits = 0, context = 0, max_context = 131072, order = 0, spread = 0, ring = 0;
+  int splits = 0, context = 0, max_context = 131072, order = 0, spread = 0, ring = 0, dealt = 0,
+      ragged = 0;
   bool decode = true, prefill = true, fp8 = false;
 };
 
@@ -122,8 +124,10 @@ void BenchDecode(const Options& options, char* pool) {
   __nv_bfloat16* q = Random(int64_t{512} * 6144, 1);
   __nv_bfloat16* out = Random(int64_t{512} * 6144, 2);
   void* workspace;
-  CHECK_CUDA(cudaMalloc(&workspace, 1 << 20));
-  CHECK_CUDA(cudaMemset(workspace, 0, 1 << 20));
+  CHECK_CUDA(cudaMalloc(&workspace, 32 << 20));
+  CHECK_CUDA(cudaMemset(workspace, 0, 32 << 20));
+  void* plan;
+  CHECK_CUDA(cudaMalloc(&plan, DecodeAttentionPlanBytes()));
   for (const Shape& shape : kShapes) {
     for (const int context : {1024, 1104, 8192, 32768, 131072}) {
       for (const int batch : {1, 16, 64, 256, 512}) {
@@ -139,7 +143,14 @@ void BenchDecode(const Options& options, char* pool) {
         if (stride < half) continue;
         int32_t* table = Upload(Scattered(batch, per_slot, options.order != 0));
         std::vector<int32_t> slots(batch), positions(batch, context - 1);
-        for (int i = 0; i < batch; ++i) slots[i] = i;
+        int64_t seen = 0;
+        for (int i = 0; i < batch; ++i) {
+          slots[i] = i;
+          if (options.ragged > 0 && i % options.ragged != 0) positions[i] = context / 16 - 1;
+          seen += positions[i] + 1;
+        }
+        const double bytes = 2.0 * static_cast<double>(half) * static_cast<double>(seen) /
+                             (static_cast<double>(batch) * context);
         int32_t* slot = Upload(slots);
         int32_t* position = Upload(positions);
         DecodeAttentionArgs args;
@@ -153,9 +164,17 @@ void BenchDecode(const Options& options, char* pool) {
         args.scale = 0.08f;
         args.max_context = options.max_context;
         args.ring = options.ring;
+        if (options.dealt > 0) {
+          args.window = 0;
+          args.kv = {nullptr,        nullptr, options.fp8 ? Type::kE4M3 : Type::kBF16,
+                     shape.kv_heads, kBlock,  kDim};
+          CHECK_CUDA(PlanDecodeAttention({}, args, plan));
+          CHECK_CUDA(cudaDeviceSynchronize());
+          args.plan = plan;
+        }
         args.splits = options.splits;
         args.workspace = workspace;
-        std::printf("%-8s %5d %6d %8.1f", shape.name, batch, context, 2.0 * half / 1e6);
+        std::printf("%-8s %5d %6d %8.1f", shape.name, batch, context, bytes / 1e6);
         for (const int mode : {0, 1, 2}) {
           args.history_ready = mode == 2;
           const float us = Time(
@@ -167,7 +186,7 @@ void BenchDecode(const Options& options, char* pool) {
                   CHECK_CUDA(DecodeAttention({stream, mode > 0}, args));
                 }
               });
-          std::printf(" %8.2f %7.0f", us, 2.0 * half / us / 1e3);
+          std::printf(" %8.2f %7.0f", us, bytes / us / 1e3);
         }
         std::printf("\n");
         CHECK_CUDA(cudaFree(table));
@@ -246,6 +265,8 @@ void Main(int argc, char** argv) {
     std::sscanf(argv[i], "order=%d", &options.order);
     std::sscanf(argv[i], "spread=%d", &options.spread);
     std::sscanf(argv[i], "ring=%d", &options.ring);
+    std::sscanf(argv[i], "dealt=%d", &options.dealt);
+    std::sscanf(argv[i], "ragged=%d", &options.ragged);
   }
   CHECK_CUDA(InitDecodeAttention());
   CHECK_CUDA(InitPrefillAttention());

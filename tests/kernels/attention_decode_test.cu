@@ -82,7 +82,25 @@ void Check(const AttentionShape& shape, const std::vector<AttentionRow>& rows, u
     const std::vector<T> second = out.Bits();
     EXPECT_EQ(memcmp(first.data(), second.data(), first.size() * sizeof(T)), 0) << what << ring;
   }
+  // Dealt out: other bits, but always those.
+  if (!DecodeAttentionTakesFresh(args)) return;  // the plain kernel's
+  args.ring = args.splits = 0;
+  const DeviceRows<uint8_t> plan(static_cast<int64_t>(DecodeAttentionPlanBytes()));
+  ASSERT_CUDA(PlanDecodeAttention(launch, args, plan.get()));
+  args.plan = plan.get();
+  const DeviceRows<T> dealt_out(static_cast<int64_t>(c.num_rows()) * c.out_stride());
+  args.out = dealt_out.get();
+  ASSERT_CUDA(DecodeAttention(launch, args));
+  ASSERT_CUDA(cudaDeviceSynchronize());
+  c.Check(dealt_out, AttentionTolerance<T>(), what + " dealt");
+  const std::vector<T> dealt = dealt_out.Bits();
+  for (int i = 0; i < 3; ++i) ASSERT_CUDA(DecodeAttention(launch, args));
+  ASSERT_CUDA(cudaDeviceSynchronize());
+  const std::vector<T> again = dealt_out.Bits();
+  EXPECT_EQ(memcmp(dealt.data(), again.data(), dealt.size() * sizeof(T)), 0) << what << " dealt";
   workspace.memory.ExpectGuards(what);
+  workspace.memory.ExpectGuards(what);
+  plan.ExpectGuards(what);
 }
 
 // Positions at and beside every kind of edge.
@@ -106,6 +124,22 @@ TEST_F(DecodeAttentionTest, EveryHeadDimAndGroupInBF16) {
                                           Edges(group == 4 ? Longest() : 101), dim + group);
       if (HasFatalFailure()) return;
     }
+  }
+}
+
+// Rows of all lengths, of which each is cut anywhere: one takes many blocks, some less than one.
+TEST_F(DecodeAttentionTest, ManyRowsOfAllLengths) {
+  std::vector<AttentionRow> rows = Edges(Longest());
+  for (int i = 0; rows.size() < (SanitizerRun() ? 40u : 90u); ++i) {
+    const int slot = static_cast<int>(rows.size());
+    rows.push_back({slot, i % 9 == 0 ? Longest() - 1 - i : i * 37 % Longest() / (1 + i % 5)});
+  }
+  if (!SanitizerRun()) rows[20].position = 9'000;
+  for (const int window : {0, 300}) {
+    const AttentionShape shape = {.heads = 16, .kv_heads = 4, .head_dim = 128, .window = window};
+    Check<__nv_bfloat16, __nv_bfloat16>(shape, rows, 900 + window, {.pdl = true});
+    Check<__nv_bfloat16, __nv_fp8_e4m3>(shape, rows, 901 + window);
+    if (HasFatalFailure()) return;
   }
 }
 
@@ -222,6 +256,8 @@ TEST_F(DecodeAttentionTest, RowsDoNotDependOnEachOtherWithFixedSplits) {
   EXPECT_EQ(memcmp(a.data(), b.data(), a.size() * sizeof(a[0])), 0);
 }
 
+constexpr int kPlanned = 2;  // for a ring
+
 // k and v of the row itself come with q, not yet rotated, and reach the cache. scaled: a product
 // left its scales to them.
 template <typename T, typename KV>
@@ -285,9 +321,17 @@ void CheckFresh(const AttentionShape& shape, const std::vector<AttentionRow>& ro
   args.fresh_v = q.get() + (shape.heads + kv_heads) * dim;
   args.rotary = rotate ? reinterpret_cast<const float2*>(table.get()) : nullptr;
   args.history_ready = history_ready;
-  args.ring = ring;
   if (scaled) args.scales = scales.get();
   ASSERT_TRUE(DecodeAttentionTakesFresh(args));
+  const DeviceRows<uint8_t> plan(static_cast<int64_t>(DecodeAttentionPlanBytes()));
+  const Workspace workspace(args, args.max_context);
+  if (ring == kPlanned) {
+    ASSERT_CUDA(PlanDecodeAttention({}, args, plan.get()));
+    args.plan = plan.get();
+    args.workspace = workspace.memory.get();
+  } else {
+    args.ring = ring;
+  }
   ASSERT_CUDA(DecodeAttention({nullptr, true}, args));
   ASSERT_CUDA(cudaDeviceSynchronize());
   const std::string what = Describe(shape);
@@ -317,7 +361,7 @@ TEST_F(DecodeAttentionTest, RotatesAndCachesItsOwnPosition) {
                                                  Edges(Longest()), rotate, history_ready, dim);
         if (HasFatalFailure()) return;
       }
-      for (const int ring : {-1, 1}) {
+      for (const int ring : {-1, 1, kPlanned}) {
         CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = 128},
                                                  Edges(Longest()), rotate, history_ready, 3, ring);
         CheckFresh<__half, __nv_fp8_e4m3>(
@@ -401,6 +445,16 @@ TEST_F(DecodeAttentionTest, RefusesWhatItCannotDo) {
   EXPECT_EQ(DecodeAttention({}, args), cudaErrorInvalidValue);
   args.num_rows = 0;
   EXPECT_EQ(DecodeAttention({}, args), cudaSuccess);
+
+  args = {};
+  args.num_rows = 1025;
+  args.kv.kv_heads = args.heads = 2;
+  args.kv.head_dim = 64;
+  EXPECT_FALSE(DecodeAttentionDeals(args));
+  EXPECT_EQ(PlanDecodeAttention({}, args, &args), cudaErrorInvalidValue);
+  args.num_rows = 1;
+  args.plan = &args;  // and no workspace
+  EXPECT_EQ(DecodeAttention({}, args), cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -167,11 +167,25 @@ kernels::DecodeAttentionArgs CudaBackend::DecodeArgs(int64_t layer) const {
   return args;
 }
 
+void CudaBackend::PlanAttention() {
+  kernels::DecodeAttentionArgs args = DecodeArgs(0);
+  deals_attention_ = kernels::DecodeAttentionDeals(args);
+  if (!deals_attention_) return;
+  for (const bool slides : {false, true}) {
+    args.window = slides ? static_cast<int>(config_.sliding_window) : 0;
+    if (slides && args.window == 0) continue;
+    Check(kernels::PlanDecodeAttention({.stream = stream_, .pdl = false}, args,
+                                       attention_plans_[slides].get()),
+          "planning attention");
+  }
+}
+
 void CudaBackend::RunAttention(const AttentionOp& op) {
   if (part_.decode_rows > 0) {
     kernels::DecodeAttentionArgs args = DecodeArgs(op.layer);
     args.scale = op.scale;
     args.window = static_cast<int>(op.window);
+    if (deals_attention_) args.plan = attention_plans_[args.window > 0].get();
     if (!fresh_) {
       args.fresh_k = args.fresh_v = nullptr;
       args.rotary = nullptr;

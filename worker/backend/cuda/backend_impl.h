@@ -209,6 +209,8 @@ class CudaBackend final : public Backend {
   // A launch's spans from `first` on: how many, below `end`, and the room for them.
   int WidenedSpans(int first, int end, kernels::PrefillScratch* scratch) const;
   kernels::DecodeAttentionArgs DecodeArgs(int64_t layer) const;
+  // Behind PrepareStep.
+  void PlanAttention();
 
   const ModelConfig config_;
   const ShardPlan plan_;
@@ -248,6 +250,7 @@ class CudaBackend final : public Backend {
   Buffer<std::byte> kv_;
   Buffer<float2> rope_, rope_local_;
   Buffer<std::byte> attention_workspace_;
+  Buffer<std::byte> attention_plans_[2];  // of layers that see all, and of those that slide
   // Of an e4m3 cache, for spans that fit: wide_blocks_ of k and of v in 16 bits.
   Buffer<std::byte> wide_kv_;
   Buffer<int32_t> wide_table_;
@@ -284,6 +287,7 @@ class CudaBackend final : public Backend {
   void* residual_ = nullptr;              // the current one of two, while folded
   const float2* fresh_rotary_ = nullptr;  // what attention is left to do of Qkv
   bool fresh_ = false;
+  bool deals_attention_ = false;                        // by attention_plans_
   kernels::ProductScales qkv_scales_, partial_scales_;  // that buffers_.qkv and .partial lack
   const StepGraphs::Graph* replay_ = nullptr;
   StepGraphs::Key key_;

@@ -91,6 +91,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
   Check(kernels::PrepareStep({.stream = stream_, .pdl = false}, io, io_.arrays(), rows_,
                              static_cast<int>(rows.size())),
         "preparing a step");
+  PlanAttention();
   return false;
 }
 
@@ -113,6 +114,7 @@ void CudaBackend::BeginCapture() {
   Check(
       kernels::PrepareStep({.stream = stream_, .pdl = false}, io_.io(), io_.arrays(), rows_, rows_),
       "preparing a step");
+  PlanAttention();
 }
 
 // Also of a capture that something went wrong in: no stream is left capturing.

@@ -99,6 +99,9 @@ absl::Status CudaBackend::Init() {
             static_cast<int>(limits_.max_model_len)),
         "attention");
   }
+  for (Buffer<std::byte>& plan : attention_plans_) {
+    if (status.ok()) status = plan.Allocate(kernels::DecodeAttentionPlanBytes(), "attention");
+  }
   if (config_.position == PositionKind::kRope) {
     if (status.ok())
       status = MakeRotary(config_.rope, config_.head_dim, limits_.max_model_len, &rope_);
