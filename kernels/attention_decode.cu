@@ -4,6 +4,7 @@
 #include "kernels/attention_decode_launch.h"
 #include "kernels/attention_plain.h"
 #include "kernels/device.cuh"
+#include "kernels/multiprocessors.h"
 #include "kernels/vector.cuh"
 
 namespace lockstep::kernels {
@@ -30,21 +31,11 @@ Kernel FindKernel(Type type, Type kv_type, int head_dim, int group, Way way) {
   return nullptr;
 }
 
-int Multiprocessors() {
-  static const int count = [] {
-    int device = 0, found = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-      return 1;
-    return found;
-  }();
-  return count;
-}
 // Blocks that work is dealt out to: as many as the device holds.
 int DealtBlocks(Type kv_type, int head_dim, int group) {
-  return std::min(Multiprocessors() *
-                      decode::BlocksOf(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group)),
-                  decode::kMaxDealtBlocks);
+  return std::min(
+      SmCount() * decode::BlocksOf(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group)),
+      decode::kMaxDealtBlocks);
 }
 
 bool TakesFast(const DecodeAttentionArgs& a) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "kernels/gemv_plan.h"
+#include "kernels/multiprocessors.h"
 
 namespace lockstep::kernels {
 namespace {
@@ -35,17 +36,6 @@ cudaError_t LaunchAs(const Launch& launch, const GemvArgs& args) {
 }
 
 }  // namespace
-
-int SmCount() {
-  static const int count = [] {
-    int device = 0, sms = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-      return 1;
-    return sms;
-  }();
-  return count;
-}
 
 RowPlan PlanRow(const GemvArgs& args, int sm_count) {
   const int weight_bytes = static_cast<int>(TypeBytes(args.weight_type));

@@ -54,9 +54,6 @@ struct SkinnyPlan {
   int blocks = 0;
 };
 
-// Multiprocessors of the current device; asked once, since all of a process's are alike.
-int SmCount();
-
 RowPlan PlanRow(const GemvArgs& args, int sm_count);
 SkinnyPlan PlanSkinny(const GemvArgs& args, int sm_count);
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kernels/gemv_elements.cuh"
+#include "kernels/multiprocessors.h"
 #include "kernels/row_stack.h"
 #include "kernels/row_stack_plan.h"
 
