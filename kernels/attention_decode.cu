@@ -234,7 +234,8 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   }
   const int per_warp = args.max_context / (decode::kTile * decode::kWarps * shares.cluster_size);
   const bool ring =
-      !dealt && decode::HasRing(RoundedDim(args.kv.head_dim), HeadTiles(group)) &&
+      !dealt &&
+      decode::HasRing(TypeBytes(args.kv.type), RoundedDim(args.kv.head_dim), HeadTiles(group)) &&
       (args.ring != 0 ? args.ring > 0
                       : pairs >= kMinRingPairs && pairs <= kMaxRingPairs && per_warp > 1);
   p.warp_bytes = decode::WarpBytes(group, args.kv.head_dim, ring);

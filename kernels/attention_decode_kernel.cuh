@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTile
 template <typename T, typename KV, int kDim, int kHeadTiles>
 Kernel FindFor(Way way) {
   if (way == Way::kDealt) return DealtDecodeKernel<T, KV, kDim, kHeadTiles>;
-  if constexpr (HasRing(kDim, kHeadTiles)) {
+  if constexpr (HasRing(sizeof(KV), kDim, kHeadTiles)) {
     if (way == Way::kRing) return DecodeKernel<T, KV, kDim, kHeadTiles, true>;
   }
   return DecodeKernel<T, KV, kDim, kHeadTiles, false>;

@@ -93,9 +93,11 @@ cudaError_t LaunchPlan(const Launch& launch, const StepRows& rows, int num_rows,
                        int window, int blocks, BlockPlan* plan);
 size_t PlanBytes(int blocks);
 enum class Way : uint8_t { kPlain, kRing, kDealt };
-// The one with a ring is there for 8 heads of 128, and the one for any other shape
-// is the plain one.
-constexpr bool HasRing(int dim, int head_tiles) { return dim == 128 && head_tiles == 1; }
+// The one with a ring is there for 8 heads of 128 in 16 bits, and the one for any other shape is
+// the plain one.
+constexpr bool HasRing(size_t kv_bytes, int dim, int head_tiles) {
+  return kv_bytes == 2 && dim == 128 && head_tiles == 1;
+}
 // head_tiles: 1 or 2; dim: 64, 128 or 256.
 Kernel FindBF16(int dim, int head_tiles, Way way);
 Kernel FindF16(int dim, int head_tiles, Way way);

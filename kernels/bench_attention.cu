@@ -165,7 +165,6 @@ void BenchDecode(const Options& options, char* pool) {
         args.max_context = options.max_context;
         args.ring = options.ring;
         if (options.dealt > 0) {
-          args.window = 0;
           args.kv = {nullptr,        nullptr, options.fp8 ? Type::kE4M3 : Type::kBF16,
                      shape.kv_heads, kBlock,  kDim};
           CHECK_CUDA(PlanDecodeAttention({}, args, plan));
