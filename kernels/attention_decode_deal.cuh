@@ -109,7 +109,7 @@ class Deal {
     share_.end = tile + until;
     share_.blocks = 1;
     if (until - part_.at < part_.tiles) {
-      // The cuts inside the place: those that Cuts leaves where they are.
+      // The cuts inside the place that the plan has left where they fell.
       const int first = part_.cuts.FirstFrom(part_.begin + kLeastCut);
       share_.first_block = first - 1;
       share_.blocks = part_.cuts.FirstFrom(place_end - kLeastCut + 1) - first + 1;
