@@ -222,11 +222,11 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   p.scales = args.scales;
   p.k_column = ColumnOf(args, args.fresh_k);
   p.v_column = ColumnOf(args, args.fresh_v);
+  const int dealt_blocks = DealtBlocks(args.kv.type, args.kv.head_dim, group);
   if (shares.clusters > 1 || dealt) {
-    const int blocks = DealtBlocks(args.kv.type, args.kv.head_dim, group);
     const size_t quads = static_cast<size_t>(group) * args.kv.head_dim / 4;
     const size_t partials =
-        dealt ? size_t{2} * blocks : static_cast<size_t>(pairs) * shares.clusters;
+        dealt ? size_t{2} * dealt_blocks : static_cast<size_t>(pairs) * shares.clusters;
     char* base = static_cast<char*>(args.workspace);
     p.arrived = reinterpret_cast<int*>(base);
     p.partials = reinterpret_cast<float4*>(base + kArrivedBytes);
@@ -244,7 +244,7 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   const size_t shared_bytes =
       decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size, ring);
   dim3 grid(shares.cluster_size * shares.clusters, args.kv.kv_heads, args.num_rows);
-  if (dealt) grid = dim3(DealtBlocks(args.kv.type, args.kv.head_dim, group));
+  if (dealt) grid = dim3(dealt_blocks);
   // Of 512 rows and KV heads at 1K of context 90 us if brief, 73 if not.
   const Launch own = {
       .stream = launch.stream, .pdl = launch.pdl, .brief = launch.brief && pairs <= kMaxBriefPairs};
