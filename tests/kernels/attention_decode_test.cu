@@ -82,6 +82,7 @@ void Check(const AttentionShape& shape, const std::vector<AttentionRow>& rows, u
     const std::vector<T> second = out.Bits();
     EXPECT_EQ(memcmp(first.data(), second.data(), first.size() * sizeof(T)), 0) << what << ring;
   }
+  workspace.memory.ExpectGuards(what);
   // Dealt out: other bits, but always those.
   if (!DecodeAttentionTakesFresh(args)) return;  // the plain kernel's
   args.ring = args.splits = 0;
@@ -98,7 +99,6 @@ void Check(const AttentionShape& shape, const std::vector<AttentionRow>& rows, u
   ASSERT_CUDA(cudaDeviceSynchronize());
   const std::vector<T> again = dealt_out.Bits();
   EXPECT_EQ(memcmp(dealt.data(), again.data(), dealt.size() * sizeof(T)), 0) << what << " dealt";
-  workspace.memory.ExpectGuards(what);
   workspace.memory.ExpectGuards(what);
   plan.ExpectGuards(what);
 }
@@ -447,9 +447,12 @@ TEST_F(DecodeAttentionTest, RefusesWhatItCannotDo) {
   EXPECT_EQ(DecodeAttention({}, args), cudaSuccess);
 
   args = {};
-  args.num_rows = 1025;
   args.kv.kv_heads = args.heads = 2;
   args.kv.head_dim = 64;
+  args.max_context = 4096;
+  args.num_rows = 1024;
+  EXPECT_TRUE(DecodeAttentionDeals(args));
+  args.num_rows = 1025;
   EXPECT_FALSE(DecodeAttentionDeals(args));
   EXPECT_EQ(PlanDecodeAttention({}, args, &args), cudaErrorInvalidValue);
   args.num_rows = 1;
