@@ -1,6 +1,7 @@
-// Prompts of thousands of tokens, split over two ranks: the next tokens are those of one
-// rank. On GPUs such steps go in two halves (worker/backend/cuda/backend_halves.cc), whose
-// rows the ranks deal out, which shorter prompts never see.
+// Prompts of hundreds and thousands of tokens, split over two ranks: the next tokens are those of
+// one rank. On GPUs the ranks deal such steps' rows out, hundreds by one kernel
+// (kernels/row_reduce.h) and thousands in two halves (worker/backend/cuda/backend_halves.cc),
+// which shorter prompts never see.
 //
 // Dummy weights in the shapes of tests/golden. By default one family, whose chain of norms is the
 // longest; LOCKSTEP_GOLDEN_MODELS=all: every one.
@@ -76,7 +77,7 @@ std::vector<v1::TokenLogprobs> FirstTokens(const LongModel& model, int tp_size,
   all.insert(all.end(), flags.begin(), flags.end());
   const auto served = TestServer::Start(model.path(), tp_size, all);
   if (served == nullptr) return tokens;
-  for (const uint32_t length : {1'600u, 3'001u}) {
+  for (const uint32_t length : {300u, 1'600u, 3'001u}) {
     v1::GenerateRequest request;
     for (uint32_t i = 0; i < length; ++i) {
       request.mutable_token_ids()->add_ids((i * i * 31 + i * 7 + length) % model.vocab_size());
@@ -100,7 +101,7 @@ void ExpectTheSameSplit(const std::string& family, const std::vector<std::string
   const LongModel model(family);
   const std::vector<v1::TokenLogprobs> wanted = FirstTokens(model, 1, flags);
   const std::vector<v1::TokenLogprobs> got = FirstTokens(model, 2, flags);
-  ASSERT_EQ(wanted.size(), 2u);
+  ASSERT_EQ(wanted.size(), 3u);
   ASSERT_EQ(got.size(), wanted.size());
   const Closeness closeness = ExpectCloseTokens(wanted, got, bound);
   EXPECT_GT(closeness.least_common, 0);
@@ -110,6 +111,12 @@ void ExpectTheSameSplit(const std::string& family, const std::vector<std::string
 TEST(LongSplitTest, Float32IsTheSameOverTwoRanks) {
   for (const std::string& family : Families()) {
     ExpectTheSameSplit(family, {"--dtype", "float32"}, 2e-3);
+  }
+}
+
+TEST(LongSplitTest, BFloat16IsCloseOverTwoRanks) {
+  for (const std::string& family : Families()) {
+    ExpectTheSameSplit(family, {"--dtype", "bfloat16"}, 0.5);
   }
 }
 

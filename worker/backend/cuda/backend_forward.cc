@@ -14,8 +14,6 @@ using kernels::Launch;
 // Blocks that begin among the product's run on multiprocessors divided for it, with
 // little L1, and so do those after them (8B, 64 rows of e4m3: 6.52 ms a step, not 5.96).
 constexpr int64_t kMinApartPairs = 128;
-// Sums of so much are normed after their exchange, not in it.
-constexpr size_t kNormApartBytes = 2 << 20;
 
 // By measurement: meeting a scale an element (see Matmul) costs the activation of long rows as much
 // as there is to gain, unless much of the scaling kernel's last tile of rows were for nothing.
@@ -269,28 +267,27 @@ void CudaBackend::Reduce(const Launch& launch, const ReduceOp& op) {
       args.eps = next.eps;
       args.plus_one = next.plus_one;
     }
-    // A long message's norm is faster by itself, and makes rows of e4m3 on the way.
-    const bool apart =
-        fusable && size_t(part_.rows) * hidden_ * kernels::TypeBytes(type_) >= kNormApartBytes;
-    if (apart) {
-      args.out = nullptr;
-      args.norm_weight = nullptr;
+    if (fusable && deals_residual_) {
+      const kernels::QuantizedRows quantized = TakesQuantized(normed, ReaderOf(op));
+      status_ =
+          collectives_.ReduceRows(launch, {.type = type_,
+                                           .rows = part_.rows,
+                                           .hidden = hidden_,
+                                           .in = partial,
+                                           .bias = args.bias,
+                                           .residual = residual,
+                                           .norm_weight = next.weight,
+                                           .eps = next.eps,
+                                           .plus_one = next.plus_one,
+                                           .normed = quantized.values == nullptr ? normed : nullptr,
+                                           .quantized = quantized,
+                                           .slots = io_.arrays().slot + part_.first});
+      return;
     }
     bool fused = false;
     status_ = halved_ ? collectives_.AllReduceAside(launch, args)
                       : collectives_.AllReduce(launch, args, &fused);
     if (!status_.ok()) return;
-    if (fused && apart) {
-      Check(kernels::Norm(launch, {.type = type_,
-                                   .num_rows = part_.rows,
-                                   .hidden = hidden_,
-                                   .slot = io_.arrays().slot + part_.first,
-                                   .x = residual,
-                                   .norm = next,
-                                   .normed = normed,
-                                   .quantized = TakesQuantized(normed, ReaderOf(op))}),
-            "norm");
-    }
     if (fused && fusable) return;  // else it is only the sum
   }
   // There is one buffer of quantised rows, the products' on their own stream.

@@ -42,12 +42,10 @@ absl::Status CudaBackend::PrepareHalves() {
   for (cudaEvent_t* event : {&produced_[0], &produced_[1], &reduced_[0], &reduced_[1]}) {
     if (error == cudaSuccess) error = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
   }
-  if (limits_.max_batched_tokens >= kLeastRows) {
-    shared_rows_ =
-        SharedRows(limits_.max_batched_tokens, CutOf(static_cast<int>(limits_.max_batched_tokens)),
-                   hidden_, hidden_ * kernels::TypeBytes(type_), Quantized(model_.layers[0].qkv),
-                   static_cast<int>(plan_.tp_size));
-  }
+  shared_rows_ =
+      SharedRows(limits_.max_batched_tokens, CutOf(static_cast<int>(limits_.max_batched_tokens)),
+                 hidden_, hidden_ * kernels::TypeBytes(type_), Quantized(model_.layers[0].qkv),
+                 static_cast<int>(plan_.tp_size));
   return ToStatus(error, "a stream of all-reduces");
 }
 
@@ -63,6 +61,18 @@ bool CudaBackend::MayHalve(int rows, int decode_rows) const {
   if (collectives_.size() == 1 || decode_rows > rows / 2) return false;
   if (collectives_.has_peers()) return collectives_.deals_rows() && rows >= kLeastRows;
   return rows >= kLeastRowsByNccl;
+}
+
+bool CudaBackend::MayDealResidual(int rows) const {
+  // Fewer are summed by all ranks, each for itself: that takes one way over the links, not two.
+  if (rows <= kernels::kMaxPushedRows || collectives_.size() == 1 ||
+      config_.norm != NormKind::kRms || !config_.norm_before || config_.sandwich_norms ||
+      !config_.norm_affine || !config_.final_norm) {
+    return false;
+  }
+  int any = 0;  // whose address stands for the real ones'
+  return collectives_.TakesRows(
+      {.type = type_, .rows = rows, .hidden = hidden_, .residual = &any, .norm_weight = &any});
 }
 
 void CudaBackend::RunHalves(const ReduceOp& op) {

@@ -149,6 +149,8 @@ class CudaBackend final : public Backend {
   int ProductsMultiprocessors() const;
   void RunHalves(const ReduceOp& op);
   void ReduceByRows(const ReduceOp& op);
+  // For a step of so many rows that is not halved.
+  bool MayDealResidual(int rows) const;
   void JoinHalves();
 
   // Whether a step of one row may fold its all-reduces into the products around
@@ -270,6 +272,8 @@ class CudaBackend final : public Backend {
   bool halved_ = false;
   Part halves_[2];
   std::vector<std::function<void()>> stage_;
+  // Each rank has its share of the residual's rows (kernels/row_reduce.h), in all of a step.
+  bool deals_residual_ = false;
   bool by_rows_ = false;     // the halves' sums, by Collectives::SumOwnRows
   bool dealt_e4m3_ = false;  // and what is left of them is e4m3
   // Where the last row-parallel product's sums went; of size 0: into buffers_.partial.

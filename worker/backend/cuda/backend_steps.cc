@@ -75,6 +75,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
   halved_ = MayHalve(rows_, decode_rows);
   by_rows_ = halved_ && collectives_.deals_rows();
   dealt_e4m3_ = false;
+  deals_residual_ = !halved_ && MayDealResidual(rows_);
   stage_.clear();
   const int cut = halved_ ? CutOf(rows_) : rows_;
   io_.Write(spans, rows, cut);
@@ -105,6 +106,7 @@ void CudaBackend::RoundUpTo(const StepGraphs::Key& key) {
 
 void CudaBackend::BeginCapture() {
   capturing_ = true;
+  deals_residual_ = MayDealResidual(rows_);
   folded_ = can_fold_ && rows_ == 1;
   stacked_ = can_stack_ && folded_;
   reduce_pending_ = false;

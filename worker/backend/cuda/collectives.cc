@@ -19,6 +19,7 @@ absl::Status Collectives::Attach(Communicator* comm, int hidden, const SharedRow
   clock_ = clock;
   gemv_exchange_ = {};
   row_exchange_ = {};
+  row_reduce_ = {};
   row_exchange_number_ = 1;
   if (size_ == 1) return absl::OkStatus();
   if (comm_ == nullptr) {
@@ -33,6 +34,13 @@ absl::Status Collectives::Attach(Communicator* comm, int hidden, const SharedRow
     if (shared.bytes > 0 && comm_->shared_bytes() == shared.bytes) {
       row_exchange_ = {
           .peers = peers_, .offset = comm_->shared_offset(), .inbox_bytes = shared.inbox_bytes};
+      absl::Status status = row_reduce_count_.AllocateZeroed(1, "a count of all-reduces");
+      if (!status.ok()) return status;
+      row_reduce_ = {.peers = peers_,
+                     .offset = comm_->shared_offset() + shared.reduce,
+                     .max_rows = shared.reduce_rows,
+                     .row_bytes = shared.row_bytes,
+                     .counter = row_reduce_count_.get()};
     }
   }
   return absl::OkStatus();
@@ -112,6 +120,13 @@ absl::Status Collectives::GatherRows(cudaStream_t stream,
   if (!status.ok()) return status;
   return ToStatus(kernels::MarkTransfer(stream, clock_, kernels::TransferMark::kEndAside),
                   "all-reduce");
+}
+
+absl::Status Collectives::ReduceRows(const kernels::Launch& launch,
+                                     const kernels::RowReduceArgs& args) {
+  if (comm_->Skips()) return absl::OkStatus();
+  Count(static_cast<size_t>(args.rows) * args.hidden * kernels::TypeBytes(args.type));
+  return ToStatus(kernels::ReduceRows(launch, row_reduce_, args), "all-reduce");
 }
 
 absl::Status Collectives::SumByNccl(const kernels::Launch& launch,

@@ -13,6 +13,7 @@
 #include "kernels/gemv.h"
 #include "kernels/row_exchange.h"
 #include "kernels/types.h"
+#include "worker/backend/cuda/cuda_memory.h"
 #include "worker/backend/cuda/shared_rows.h"
 #include "worker/comm/communicator.h"
 
@@ -49,6 +50,11 @@ class Collectives {
   kernels::RowShare OwnRows(int rows) const;
   absl::Status GatherRows(cudaStream_t stream, absl::Span<const kernels::GatheredRows> arrays,
                           int rows);
+  // A step's rows by kernels/row_reduce.h. False: it does not take them.
+  bool TakesRows(const kernels::RowReduceArgs& args) const {
+    return RowReduceTakes(args, row_reduce_);
+  }
+  absl::Status ReduceRows(const kernels::Launch& launch, const kernels::RowReduceArgs& args);
   // The own ones; offsets as in SharedRows.
   std::byte* shared(size_t offset) const;
   // bytes of `send` from every rank, in rank order.
@@ -79,6 +85,8 @@ class Collectives {
   kernels::Peers peers_;  // if has_peers()
   kernels::GemvExchange gemv_exchange_;
   kernels::RowExchange row_exchange_;  // of peers' size 1: none
+  kernels::RowReduce row_reduce_;      // of max_rows 0: none
+  Buffer<uint64_t> row_reduce_count_;
   uint32_t row_exchange_number_ = 1;
   bool leaves_out_ = false;  // the exchange under way, in tests
   CollectiveStats stats_;

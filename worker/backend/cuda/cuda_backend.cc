@@ -169,6 +169,7 @@ absl::Status InitKernels() {
   if (status.ok()) status = ToStatus(kernels::InitRowStack(), "loading the kernel of a row");
   if (status.ok()) status = ToStatus(kernels::InitAllReduce(), "loading the all-reduce kernels");
   if (status.ok()) status = ToStatus(kernels::InitRowExchange(), "loading the all-reduce kernels");
+  if (status.ok()) status = ToStatus(kernels::InitRowReduce(), "loading the all-reduce kernels");
   if (status.ok()) {
     status = ToStatus(kernels::InitDecodeAttention(), "loading the attention kernels");
   }

@@ -56,6 +56,9 @@ absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
     if (error == cudaSuccess) {
       error = cudaMemsetAsync(own + gemv_offset_, 0xff, gemv_bytes, stream);
     }
+    if (error == cudaSuccess && options_.shared_bytes > 0) {
+      error = cudaMemsetAsync(own + shared_offset_, 0xff, options_.shared_bytes, stream);
+    }
     if (error != cudaSuccess || options_.shared_bytes == 0) return error;
     return kernels::ClearRowExchange(own + shared_offset_, stream);
   };

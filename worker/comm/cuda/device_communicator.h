@@ -53,7 +53,8 @@ class DeviceCommunicator final : public RankCommunicator {
   const kernels::Peers* peers() const { return peers_ ? &peers_->peers() : nullptr; }
   const kernels::ExchangeLayout& layout() const { return layout_; }
   size_t gemv_offset() const { return gemv_offset_; }
-  // Of options.shared_bytes, if those are not 0; begins with a cleared RowExchange.
+  // Of options.shared_bytes, if those are not 0; begins with a cleared RowExchange, the rest all
+  // ones.
   size_t shared_offset() const { return shared_offset_; }
   size_t shared_bytes() const { return options_.shared_bytes; }
   // After Join: null with one rank, and where there are peers.
