@@ -57,20 +57,11 @@ template <>
 struct Chunk<__nv_fp8_e4m3> {
   using Raw = uint2;
   using M = __half;
-  __device__ static __forceinline__ uint32_t WidenPair(uint16_t pair) {
-#if __CUDA_ARCH__ >= 890
-    uint32_t out;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(pair));
-    return out;
-#else
-    const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
-    return halves.x | static_cast<uint32_t>(halves.y) << 16;
-#endif
-  }
   __device__ static __forceinline__ uint4 Widen(const Raw& raw) {
-    return make_uint4(
-        WidenPair(static_cast<uint16_t>(raw.x)), WidenPair(static_cast<uint16_t>(raw.x >> 16)),
-        WidenPair(static_cast<uint16_t>(raw.y)), WidenPair(static_cast<uint16_t>(raw.y >> 16)));
+    uint4 wide;
+    HalvesOfE4M3(raw.x, wide.x, wide.y);
+    HalvesOfE4M3(raw.y, wide.z, wide.w);
+    return wide;
   }
 };
 

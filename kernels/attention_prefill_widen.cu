@@ -24,10 +24,9 @@ __device__ __forceinline__ int BlocksOf(const PrefillSpan& span, int block_size)
   return (span.begin + span.count + block_size - 1) / block_size;
 }
 
-// Two e4m3 as two elements of T: f16 holds them all, and bf16 holds all of those.
+// A pair of f16, which holds all e4m3, as a pair of T; bf16 holds all of those.
 template <typename T>
-__device__ __forceinline__ uint32_t WidenTo(uint32_t pair) {
-  const uint32_t halves = Chunk<__nv_fp8_e4m3>::WidenPair(static_cast<uint16_t>(pair));
+__device__ __forceinline__ uint32_t PairOf(uint32_t halves) {
   if constexpr (std::is_same_v<T, __half>) {
     return halves;
   } else {
@@ -40,10 +39,14 @@ __device__ __forceinline__ uint32_t WidenTo(uint32_t pair) {
 
 template <typename T>
 __device__ __forceinline__ void WidenPiece(const uint4& from, uint4* to) {
-  to[0] = make_uint4(WidenTo<T>(from.x), WidenTo<T>(from.x >> 16), WidenTo<T>(from.y),
-                     WidenTo<T>(from.y >> 16));
-  to[1] = make_uint4(WidenTo<T>(from.z), WidenTo<T>(from.z >> 16), WidenTo<T>(from.w),
-                     WidenTo<T>(from.w >> 16));
+  const auto widen = [](uint32_t first, uint32_t second) {
+    uint4 wide;
+    HalvesOfE4M3(first, wide.x, wide.y);
+    HalvesOfE4M3(second, wide.z, wide.w);
+    return make_uint4(PairOf<T>(wide.x), PairOf<T>(wide.y), PairOf<T>(wide.z), PairOf<T>(wide.w));
+  };
+  to[0] = widen(from.x, from.y);
+  to[1] = widen(from.z, from.w);
 }
 
 struct Place {

@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -75,6 +76,26 @@ __device__ __forceinline__ uint32_t PackPair<__half>(float low, float high) {
   uint32_t out;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   return out;
+}
+
+// Four e4m3 as two pairs of f16, without a shift for the upper ones.
+__device__ __forceinline__ void HalvesOfE4M3(uint32_t word, uint32_t& low, uint32_t& high) {
+#if __CUDA_ARCH__ >= 890
+  asm("{\n.reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(word));
+#else
+  const auto of = [](uint32_t pair) {
+    const __half2_raw halves =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+    return halves.x | static_cast<uint32_t>(halves.y) << 16;
+  };
+  low = of(word & 0xffffu);
+  high = of(word >> 16);
+#endif
 }
 
 __device__ __forceinline__ float WarpSum(float v) {

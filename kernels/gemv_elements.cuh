@@ -22,12 +22,6 @@ __device__ __forceinline__ float2 UnpackPair(uint32_t word, __half) {
   memcpy(&pair, &word, 4);
   return __half22float2(pair);
 }
-// Two e4m3 in the low half of `word`.
-__device__ __forceinline__ uint32_t HalvesOfE4M3(uint32_t word) {
-  const __half2_raw halves =
-      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word & 0xffffu), __NV_E4M3);
-  return halves.x | static_cast<uint32_t>(halves.y) << 16;
-}
 
 template <typename W>
 inline constexpr int kPerVector = 16 / static_cast<int>(sizeof(W));
@@ -42,8 +36,9 @@ __device__ __forceinline__ void UnpackVector(const uint4& v, float (&out)[kPerVe
       out[2 * i] = pair.x;
       out[2 * i + 1] = pair.y;
     } else {
-      const float2 low = UnpackPair(HalvesOfE4M3(words[i]), __half());
-      const float2 high = UnpackPair(HalvesOfE4M3(words[i] >> 16), __half());
+      uint32_t halves[2];
+      HalvesOfE4M3(words[i], halves[0], halves[1]);
+      const float2 low = UnpackPair(halves[0], __half()), high = UnpackPair(halves[1], __half());
       out[4 * i] = low.x;
       out[4 * i + 1] = low.y;
       out[4 * i + 2] = high.x;

@@ -82,8 +82,10 @@ __device__ __forceinline__ void DotPair(const uint4 (&a)[S], const uint4 (&b)[S]
     const uint32_t v[4] = {b[s].x, b[s].y, b[s].z, b[s].w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      Multiply<__half>(i % 2 == 0 ? even : odd, HalvesOfE4M3(u[i]), HalvesOfE4M3(v[i]),
-                       HalvesOfE4M3(u[i] >> 16), HalvesOfE4M3(v[i] >> 16), x.pairs[s][2 * i],
+      uint32_t low[2], high[2];
+      HalvesOfE4M3(u[i], low[0], high[0]);
+      HalvesOfE4M3(v[i], low[1], high[1]);
+      Multiply<__half>(i % 2 == 0 ? even : odd, low[0], low[1], high[0], high[1], x.pairs[s][2 * i],
                        x.pairs[s][2 * i + 1]);
     }
   }

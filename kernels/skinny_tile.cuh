@@ -114,8 +114,7 @@ __device__ __forceinline__ void WeightPairs(const uint4& v, uint32_t (&out)[kPai
     if constexpr (sizeof(W) == 2) {
       out[i] = words[i];
     } else {
-      out[2 * i] = HalvesOfE4M3(words[i]);
-      out[2 * i + 1] = HalvesOfE4M3(words[i] >> 16);
+      HalvesOfE4M3(words[i], out[2 * i], out[2 * i + 1]);
     }
   }
 }
