@@ -378,7 +378,9 @@ __global__ void __launch_bounds__(kRowBound<W, S>, 1)
         if constexpr (sizeof(W) == 2) {
           sum[r] = row::Dot<W, S>(w[r], x);
         } else if (r % 2 == 0) {
-          row::DotPair<S>(w[r], w[r + 1], x, sum[r], sum[r + 1]);
+          row::DotPair<S>(w[r], w[r + 1], x, lane, sum[r], sum[r + 1]);
+          for (float* of_row : {&sum[r], &sum[r + 1]})
+            *of_row = row::HoldsPair(lane) ? *of_row * x.unscale : 0.0f;
         }
       }
 #pragma unroll

@@ -24,6 +24,13 @@ struct LaneX<__nv_fp8_e4m3, S> {
   float unscale = 1.0f;
 };
 
+// The power of two that brings what is at most `largest` into the range of f16, and its inverse.
+__device__ __forceinline__ void ScaleToHalf(float largest, float& scale, float& unscale) {
+  const int exponent = min(268 - static_cast<int>(__float_as_uint(largest) >> 23), 253);
+  scale = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+  unscale = __uint_as_float(static_cast<uint32_t>(254 - exponent) << 23);
+}
+
 template <typename T, int S>
 __device__ __forceinline__ void PackX(const float (&f)[S][kPerVector<__nv_fp8_e4m3>],
                                       LaneX<__nv_fp8_e4m3, S>& x) {
@@ -38,9 +45,7 @@ __device__ __forceinline__ void PackX(const float (&f)[S][kPerVector<__nv_fp8_e4
     }
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    const int exponent = min(268 - static_cast<int>(__float_as_uint(largest) >> 23), 253);
-    scale = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
-    x.unscale = __uint_as_float(static_cast<uint32_t>(254 - exponent) << 23);
+    ScaleToHalf(largest, scale, x.unscale);
   }
 #pragma unroll
   for (int s = 0; s < S; ++s) {
@@ -71,10 +76,12 @@ __device__ __forceinline__ float Dot(const uint4 (&w)[S], const LaneX<W, S>& x) 
 // a tensor core product whose operands are each lane's own. Lane 4 g + q has elements of
 // row g of one weight row and of row g + 8 of the other, and the same elements of column g
 // of x: what is wanted is the diagonals, and the rest of the 16 x 8 sums goes unused.
+// A lane that HoldsPair gets the sums of four lanes, which x.unscale belongs to.
+__device__ __forceinline__ bool HoldsPair(unsigned lane) { return lane % 4 == lane / 8; }
 template <int S>
 __device__ __forceinline__ void DotPair(const uint4 (&a)[S], const uint4 (&b)[S],
-                                        const LaneX<__nv_fp8_e4m3, S>& x, float& of_a,
-                                        float& of_b) {
+                                        const LaneX<__nv_fp8_e4m3, S>& x, unsigned lane,
+                                        float& of_a, float& of_b) {
   float even[4] = {}, odd[4] = {};
 #pragma unroll
   for (int s = 0; s < S; ++s) {
@@ -89,12 +96,9 @@ __device__ __forceinline__ void DotPair(const uint4 (&a)[S], const uint4 (&b)[S]
                        x.pairs[s][2 * i + 1]);
     }
   }
-  const int g = static_cast<int>(threadIdx.x % 32) / 4, q = threadIdx.x % 4;
-  const bool second = g % 2 != 0, mine = q == g / 2;
-  const float sum_a = second ? even[1] + odd[1] : even[0] + odd[0];
-  const float sum_b = second ? even[3] + odd[3] : even[2] + odd[2];
-  of_a = mine ? sum_a * x.unscale : 0.0f;
-  of_b = mine ? sum_b * x.unscale : 0.0f;
+  const bool second = lane & 4;
+  of_a = second ? even[1] + odd[1] : even[0] + odd[0];
+  of_b = second ? even[3] + odd[3] : even[2] + odd[2];
 }
 
 }  // namespace lockstep::kernels::row

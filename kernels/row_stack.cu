@@ -94,10 +94,22 @@ bool Plan(const RowStackArgs& args, Params* p) {
   for (const stack::Step step :
        {stack::kQkv, stack::kOutput, stack::kGateUp, stack::kDown, stack::kHead})
     Deal(p->blocks, &q[step]);
-  const size_t row = 2 * size_t(std::max({args.hidden, width, args.intermediate}));
-  p->x_bytes = (std::max(row, stack::AttentionBytes(p->group, kv.head_dim)) + 127) / 128 * 128;
-  p->depth = stack::kMaxDepth;
-  while (p->depth > 1 && SharedBytes(*p) > stack::kMaxStackShared) --p->depth;
+  const int widest = std::max({args.hidden, width, args.intermediate});
+  p->halves = (widest + 127) / 128 * 128 + 64;  // the other half of the banks
+  p->sums_at = 2 * p->halves;
+  const auto divide = [&](int sums) {
+    p->sums = sums;
+    p->x_bytes = (std::max(p->sums_at + stack::SumsBytes(sums),
+                           stack::AttentionBytes(p->group, kv.head_dim)) +
+                  127) /
+                 128 * 128;
+    p->depth = stack::kMaxDepth;
+    while (p->depth > 1 && SharedBytes(*p) > stack::kMaxStackShared) --p->depth;
+    return p->depth;
+  };
+  // Deeper rings are worth more than fewer chunks.
+  const int deepest = divide(stack::kMostSums / 2);
+  if (divide(stack::kMostSums) < deepest) divide(stack::kMostSums / 2);
   p->window = std::min(p->depth, stack::kWindow);
   return p->depth > 1;
 }

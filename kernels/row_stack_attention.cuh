@@ -149,7 +149,7 @@ class Attention {
     for (int tile = share_.first; tile < share_.end; tile += kWarps) {
       // Positions from the row's own on are not in the cache yet.
       const int replaced = tile == share_.last_tile ? place_.position % kTile : kTile;
-      const Raw* rows = reinterpret_cast<const Raw*>(ring.Await());
+      const Raw* rows = reinterpret_cast<const Raw*>(ring.Await(false));
       Raw k[2][kKChunks];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -165,7 +165,7 @@ class Attention {
       sums.Multiply(q, k);
       sums.Weigh(at >= share_.begin && at <= place_.position,
                  at + 8 >= share_.begin && at + 8 <= place_.position, layer_.factors.score);
-      rows = reinterpret_cast<const Raw*>(ring.Await());
+      rows = reinterpret_cast<const Raw*>(ring.Await(false));
       Raw v[4][kVChunks];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

@@ -5,7 +5,7 @@
 // A ring is deep, to go on filling while its warp waits for other blocks, but not all of its
 // pieces are requested at a time: what every SM has under way is what any other access to
 // memory queues behind, and the words between blocks are such. (Of 5, 4 at a time: with 2, or
-// all, an 8B's layer takes 1 % longer in 16 bits; with FP8 weights all would be 1 % faster.)
+// all, an 8B's layer takes 1 % longer in 16 bits; with FP8 weights all makes no difference.)
 #ifndef LOCKSTEP_KERNELS_ROW_STACK_FEED_CUH_
 #define LOCKSTEP_KERNELS_ROW_STACK_FEED_CUH_
 
@@ -85,32 +85,40 @@ struct Barriers {
 class Ring {
  public:
   __device__ __forceinline__ Ring(int depth, uint8_t* rings, Barriers& barriers)
-      : depth_(depth),
-        memory_(rings + static_cast<int>(threadIdx.x / 32) * depth * kPieceBytes),
-        full_(barriers.full[threadIdx.x / 32]),
-        empty_(barriers.empty[threadIdx.x / 32]) {}
+      : depth_(depth), rings_(rings), barriers_(barriers) {}
 
-  // Waits for the next piece and says where it is.
-  __device__ __forceinline__ const uint8_t* Await() const {
-    AwaitBarrier(full_ + slot_, parity_);
-    __syncwarp();  // whoever waited longer: what comes is for the warp together
-    return memory_ + slot_ * kPieceBytes;
+  // Whether the next piece is there, to be asked long before it is wanted: the answer takes a
+  // while.
+  __device__ __forceinline__ bool Ready() const {
+    return BarrierTest(barriers_.full[threadIdx.x / 32] + slot_, parity_);
   }
-  // Of every lane, once it has read what it wants of that piece.
-  __device__ __forceinline__ void Release() {
-    FenceReadsBeforeCopies();
-    BarrierArrive(empty_ + slot_);
+  // Waits for the next piece, unless `ready`, and says where it is.
+  __device__ __forceinline__ const uint8_t* Await(bool ready) const {
+    const int warp = threadIdx.x / 32;
+    if (!ready) AwaitBarrier(barriers_.full[warp] + slot_, parity_);
+    __syncwarp();  // whoever waited longer: what comes is for the warp together
+    return rings_ + (warp * depth_ + slot_) * kPieceBytes;
+  }
+  // Goes on to the piece behind. Returns the barrier at which every lane arrives once it has
+  // read what it wants: see FenceReadsBeforeCopies.
+  __device__ __forceinline__ uint64_t* Advance() {
+    uint64_t* const empty = barriers_.empty[threadIdx.x / 32] + slot_;
     if (++slot_ == depth_) {
       slot_ = 0;
       parity_ ^= 1;
     }
+    return empty;
+  }
+  // The same, of a lane that has only just asked for it.
+  __device__ __forceinline__ void Release() {
+    FenceReadsBeforeCopies();
+    BarrierArrive(Advance());
   }
 
  private:
   const int depth_;
-  uint8_t* const memory_;
-  uint64_t* const full_;
-  uint64_t* const empty_;
+  uint8_t* const rings_;
+  Barriers& barriers_;
   int slot_ = 0;
   uint32_t parity_ = 0;
 };

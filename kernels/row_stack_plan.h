@@ -23,7 +23,8 @@ inline constexpr int kWindow = 4;         // of those, on their way at a time
 inline constexpr int kTile = 16;          // positions of a piece of the cache
 inline constexpr int kMaxShares = 32;     // blocks that share a KV head's context: a warp's lanes
 inline constexpr int kMaxGroup = 8;       // query heads of a KV head
-inline constexpr int kSums = 1024;        // floats that wait for an epilogue
+inline constexpr int kPartials = 8;       // of a row, that a warp hands on instead of their sum
+inline constexpr int kMostSums = 4096;    // floats that wait for an epilogue
 inline constexpr int kRowVectors = 4;     // 16-byte vectors of the row for each thread
 
 // A layer's steps in their order, then the head. All but kCache, the reading of the cache,
@@ -76,17 +77,24 @@ struct Params {
   StepRows rows;
   Words words;
   ExchangeWords exchange;
-  size_t x_bytes;  // of shared memory for a row or attention's results
+  size_t x_bytes;  // of shared memory for a row and its sums, or attention's results
+  int sums_at;     // in that
+  int sums;        // floats, of kPartials a row and part of K
+  int halves;      // bytes from the even vectors of a row of f16 to the odd ones: see Shared
   Layer layers[kMaxStackLayers];
 };
 static_assert(sizeof(Params) < 32'000, "a kernel's parameters end at 32,764 bytes");
 
 // Dynamic; the barriers and what a block takes anyway make up an SM's 228 KiB.
 inline constexpr size_t kMaxStackShared = (227 << 10) - 2048;
-// Shared memory: rings | row, or attention's results | residual | sums.
+// Rows of a product that are worked on before their sums are added up.
+constexpr int RowsOfChunk(const Params& p, int split_log2) {
+  return p.sums / kPartials >> split_log2;
+}
+// Shared memory: rings | row, partial sums, sums; or attention's results | residual.
+constexpr size_t SumsBytes(int sums) { return sizeof(float) * (sums + sums / kPartials); }
 constexpr size_t SharedBytes(const Params& p) {
-  return size_t{kWarps} * p.depth * kPieceBytes + p.x_bytes + size_t{2} * p.hidden +
-         sizeof(float) * kSums;
+  return size_t{kWarps} * p.depth * kPieceBytes + p.x_bytes + size_t{2} * p.hidden;
 }
 // Attention in the row's place: query, the row's own k and v, then of each warp its
 // heads' outputs, and all their statistics.

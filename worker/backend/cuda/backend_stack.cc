@@ -6,11 +6,11 @@
 namespace lockstep::cuda {
 namespace {
 
-// Wider rows: their own kernels, which request more at a time, are as fast or faster on 2 ranks
-// (70B, 8,192: BF16 17.2 against 17.7 ms, FP8 10.22 against 10.25), but not on 4 (9.79 against
-// 9.39, FP8 6.71 against 6.24).
+// Wider rows: kernels of their own, which request more at a time, are faster on 2 ranks with
+// weights of 16 bits (70B, 8,192: 17.45 against 17.89 ms; FP8 10.30 against 9.99), but not on 4
+// (9.79 against 9.39).
 constexpr int kMaxStackHidden = 4'096;
-constexpr int kMinRanksForWider = 4;
+constexpr int kMinRanksForWider = 4, kMinRanksForWiderFp8 = 2;
 
 }  // namespace
 
@@ -58,7 +58,8 @@ absl::Status CudaBackend::PrepareStack() {
                              .window = slides ? static_cast<int>(config_.sliding_window) : 0});
   }
   const LayerWeights& any = model_.layers[0];
-  const bool pays = hidden_ <= kMaxStackHidden || collectives_.size() >= kMinRanksForWider;
+  const int ranks_for_wider = Quantized(any.qkv) ? kMinRanksForWiderFp8 : kMinRanksForWider;
+  const bool pays = hidden_ <= kMaxStackHidden || collectives_.size() >= ranks_for_wider;
   can_stack_ = can_fold_ && pays && any.qkv.bias == nullptr && any.q_norm == nullptr &&
                model_.head.type == type_ && kernels::RowStackSupports(StackArgs());
   if (!can_stack_) return absl::OkStatus();
