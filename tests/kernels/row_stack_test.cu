@@ -58,6 +58,13 @@ TEST(RowStackTest, StreamsFp8Weights) {
   CheckShape<F8, __half, __half>({}, {5, 333}, 0.004);
 }
 
+// More rows a block than wait for an epilogue together, each with its own scale.
+TEST(RowStackTest, StreamsFp8WeightsInChunks) {
+  if (SanitizerRun()) GTEST_SKIP() << "too long a reference; no other code than in the tests above";
+  CheckShape<F8, BF16, BF16>({.hidden = 4096, .heads = 4, .intermediate = 4640, .ranks = 4},
+                             {20, 21}, 0.02);
+}
+
 TEST(RowStackTest, ReadsAnFp8Cache) {
   CheckShape<BF16, BF16, F8>({}, {3, 333, 334}, 0.06);
   CheckShape<F8, BF16, F8>({.heads = 8, .kv_heads = 2, .head_dim = 128}, {3, 700}, 0.06);
