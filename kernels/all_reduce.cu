@@ -128,14 +128,6 @@ int RowsAtOnce(const Shape& shape, const ExchangeLayout& layout, int size, AllRe
 
 bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// A null pointer stays one.
-template <typename Pointer>
-Pointer Advance(Pointer p, size_t bytes) {
-  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const std::byte,
-                                  std::byte>;
-  return p == nullptr ? nullptr : static_cast<Byte*>(p) + bytes;
-}
-
 Params ParamsOf(const Peers& peers, const ExchangeLayout& layout, bool two_shot) {
   const RegionParts parts = PartsOf(layout, peers.size);
   Params p = {};

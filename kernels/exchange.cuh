@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/all_reduce.h"
 #include "kernels/peers.h"
@@ -28,9 +29,25 @@ __device__ __forceinline__ void StoreSystem(uint4* to, uint4 v) {
                "r"(v.z), "r"(v.w)
                : "memory");
 }
+__device__ __forceinline__ uint2 LoadSystem(const uint2* from) {
+  uint2 v;
+  asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(from)
+               : "memory");
+  return v;
+}
 __device__ __forceinline__ void StoreSystem(uint2* to, uint2 v) {
   asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y)
                : "memory");
+}
+__device__ __forceinline__ uint32_t LoadSystem(const uint32_t* from) {
+  uint32_t v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ void StoreSystem(uint32_t* to, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 // Two 64-bit halves, each of which arrives whole.
 __device__ __forceinline__ ulonglong2 LoadSystem(const ulonglong2* from) {
@@ -60,6 +77,7 @@ __device__ __forceinline__ bool Arrived(uint4 v) {
 __device__ __forceinline__ bool Arrived(uint2 v) {
   return v.x != kNothingYet && v.y != kNothingYet;
 }
+__device__ __forceinline__ bool Arrived(uint32_t v) { return v != kNothingYet; }
 __device__ __forceinline__ uint32_t Sendable(uint32_t v) {
   return v == kNothingYet ? kOtherNan : v;
 }
@@ -205,6 +223,14 @@ constexpr RegionParts PartsOf(const ExchangeLayout& layout, int size) {
 
 // For InitAllReduce.
 cudaError_t LoadAllReduceKernels();
+
+// A row further on in an array of void; a null pointer stays one.
+template <typename Pointer>
+Pointer Advance(Pointer p, size_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const std::byte,
+                                  std::byte>;
+  return p == nullptr ? nullptr : static_cast<Byte*>(p) + bytes;
+}
 
 }  // namespace lockstep::kernels
 

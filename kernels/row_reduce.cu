@@ -35,29 +35,7 @@ __device__ __forceinline__ void Add(uint4 v, float (&sum)[kN<T>]) {
   for (int e = 0; e < kN<T>; ++e) sum[e] += f[e];
 }
 
-// What a thread has of a row that has been made: 16, 8 or 4 bytes.
-__device__ __forceinline__ uint4 Look(const uint4* from) { return LoadSystem(from); }
-__device__ __forceinline__ uint2 Look(const uint2* from) {
-  uint2 v;
-  asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ uint32_t Look(const uint32_t* from) {
-  uint32_t v;
-  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-  return v;
-}
-__device__ __forceinline__ void Put(uint4* to, uint4 v) { StoreSystem(to, v); }
-__device__ __forceinline__ void Put(uint2* to, uint2 v) { StoreSystem(to, v); }
-__device__ __forceinline__ void Put(uint32_t* to, uint32_t v) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
-}
-__device__ __forceinline__ bool Came(uint4 v) { return Arrived(v); }
-__device__ __forceinline__ bool Came(uint2 v) { return Arrived(v); }
-__device__ __forceinline__ bool Came(uint32_t v) { return v != kNothingYet; }
+// What a thread has of a row that has been made, 16, 8 or 4 bytes, is taken away where it came.
 __device__ __forceinline__ void Empty(uint4* at) { *at = NothingYet(); }
 __device__ __forceinline__ void Empty(uint2* at) { *at = make_uint2(kNothingYet, kNothingYet); }
 __device__ __forceinline__ void Empty(uint32_t* at) { *at = kNothingYet; }
@@ -127,13 +105,13 @@ __global__ void __launch_bounds__(kMaxThreads) RowReduceKernel(const __grid_cons
       for (int j = 0; j < kPieces; ++j) {
         if (place(j) < vectors) {
           const uint4 mine = __ldcg(static_cast<const uint4*>(a.in) + begin + place(j));
-          Put(to + place(j), Sendable(mine));
+          StoreSystem(to + place(j), Sendable(mine));
         }
       }
       PeerWaiter waiter(p.limits, PeerWait::kGather, exchange);
       const auto await = [&](auto* at) {
-        auto v = Look(at);
-        while (!Came(v) && !waiter.Over(owner)) v = Look(at);
+        auto v = LoadSystem(at);
+        while (!Arrived(v) && !waiter.Over(owner)) v = LoadSystem(at);
         Empty(at);
         return v;
       };
@@ -163,11 +141,11 @@ __global__ void __launch_bounds__(kMaxThreads) RowReduceKernel(const __grid_cons
 #pragma unroll
         for (int r = 0; r < kMax; ++r) {
           if (r >= p.size) continue;
-          got[r] = r == p.rank ? mine : Look(inbox(p.rank, r) + place(j));
+          got[r] = r == p.rank ? mine : LoadSystem(inbox(p.rank, r) + place(j));
         }
 #pragma unroll
         for (int r = 0; r < kMax; ++r) {
-          if (r < p.size && r != p.rank && !Came(got[r])) missing = r;
+          if (r < p.size && r != p.rank && !Arrived(got[r])) missing = r;
         }
         if (missing < 0 || waiter.Over(missing)) break;
       }
@@ -212,7 +190,7 @@ __global__ void __launch_bounds__(kMaxThreads) RowReduceKernel(const __grid_cons
       for (int d = 1; d < kMax; ++d) {
         if (d >= p.size) break;
         const int peer = p.rank + d < p.size ? p.rank + d : p.rank + d - p.size;
-        Put(gathered(peer) + at, made);
+        StoreSystem(gathered(peer) + at, made);
       }
       store(at, made);
     };
@@ -234,7 +212,7 @@ __global__ void __launch_bounds__(kMaxThreads) RowReduceKernel(const __grid_cons
       if (static_cast<int>(threadIdx.x) < p.size) {
         const int peer = static_cast<int>(threadIdx.x);
         const uint32_t bits = Sendable(__float_as_uint(to.scale));
-        if (peer != p.rank) Put(scale_at(peer), bits);
+        if (peer != p.rank) StoreSystem(scale_at(peer), bits);
         if (peer == p.rank && !padding) a.quantized.scales[row] = to.scale;
       }
     }
@@ -350,19 +328,12 @@ cudaError_t ReduceRows(const Launch& launch, const RowReduce& reduce, const RowR
   const Pointer kernel = Find(args.type, peers.size, pieces, args.quantized.values != nullptr);
   const size_t row_bytes = args.hidden * TypeBytes(args.type);
   for (int first = 0; first < args.rows; first += reduce.max_rows) {
-    const auto skip = [&](auto* at, size_t bytes) {
-      using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(at)>>,
-                                      const std::byte, std::byte>;
-      return at == nullptr ? nullptr
-                           : static_cast<void*>(
-                                 const_cast<std::byte*>(static_cast<Byte*>(at) + first * bytes));
-    };
     p.a = args;
     p.a.rows = std::min(args.rows - first, reduce.max_rows);
-    p.a.in = skip(args.in, row_bytes);
-    p.a.residual = skip(args.residual, row_bytes);
-    p.a.normed = skip(args.normed, row_bytes);
-    p.a.quantized.values = skip(args.quantized.values, args.hidden);
+    p.a.in = Advance(args.in, first * row_bytes);
+    p.a.residual = Advance(args.residual, first * row_bytes);
+    p.a.normed = Advance(args.normed, first * row_bytes);
+    p.a.quantized.values = Advance(args.quantized.values, size_t(first) * args.hidden);
     if (args.quantized.scales != nullptr) p.a.quantized.scales = args.quantized.scales + first;
     if (args.slots != nullptr) p.a.slots = args.slots + first;
     const cudaError_t error = LaunchKernel(launch, kernel, dim3(p.a.rows), dim3(threads), 0, 1, p);
