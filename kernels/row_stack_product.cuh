@@ -32,8 +32,9 @@ struct alignas(16) Product {
 // What of a block's shared memory the products use.
 struct Shared {
   // The row that meets the weights. Of T; or where those are e4m3 of f16, brought into its range
-  // by a power of two, vectors of 8 elements with even numbers first, then the odd ones: so a
-  // lane's 16 elements come without conflicts.
+  // by a power of two (what that rounds is 2^-39 of the bound on the largest), vectors of 8
+  // elements with even numbers first, then the odd ones: so a lane's 16 elements come without
+  // conflicts.
   uint8_t* x;
   int halves;  // from the even ones to the odd ones
   // The sum of all so far, of T; a thread keeps vectors threadIdx.x + i * kThreads. Every
