@@ -40,17 +40,7 @@ __device__ __forceinline__ void Empty(uint4* at) { *at = NothingYet(); }
 __device__ __forceinline__ void Empty(uint2* at) { *at = make_uint2(kNothingYet, kNothingYet); }
 __device__ __forceinline__ void Empty(uint32_t* at) { *at = kNothingYet; }
 
-// Sums and maxima over the block, in one order; `scratch` of 32 floats a use.
-__device__ __forceinline__ float OverBlock(float v, bool max, float* scratch) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  v = max ? WarpMax(v) : WarpSum(v);
-  if (lane == 0) scratch[warp] = v;
-  __syncthreads();
-  v = lane < warps ? scratch[lane] : 0.0f;
-  return max ? WarpMax(v) : WarpSum(v);
-}
-
-// kPieces vectors a thread; kWord: what they become, of all of T or of e4m3.
+// kPieces vectors a thread. Made: what one becomes, 8 or 4 bytes where it is e4m3.
 template <typename T, int kMax, int kPieces, bool kE4m3>
 __global__ void __launch_bounds__(kMaxThreads) RowReduceKernel(const __grid_constant__ Params p) {
   using Made =
@@ -167,7 +157,7 @@ __global__ void __launch_bounds__(kMaxThreads) RowReduceKernel(const __grid_cons
       for (int e = 0; e < kN<T>; ++e) squares = fmaf(v[j][e], v[j][e], squares);
     }
     if (timed) AddTo(&p.clock->wait_ns, sent_ns, DeviceClockNs());
-    squares = OverBlock(squares, false, scratch[0]);
+    squares = BlockSum(squares, scratch[0]);
     const float scale = rsqrtf(squares / static_cast<float>(a.hidden) + a.eps);
     float max = 0.0f;
     uint4 normed[kPieces];
@@ -200,7 +190,7 @@ __global__ void __launch_bounds__(kMaxThreads) RowReduceKernel(const __grid_cons
         if (place(j) < vectors) send(place(j), normed[j]);
       }
     } else {
-      const RowScale to(OverBlock(max, true, scratch[1]));
+      const RowScale to(BlockMax(max, scratch[1]));
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
         if (place(j) >= vectors) continue;
@@ -307,7 +297,7 @@ cudaError_t ReduceRows(const Launch& launch, const RowReduce& reduce, const RowR
   for (const void* at :
        {args.in, args.bias, static_cast<const void*>(args.residual), args.norm_weight,
         static_cast<const void*>(args.normed), static_cast<const void*>(args.quantized.values)}) {
-    if (reinterpret_cast<uintptr_t>(at) % 16 != 0) return cudaErrorMisalignedAddress;
+    if (!Aligned16(at)) return cudaErrorMisalignedAddress;
   }
   const Peers& peers = reduce.peers;
   Params p = {};
