@@ -2,6 +2,7 @@
 
 #include "kernels/attention_decode.h"
 #include "kernels/attention_decode_launch.h"
+#include "kernels/attention_decode_spread.h"
 #include "kernels/attention_plain.h"
 #include "kernels/device.cuh"
 #include "kernels/multiprocessors.h"
@@ -13,6 +14,8 @@ namespace {
 using decode::Kernel;
 using decode::Params;
 using decode::Way;
+
+decode::Spread spread;  // set by InitDecodeAttention
 
 // Thread blocks wanted on the device: two on each of an H200's 132 multiprocessors.
 constexpr int kBlocksWanted = 264;
@@ -148,8 +151,9 @@ cudaError_t InitDecodeAttention() {
       for (int group : {1, decode::kMaxGroup}) {
         for (Way way : {Way::kPlain, Way::kRing, Way::kDealt}) {
           const Kernel kernel = FindKernel(pair[0], pair[1], dim, group, way);
-          const size_t bytes =
-              decode::SharedBytes(decode::kMaxGroup, dim, decode::kMaxCluster, way == Way::kRing);
+          const size_t bytes = std::max(
+              decode::SharedBytes(decode::kMaxGroup, dim, decode::kMaxCluster, way == Way::kRing),
+              decode::Spread::LargestBytes());
           cudaError_t status = cudaFuncSetAttribute(
               kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
           if (status != cudaSuccess) return status;
@@ -159,7 +163,8 @@ cudaError_t InitDecodeAttention() {
       }
     }
   }
-  return InitPlainAttention();
+  const cudaError_t status = spread.Init(FindKernel(Type::kBF16, Type::kE4M3, 128, 1, Way::kPlain));
+  return status != cudaSuccess ? status : InitPlainAttention();
 }
 
 cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& args) {
@@ -241,10 +246,16 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   p.warp_bytes = decode::WarpBytes(group, args.kv.head_dim, ring);
   const Way way = dealt ? Way::kDealt : ring ? Way::kRing : Way::kPlain;
   const Kernel kernel = FindKernel(args.type, args.kv.type, args.kv.head_dim, group, way);
-  const size_t shared_bytes =
-      decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size, ring);
+  size_t shared_bytes = decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size, ring);
   dim3 grid(shares.cluster_size * shares.clusters, args.kv.kv_heads, args.num_rows);
-  if (dealt) grid = dim3(dealt_blocks);
+  if (dealt) {
+    grid = dim3(dealt_blocks);
+  } else {
+    const int most =
+        decode::BlocksOf(TypeBytes(args.kv.type), RoundedDim(args.kv.head_dim), HeadTiles(group));
+    shared_bytes = std::max(shared_bytes, spread.Bytes(static_cast<int>(grid.x * grid.y * grid.z),
+                                                       p.cluster_shift, most));
+  }
   // Of 512 rows and KV heads at 1K of context 90 us if brief, 73 if not.
   const Launch own = {
       .stream = launch.stream, .pdl = launch.pdl, .brief = launch.brief && pairs <= kMaxBriefPairs};
