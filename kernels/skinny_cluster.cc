@@ -69,21 +69,32 @@ Plan PlanOf(const SkinnyClusterArgs& args) {
   return best;
 }
 
-// A matrix in boxes of `box_rows` rows and a chunk.
+// Chunks of each part of x: as many parts as are all alike.
+int XPart(int x_chunks) {
+  int parts = kXParts;
+  while (x_chunks % parts != 0) --parts;
+  return x_chunks / parts;
+}
+
+// A matrix in boxes of `box_rows` rows and a chunk, or `box_chunks` of them behind each other. More
+// than one: rows are of whole chunks.
 cudaError_t MakeMap(const void* base, Type type, int rows, int width, int64_t stride, int box_rows,
-                    CUtensorMap* map) {
+                    int box_chunks, CUtensorMap* map) {
   const CUtensorMapDataType data_type = type == Type::kBF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                         : type == Type::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  const int bytes = static_cast<int>(TypeBytes(type));
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * bytes};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kClusterChunk / bytes),
-                             static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
+  const int bytes = static_cast<int>(TypeBytes(type)), chunk = kClusterChunk / bytes;
+  const bool whole = box_chunks > 1;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(whole ? chunk : width),
+                               static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(width / chunk)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(stride) * bytes, kClusterChunk};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box_rows),
+                             static_cast<cuuint32_t>(box_chunks)};
+  const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
-      encode_tiled(map, data_type, 2, const_cast<void*>(base), sizes, strides, box, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode_tiled(map, data_type, whole ? 3 : 2, const_cast<void*>(base), sizes, strides, box,
+                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -139,13 +150,18 @@ cudaError_t SkinnyCluster(const Launch& launch, const SkinnyClusterArgs& args) {
   const int tiles = DivUp(args.n, kClusterTile);
   ClusterParams p = {};
   cudaError_t status =
-      MakeMap(args.weights, args.type, args.n, args.k, args.k, kClusterTile, &p.weights);
+      MakeMap(args.weights, args.type, args.n, args.k, args.k, kClusterTile, 1, &p.weights);
+  p.x_chunks = plan.x_chunks;
+  p.x_part = XPart(plan.x_chunks);
   const int64_t x_stride = args.x_stride != 0 ? args.x_stride : args.k;
   if (QuantizesX(args)) {
     p.unquantized_x = args.x;
     p.x_stride = x_stride;
   } else if (status == cudaSuccess) {
-    status = MakeMap(args.x, args.type, args.m, args.k, x_stride, plan.rows, &p.x);
+    // A row's last chunk, if not all of it is there, would go on in the next row.
+    p.x_boxed = p.x_part > 1 && args.k * TypeBytes(args.type) % kClusterChunk == 0;
+    status = MakeMap(args.x, args.type, args.m, args.k, x_stride, plan.rows,
+                     p.x_boxed ? p.x_part : 1, &p.x);
   }
   if (status != cudaSuccess) return status;
   p.weight_scales = args.weight_scales;
@@ -158,7 +174,6 @@ cudaError_t SkinnyCluster(const Launch& launch, const SkinnyClusterArgs& args) {
   p.remainder = tiles % plan.clusters;
   p.split_log2 = plan.split_log2;
   p.stages = plan.stages;
-  p.x_chunks = plan.x_chunks;
   p.epilogue = args.epilogue;
   p.out = args.out;
   p.out_stride = args.out_stride != 0    ? args.out_stride

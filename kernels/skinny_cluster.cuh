@@ -4,14 +4,14 @@
 //              K: | block 0 | block 1 | ...      a stage: 64 rows x 128 bytes, by the copy
 //   64 rows:      |=-=-=-=-=|=-=-=-=-=| ...      engine, swizzled as wgmma wants it
 //
-//   two producer warps: fill the ring with weights, a stage each in turns. One waits for
-//     the kernel ahead and fetches the block's part of x, which stays; or those who multiply
-//     do, where they have to quantise it first
+//   two producer warps: fill the ring with weights, a stage each in turns
 //   two warpgroups, taking turns at the stages: products to fp32 sums in registers. One alone
 //     takes about as long for a stage as it takes to arrive, and would never catch up with
 //     what the ring has saved before x came. Then one gives its sums to the other, which
 //     sends them to the block that owns the row (64 / S of a tile each), by its memory
-//   a warpgroup that finishes: adds what came from all, in order; epilogue
+//   a warpgroup that finishes: waits for the kernel ahead and asks for the block's part of x,
+//     which stays (those who multiply do, where they have to quantise it first); adds what
+//     came from all, in order; epilogue
 //
 // Nobody waits for what is sent: it counts itself at the barrier of its receiver, which
 // gives a buffer of sums free when it has read it (two buffers, a warpgroup's each).
@@ -31,43 +31,54 @@
 namespace lockstep::kernels {
 namespace cluster {
 
-// Of x, which arrives in parts of so many chunks, to be begun with early.
-__device__ __forceinline__ int XPart(const Work& work) {
-  return (work.chunks + kXParts - 1) / kXParts;
-}
-
 // By one thread for each warpgroup that multiplies: its stages.
-template <typename W, int kRows>
+//
+// Not all that the ring has room for at once: what others ask for, x and the words of the kernel
+// ahead, would have to wait behind it for microseconds.
+template <typename W>
 __device__ __forceinline__ void Produce(const ClusterParams& p, const Shared& s, const Work& work,
                                         int group) {
   constexpr int kElements = kClusterChunk / static_cast<int>(sizeof(W));
-  constexpr int kXBytes = kRows * kClusterChunk;
-  int slot = group, tile = 0, chunk = group;
-  uint32_t parity = 0;
-  const auto request = [&] {
+  int slot = group, tile = 0, chunk = group, oldest = group;
+  uint32_t parity = 0, oldest_parity = 0;
+  const auto advance = [&](int& at, uint32_t& phase) {
+    at += kClusterGroups;
+    if (at >= p.stages) at -= p.stages, phase ^= 1;
+  };
+  const int total = work.tiles * work.chunks;
+  const int window = min(p.stages, kClusterGroups * kClusterWindow);
+  for (int i = group; i < total; i += kClusterGroups) {
+    if (i >= window) {
+      AwaitBarrier(s.full + oldest, oldest_parity);
+      advance(oldest, oldest_parity);
+    }
+    if (i >= p.stages) AwaitBarrier(s.empty + slot, parity ^ 1);
     for (; chunk >= work.chunks; chunk -= work.chunks) ++tile;
     BarrierArriveExpecting(s.full + slot, kClusterStageBytes);
     CopyBox(s.ring + slot * kClusterStageBytes, &p.weights, (work.first_chunk + chunk) * kElements,
             (work.first_tile + tile) * kClusterTile, s.full + slot);
     chunk += kClusterGroups;
-    slot += kClusterGroups;
-    if (slot >= p.stages) slot -= p.stages, parity ^= 1;
-  };
-  const int total = work.tiles * work.chunks, early = min(p.stages, total);
-  for (int i = group; i < early; i += kClusterGroups) request();
-  if (group == 0 && p.unquantized_x == nullptr) {
-    PrefetchMap(&p.x);
-    WaitForPrevious();
-    const int part = XPart(work);
-    for (int c = 0; c < work.chunks; ++c) {
-      uint64_t* const full = s.x_full + c / part;
-      if (c % part == 0) BarrierArriveExpecting(full, min(part, work.chunks - c) * kXBytes);
-      CopyBox(s.x + c * kXBytes, &p.x, (work.first_chunk + c) * kElements, 0, full);
-    }
+    advance(slot, parity);
   }
-  for (int i = p.stages + group; i < total; i += kClusterGroups) {
-    AwaitBarrier(s.empty + slot, parity ^ 1);
-    request();
+}
+
+// By one thread, once the kernel ahead has ended: x, in parts to be begun with early.
+template <typename W, int kRows>
+__device__ __forceinline__ void RequestX(const ClusterParams& p, const Shared& s,
+                                         const Work& work) {
+  constexpr int kElements = kClusterChunk / static_cast<int>(sizeof(W));
+  constexpr int kXBytes = kRows * kClusterChunk;
+  for (int first = 0; first < work.chunks; first += p.x_part) {
+    uint64_t* const full = s.x_full + first / p.x_part;
+    if (p.x_boxed) {
+      BarrierArriveExpecting(full, p.x_part * kXBytes);
+      CopyBox(s.x + first * kXBytes, &p.x, 0, 0, work.first_chunk + first, full);
+      continue;
+    }
+    const int end = min(work.chunks, first + p.x_part);
+    BarrierArriveExpecting(full, (end - first) * kXBytes);
+    for (int c = first; c < end; ++c)
+      CopyBox(s.x + c * kXBytes, &p.x, (work.first_chunk + c) * kElements, 0, full);
   }
 }
 
@@ -134,7 +145,7 @@ class Multiplier {
     int unread = -1;  // a slot whose products may still run
     Pin(sum);
     for (; c < end; c += kClusterGroups) {
-      while (c >= x_next_) AwaitBarrier(x_full_++, 0), x_next_ += x_part_;
+      while (c >= x_next_) AwaitBarrier(x_full_++, 0), x_next_ += p_.x_part;
       AwaitBarrier(s_.full + slot_, parity_);
       const uint32_t a = ring_at_ + slot_ * (kClusterStageBytes >> 4);
       const uint32_t b = x_at_ + c * (kRows * kClusterChunk >> 4);
@@ -205,7 +216,6 @@ class Multiplier {
   const int tid_ = static_cast<int>(threadIdx.x) % 128;
   const int warp_ = tid_ / 32;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
-  const int x_part_ = XPart(work_);
   // The chunk of x that has not been waited for.
   int x_next_ = kMayStage && p_.unquantized_x != nullptr ? work_.chunks : 0;
   uint64_t* x_full_ = s_.x_full;
@@ -224,7 +234,10 @@ class Finisher {
 
   __device__ __forceinline__ void Run() {
     Constants next = ConstantsOf(0);
+    if (tid_ == 0) PrefetchMap(&p_.x);
     WaitForPrevious();
+    if (tid_ == 0 && p_.unquantized_x == nullptr) RequestX<W, kRows>(p_, s_, work_);
+    __syncwarp();
     if constexpr (kMayPush) {
       if (p_.epilogue == GemvEpilogue::kPush)
         push_at_ = (ExchangeNumber(p_.push.counter) & 1) * p_.push.slot_bytes;
@@ -406,7 +419,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const int warpgroup = static_cast<int>(threadIdx.x) / 128;
   if (warpgroup == kClusterGroups + 1) {
     const int producer = static_cast<int>(threadIdx.x) % 128 / 32;
-    if (threadIdx.x % 32 == 0) cluster::Produce<W, kRows>(p, s, work, producer);
+    if (threadIdx.x % 32 == 0) cluster::Produce<W>(p, s, work, producer);
     __syncwarp();
     ClusterAwait();
   } else {

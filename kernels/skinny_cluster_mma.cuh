@@ -97,6 +97,15 @@ __device__ __forceinline__ void CopyBox(void* to, const CUtensorMap* map, int x,
       "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(SharedAddress(barrier))
       : "memory");
 }
+// Of one in three dimensions, from its z on.
+__device__ __forceinline__ void CopyBox(void* to, const CUtensorMap* map, int x, int y, int z,
+                                        uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(SharedAddress(to)),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(z), "r"(SharedAddress(barrier))
+      : "memory");
+}
 __device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }

@@ -21,7 +21,8 @@ inline constexpr int kMaxClusterStages = 24;
 inline constexpr int kMinClusterStages = 6;
 inline constexpr size_t kMaxClusterShared = 226 << 10;
 
-inline constexpr int kXParts = 4;         // that x arrives in
+inline constexpr int kXParts = 4;         // that x arrives in at most
+inline constexpr int kClusterWindow = 4;  // of a warpgroup's stages, that are under way at a time
 inline constexpr int kClusterGroups = 2;  // warpgroups that take turns at the stages
 // Those, a warpgroup that finishes and a warp for each that asks for its weights: with one for
 // both, 16 rows of BF16 took 3 % longer.
@@ -48,6 +49,8 @@ struct ClusterParams {
   int share, remainder;  // tiles of a cluster; the first `remainder` clusters have one more
   int split_log2, stages;
   int x_chunks;  // of the block that has most
+  int x_part;    // of those, in each part that arrives
+  bool x_boxed;  // a part is one box; else each chunk
 
   GemvEpilogue epilogue;
   void* out;
