@@ -53,7 +53,7 @@ kernels::SkinnyClusterArgs CudaBackend::ClusterArgs(const Linear& linear, int m,
 }
 
 kernels::QuantizedRows CudaBackend::TakesQuantized(const void* made, const Linear& next) {
-  if (!Quantized(next) || QuantizesAsStaged(next, part_.rows)) return {};
+  if (!Quantized(next)) return {};
   if (part_.rows <= kMaxSkinnyRows && !TakesCluster(next, part_.rows)) return {};
   quantized_from_ = made;
   quantized_ = {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
@@ -102,8 +102,9 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
                      .x_scales = nullptr,
                      .weight_scales = w.scales,
                      .multiprocessors = halved_ ? ProductsMultiprocessors() : 0};
-  if (Quantized(linear) && !QuantizesAsStaged(linear, m)) {
-    if (x != quantized_from_) {
+  const bool quantized = Quantized(linear) && x == quantized_from_;
+  if (quantized || (Quantized(linear) && !QuantizesAsStaged(linear, m))) {
+    if (!quantized) {
       quantized_ = {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
       Check(kernels::QuantizeRows(launch(), {.type = type_,
                                              .num_rows = m,
