@@ -4,9 +4,9 @@
 //   bench_layers [rows [tp [70b] [fp8] [cluster] [ahead] [stack]]]   us a layer; defaults 1 1
 //
 // tp cuts the shapes as for one rank of so many. 70b: 32 of its layers, to fit. cluster: products
-// of several rows by kernels/skinny_cluster.h; else by kernels/gemv.h, whatever their K. ahead: x
-// of fp8 is quantised by the kernels before. stack: one row by kernels/row_stack.h, with a head of
-// next to no rows.
+// of several rows by kernels/skinny_cluster.h; else by kernels/gemv.h, whatever their K. x of fp8
+// is then quantised by the norms, and else by its product, or, ahead, by the kernels before. stack:
+// one row by kernels/row_stack.h, with a head of next to no rows.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -261,8 +261,8 @@ class Layers {
     c.epilogue = args.epilogue;
     c.out = args.out;
     c.weight_scales = fp8_ ? scales_ : nullptr;
-    if (fp8_ && (ahead_ || !SkinnyClusterSupports(c))) {
-      if (args.x == out_ || !ahead_) {
+    if (fp8_ && (args.x == normed_ || ahead_ || !SkinnyClusterSupports(c))) {
+      if (args.x != normed_ && (args.x == out_ || !ahead_)) {
         CHECK_CUDA(QuantizeRows(launch(), {.num_rows = rows_,
                                            .width = args.k,
                                            .in = args.x,
@@ -277,8 +277,7 @@ class Layers {
     CHECK_CUDA(SkinnyCluster(launch(), c));
   }
   QuantizedRows Quantized() const {
-    return fp8_ && cluster_ && ahead_ ? QuantizedRows{quantized_, quantized_scales_}
-                                      : QuantizedRows{};
+    return fp8_ && cluster_ ? QuantizedRows{quantized_, quantized_scales_} : QuantizedRows{};
   }
   void Norm() {
     ReduceTailArgs args;
