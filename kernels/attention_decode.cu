@@ -58,8 +58,20 @@ struct Shares {
   int clusters = 1;
 };
 
-Shares Choose(int pairs, int max_context, int splits) {
+// Rows and KV heads whose tiles come by rings, and of those the fewest that come in halves, which
+// is as few blocks as keep the device busy. (8B, 1.1K, served, ms a step, quarters or wholes
+// without and halves with: tp 2 16 rows 2.884 and 2.800, 24 3.128 and 3.073; tp 1 24 rows 5.373
+// and 5.301; but wholes, 32 rows, 5.503 and 5.602. Quarters of 40 to 63, us a layer: 126.3 and
+// 125.5; eighths of 32, 123.0 and 125.5.)
+constexpr int kMinRingPairs = 40, kMinHalvedPairs = 64, kMaxRingPairs = 192;
+constexpr int kMinRingContext = 512;  // of which each warp has several tiles
+
+Shares Choose(int pairs, int max_context, int splits, bool by_ring) {
   Shares shares;
+  if (by_ring && splits == 0 && pairs >= kMinHalvedPairs) {
+    shares.cluster_size = 2;
+    return shares;
+  }
   const int tiles = (std::max(max_context, 1) + decode::kTile - 1) / decode::kTile;
   if (splits > 0) {
     while (shares.cluster_size * 2 <= std::min(splits, decode::kMaxCluster)) {
@@ -94,16 +106,15 @@ int ColumnOf(const DecodeAttentionArgs& a, const void* part) {
 }
 
 constexpr int kMaxBriefPairs = 128;
-// Fewer are done before a ring pays, more keep the device busy without.
-constexpr int kMinRingPairs = 128, kMaxRingPairs = 192;
 // Rows and KV heads for which Choose may return several clusters.
 constexpr int kMaxPairsOfClusters = kBlocksWanted / (2 * decode::kMaxCluster);
 constexpr size_t kArrivedBytes = decode::kMaxDealtBlocks * sizeof(int);
 static_assert(kMaxPairsOfClusters * decode::kMaxCluster <= decode::kMaxDealtBlocks);
 // From so many rows and KV heads on work may be dealt out; of fewer, a row's blocks are a cluster.
-// Contexts of 16 bits that are short, and so not far apart, gain nothing (8B, 1.1K, served, ms a
-// step: 16 rows 4.91 and 5.04 dealt, 64 7.05 and 7.09; e4m3 64 rows 4.61 and 4.55).
-constexpr int kMinDealtPairs = 128, kMaxShortContext = 2'048;
+// Contexts that are short, and so not far apart, gain nothing in 16 bits (8B, 1.1K, served, ms a
+// step: 16 rows 4.91 and 5.04 dealt, 64 7.05 and 7.09), and of e4m3 where halves of them fit the
+// device (128 rows and KV heads 14.4 and 15.3 us, 256 24.9 and 23.7).
+constexpr int kMinDealtPairs = 32, kMaxShortContext = 2'048;
 
 }  // namespace
 
@@ -116,7 +127,7 @@ size_t DecodeAttentionWorkspaceBytes(int heads, int kv_heads, int head_dim, int 
   if (kv_heads < 1) return 0;
   size_t partials = 0;
   for (int rows = 1; rows <= max_rows && rows * kv_heads <= kMaxPairsOfClusters; ++rows) {
-    const int clusters = Choose(rows * kv_heads, max_context, 0).clusters;
+    const int clusters = Choose(rows * kv_heads, max_context, 0, false).clusters;
     if (clusters > 1)
       partials = std::max(partials, static_cast<size_t>(rows) * kv_heads * clusters);
   }
@@ -126,8 +137,10 @@ size_t DecodeAttentionWorkspaceBytes(int heads, int kv_heads, int head_dim, int 
 }
 
 bool DecodeAttentionDeals(const DecodeAttentionArgs& args) {
-  return args.num_rows * args.kv.kv_heads >= kMinDealtPairs &&
-         (args.max_context > kMaxShortContext || args.kv.type == Type::kE4M3) &&
+  const int pairs = args.num_rows * args.kv.kv_heads;
+  return pairs >= kMinDealtPairs &&
+         (args.max_context > kMaxShortContext ||
+          (args.kv.type == Type::kE4M3 && 2 * pairs > kBlocksWanted)) &&
          args.num_rows <= decode::kMaxDealtRows && TakesFast(args);
 }
 
@@ -196,8 +209,13 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   const bool dealt = args.plan != nullptr;
   if (dealt && (args.workspace == nullptr || args.num_rows > decode::kMaxDealtRows))
     return cudaErrorInvalidValue;
+  const bool has_ring = !dealt && decode::HasRing(TypeBytes(args.kv.type),
+                                                  RoundedDim(args.kv.head_dim), HeadTiles(group));
+  const bool by_ring = has_ring && pairs >= kMinRingPairs && pairs <= kMaxRingPairs &&
+                       args.max_context >= kMinRingContext;
+  const bool ring = args.ring != 0 ? has_ring && args.ring > 0 : by_ring;
   Shares shares;
-  if (!dealt) shares = Choose(pairs, args.max_context, args.splits);
+  if (!dealt) shares = Choose(pairs, args.max_context, args.splits, by_ring);
   if (args.workspace == nullptr) shares.clusters = 1;
   Params p = {};
   p.rows = args.rows;
@@ -237,12 +255,6 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
     p.partials = reinterpret_cast<float4*>(base + kArrivedBytes);
     p.partial_statistics = reinterpret_cast<float2*>(p.partials + partials * quads);
   }
-  const int per_warp = args.max_context / (decode::kTile * decode::kWarps * shares.cluster_size);
-  const bool ring =
-      !dealt &&
-      decode::HasRing(TypeBytes(args.kv.type), RoundedDim(args.kv.head_dim), HeadTiles(group)) &&
-      (args.ring != 0 ? args.ring > 0
-                      : pairs >= kMinRingPairs && pairs <= kMaxRingPairs && per_warp > 1);
   p.warp_bytes = decode::WarpBytes(group, args.kv.head_dim, ring);
   const Way way = dealt ? Way::kDealt : ring ? Way::kRing : Way::kPlain;
   const Kernel kernel = FindKernel(args.type, args.kv.type, args.kv.head_dim, group, way);

@@ -98,7 +98,8 @@ struct Shape {
   const char* name;
   int heads, kv_heads;
 };
-constexpr Shape kShapes[] = {{"8B tp1", 32, 8}, {"8B tp4", 8, 2}, {"70B tp4", 16, 2}};
+constexpr Shape kShapes[] = {
+    {"8B tp1", 32, 8}, {"8B tp2", 16, 4}, {"8B tp4", 8, 2}, {"70B tp4", 16, 2}};
 constexpr int kDim = 128, kBlock = 16;
 constexpr int64_t kPoolBytes = int64_t{9} << 30;
 int64_t PoolBytes(const Options& options) {

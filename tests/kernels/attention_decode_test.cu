@@ -219,14 +219,19 @@ TEST_F(DecodeAttentionTest, LongContexts) {
                         {{0, 12000}, {1, 600}, {-1, 0}}, 5, {.max_context = 32768});
 }
 
-// As many rows as make the launch choose one block, or two, for each.
+// As many rows as make the launch choose one, two or four blocks for each, by rings where head_dim
+// is 128.
 TEST_F(DecodeAttentionTest, ManyRows) {
-  for (const int count : SanitizerRun() ? std::vector<int>{5} : std::vector<int>{70, 210, 600}) {
-    std::vector<AttentionRow> rows;
-    for (int i = 0; i < count; ++i) rows.push_back({i % 9 == 4 ? -1 : i, (i * 31) % 90});
-    Check<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = 64}, rows, count,
-                                        {.max_context = 4096});
-    if (HasFatalFailure()) return;
+  for (const int count :
+       SanitizerRun() ? std::vector<int>{5} : std::vector<int>{25, 70, 105, 210, 600}) {
+    for (const int head_dim : {64, 128}) {
+      std::vector<AttentionRow> rows;
+      for (int i = 0; i < count; ++i)
+        rows.push_back({i % 9 == 4 ? -1 : i, (i * 31) % (head_dim == 64 ? 90 : 400)});
+      Check<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = head_dim}, rows,
+                                          count, {.max_context = 2048});
+      if (HasFatalFailure()) return;
+    }
   }
 }
 
@@ -455,6 +460,18 @@ TEST_F(DecodeAttentionTest, RefusesWhatItCannotDo) {
   args.num_rows = 1025;
   EXPECT_FALSE(DecodeAttentionDeals(args));
   EXPECT_EQ(PlanDecodeAttention({}, args, &args), cudaErrorInvalidValue);
+  args.num_rows = 15;  // 30 rows and KV heads
+  EXPECT_FALSE(DecodeAttentionDeals(args));
+  args.num_rows = 16;
+  EXPECT_TRUE(DecodeAttentionDeals(args));
+  args.max_context = 2048;
+  EXPECT_FALSE(DecodeAttentionDeals(args));
+  args.num_rows = 1024;
+  EXPECT_FALSE(DecodeAttentionDeals(args));
+  args.kv.type = Type::kE4M3;
+  EXPECT_TRUE(DecodeAttentionDeals(args));
+  args.num_rows = 66;
+  EXPECT_FALSE(DecodeAttentionDeals(args));
   args.num_rows = 1;
   args.plan = &args;  // and no workspace
   EXPECT_EQ(DecodeAttention({}, args), cudaErrorInvalidValue);
