@@ -1,12 +1,15 @@
 // Prompts of hundreds and thousands of tokens, split over two ranks: the next tokens are those of
 // one rank. On GPUs the ranks deal such steps' rows out, hundreds by one kernel
 // (kernels/row_reduce.h) and thousands in two halves (worker/backend/cuda/backend_halves.cc),
-// which shorter prompts never see.
+// which shorter prompts never see. And answers to a long prompt that are decoded together are those
+// that are decoded alone: on GPUs attention of many long rows is dealt out by a plan
+// (kernels/attention_decode.h).
 //
 // Dummy weights in the shapes of tests/golden. By default one family, whose chain of norms is the
 // longest; LOCKSTEP_GOLDEN_MODELS=all: every one.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -63,10 +66,20 @@ class LongModel {
   uint32_t vocab_size_ = 0;
 };
 
-// The likeliest first tokens of answers to a prompt of each length.
-std::vector<v1::TokenLogprobs> FirstTokens(const LongModel& model, int tp_size,
-                                           const std::vector<std::string>& flags) {
-  std::vector<v1::TokenLogprobs> tokens;
+v1::GenerateRequest Greedy(const LongModel& model, uint32_t length, uint32_t max_tokens) {
+  v1::GenerateRequest request;
+  for (uint32_t i = 0; i < length; ++i) {
+    request.mutable_token_ids()->add_ids((i * i * 31 + i * 7 + length) % model.vocab_size());
+  }
+  request.mutable_sampling()->set_temperature(0);
+  request.mutable_sampling()->set_max_tokens(max_tokens);
+  request.mutable_sampling()->set_ignore_eos(true);
+  request.mutable_sampling()->set_logprobs(5);
+  return request;
+}
+
+std::unique_ptr<TestServer> Serve(const LongModel& model, int tp_size,
+                                  const std::vector<std::string>& flags) {
   std::vector<std::string> all = {"--load-format",
                                   "dummy",
                                   "--max-model-len",
@@ -75,18 +88,18 @@ std::vector<v1::TokenLogprobs> FirstTokens(const LongModel& model, int tp_size,
                                   absl::StrCat(kContext),
                                   "--no-enable-prefix-caching"};
   all.insert(all.end(), flags.begin(), flags.end());
-  const auto served = TestServer::Start(model.path(), tp_size, all);
+  return TestServer::Start(model.path(), tp_size, all);
+}
+
+// The likeliest first tokens of answers to a prompt of each length.
+std::vector<v1::TokenLogprobs> FirstTokens(const LongModel& model, int tp_size,
+                                           const std::vector<std::string>& flags) {
+  std::vector<v1::TokenLogprobs> tokens;
+  const auto served = Serve(model, tp_size, flags);
   if (served == nullptr) return tokens;
   for (const uint32_t length : {300u, 1'600u, 3'001u}) {
-    v1::GenerateRequest request;
-    for (uint32_t i = 0; i < length; ++i) {
-      request.mutable_token_ids()->add_ids((i * i * 31 + i * 7 + length) % model.vocab_size());
-    }
-    request.mutable_sampling()->set_temperature(0);
-    request.mutable_sampling()->set_max_tokens(1);
-    request.mutable_sampling()->set_ignore_eos(true);
-    request.mutable_sampling()->set_logprobs(5);
-    const absl::StatusOr<v1::GenerateResponse> answer = served->client().Generate(request);
+    const absl::StatusOr<v1::GenerateResponse> answer =
+        served->client().Generate(Greedy(model, length, 1));
     EXPECT_TRUE(answer.ok()) << answer.status() << served->server().Log();
     if (!answer.ok()) return tokens;
     EXPECT_EQ(answer->completions(0).logprobs_size(), 1);
@@ -124,6 +137,42 @@ TEST(LongSplitTest, BFloat16IsCloseOverTwoRanks) {
 TEST(LongSplitTest, Fp8IsCloseOverTwoRanks) {
   if (!OnGpus()) GTEST_SKIP() << "the cpu backend has no FP8";
   ExpectTheSameSplit("llama", {"--dtype", "bfloat16", "--quantization", "fp8"}, 0.5);
+}
+
+// The tokens of an answer as far as they are the other's, and the first that is not: what comes
+// behind it is of another text.
+std::vector<v1::TokenLogprobs> UpToDifference(const v1::Completion& of,
+                                              const v1::Completion& other) {
+  std::vector<v1::TokenLogprobs> tokens;
+  for (int i = 0; i < std::min(of.logprobs_size(), other.logprobs_size()); ++i) {
+    tokens.push_back(of.logprobs(i));
+    if (of.token_ids(i) != other.token_ids(i)) break;
+  }
+  return tokens;
+}
+
+TEST(LongSplitTest, AnswersDecodedTogetherAreCloseToOneAlone) {
+  constexpr uint32_t kAnswers = 16, kTokens = 8;
+  const LongModel model("qwen3");  // of 4 KV heads
+  const auto served = Serve(model, 1, {"--dtype", "bfloat16"});
+  ASSERT_NE(served, nullptr);
+  v1::GenerateRequest request = Greedy(model, 2'500, kTokens);
+  const absl::StatusOr<v1::GenerateResponse> alone = served->client().Generate(request);
+  ASSERT_TRUE(alone.ok()) << alone.status() << served->server().Log();
+  request.mutable_sampling()->set_n(kAnswers);
+  const absl::StatusOr<v1::GenerateResponse> together = served->client().Generate(request);
+  ASSERT_TRUE(together.ok()) << together.status() << served->server().Log();
+  ASSERT_EQ(together->completions_size(), static_cast<int>(kAnswers));
+  const v1::Completion& wanted = alone->completions(0);
+  ASSERT_EQ(wanted.logprobs_size(), static_cast<int>(kTokens));
+  size_t behind_the_first = 0;  // that is of the prompt's own step
+  for (const v1::Completion& got : together->completions()) {
+    ASSERT_EQ(got.logprobs_size(), static_cast<int>(kTokens));
+    const std::vector<v1::TokenLogprobs> common = UpToDifference(wanted, got);
+    ExpectCloseTokens(common, UpToDifference(got, wanted), 0.5);
+    behind_the_first += common.size() - 1;
+  }
+  EXPECT_GT(behind_the_first, 0u);
 }
 
 }  // namespace
