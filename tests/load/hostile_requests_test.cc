@@ -21,7 +21,11 @@ namespace {
 using nlohmann::json;
 
 constexpr size_t kMiB = 1024 * 1024;
-constexpr size_t kMostGrowth = kSlowdown == 1 ? 16 * kMiB : 1024 * kMiB;
+// Of a message beyond the 8 MiB that one may have.
+constexpr size_t kTooLong = 9 * kMiB;
+// What such a message took may stay with each of the coordinator's two malloc arenas, below
+// something that is still in use.
+constexpr size_t kMostGrowth = kSlowdown == 1 ? 2 * kTooLong + 8 * kMiB : 1024 * kMiB;
 constexpr uint32_t kMax32 = std::numeric_limits<uint32_t>::max();
 
 class HostileRequestsTest : public ::testing::Test {
@@ -289,7 +293,7 @@ std::vector<RefusedCall> Calls(uint32_t vocab) {
   all.push_back({"request_id", [](auto* r) { r->set_request_id("a\nb"); }});
   all.push_back({"model", [](auto* r) { r->set_model("a\nb"); }});
   all.push_back({"model", [](auto* r) { r->set_model("other"); }, absl::StatusCode::kNotFound});
-  all.push_back({"*", [](auto* r) { r->set_text(std::string(9 * kMiB, 'x')); },
+  all.push_back({"*", [](auto* r) { r->set_text(std::string(kTooLong, 'x')); },
                  absl::StatusCode::kResourceExhausted});
   return all;
 }
@@ -306,7 +310,11 @@ TEST_F(HostileRequestsTest, GrpcRefusesEachAndNamesTheField) {
         served_->client().GenerateStream(request, [](const v1::GenerateEvent&) {})};
     for (const absl::Status& end : ends) {
       ++count;
-      EXPECT_EQ(end.code(), each.code) << end;
+      // Two messages that are too long are more than the door holds at a time (16 MiB): while it
+      // has not let go of the first it may give up the second's connection instead.
+      const bool given_up = each.code == absl::StatusCode::kResourceExhausted &&
+                            end.code() == absl::StatusCode::kUnavailable;
+      EXPECT_TRUE(end.code() == each.code || given_up) << end;
       if (each.field == "*") continue;
       EXPECT_TRUE(absl::StrContains(end.message(), each.field)) << end;
     }
