@@ -46,6 +46,7 @@ __device__ __forceinline__ void Produce(const ClusterParams& p, const Shared& s,
     if (at >= p.stages) at -= p.stages, phase ^= 1;
   };
   const int total = work.tiles * work.chunks;
+  // Not above the ring: the oldest one's barrier would be waited for by a parity that comes again.
   const int window = min(p.stages, kClusterGroups * kClusterWindow);
   for (int i = group; i < total; i += kClusterGroups) {
     if (i >= window) {
