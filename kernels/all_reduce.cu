@@ -5,6 +5,7 @@
 #include "kernels/all_reduce.h"
 #include "kernels/all_reduce_kernel.cuh"
 #include "kernels/device.cuh"
+#include "kernels/device_attributes.h"
 #include "kernels/exchange.cuh"
 
 namespace lockstep::kernels {
@@ -65,19 +66,9 @@ struct Shape {
   int cluster = 1;
 };
 
-bool DeviceHasClusters() {
-  static const bool has = [] {
-    int device = 0, answer = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&answer, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
-           answer != 0;
-  }();
-  return has;
-}
-
 // Of the width alone: see the head of this file.
 int ClusterFor(int row_vectors) {
-  if (!DeviceHasClusters()) return 1;
+  if (!HasClusters()) return 1;
   if (row_vectors <= 128) return 1;
   if (row_vectors <= 256) return 2;
   return row_vectors <= 1024 ? 4 : kMaxCluster;

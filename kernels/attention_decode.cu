@@ -5,7 +5,7 @@
 #include "kernels/attention_decode_spread.h"
 #include "kernels/attention_plain.h"
 #include "kernels/device.cuh"
-#include "kernels/multiprocessors.h"
+#include "kernels/device_attributes.h"
 #include "kernels/vector.cuh"
 
 namespace lockstep::kernels {
@@ -34,11 +34,14 @@ Kernel FindKernel(Type type, Type kv_type, int head_dim, int group, Way way) {
   return nullptr;
 }
 
+// That a multiprocessor holds.
+int BlocksOf(Type kv_type, int head_dim, int group) {
+  return decode::BlocksOf(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group));
+}
+
 // Blocks that work is dealt out to: as many as the device holds.
 int DealtBlocks(Type kv_type, int head_dim, int group) {
-  return std::min(
-      SmCount() * decode::BlocksOf(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group)),
-      decode::kMaxDealtBlocks);
+  return std::min(SmCount() * BlocksOf(kv_type, head_dim, group), decode::kMaxDealtBlocks);
 }
 
 bool TakesFast(const DecodeAttentionArgs& a) {
@@ -263,10 +266,9 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   if (dealt) {
     grid = dim3(dealt_blocks);
   } else {
-    const int most =
-        decode::BlocksOf(TypeBytes(args.kv.type), RoundedDim(args.kv.head_dim), HeadTiles(group));
-    shared_bytes = std::max(shared_bytes, spread.Bytes(static_cast<int>(grid.x * grid.y * grid.z),
-                                                       p.cluster_shift, most));
+    shared_bytes = std::max(
+        shared_bytes, spread.Bytes(static_cast<int>(grid.x * grid.y * grid.z), p.cluster_shift,
+                                   BlocksOf(args.kv.type, args.kv.head_dim, group)));
   }
   // Of 512 rows and KV heads at 1K of context 90 us if brief, 73 if not.
   const Launch own = {

@@ -14,7 +14,7 @@
 #include <cstddef>
 
 #include "kernels/attention_decode_launch.h"
-#include "kernels/multiprocessors.h"
+#include "kernels/device_attributes.h"
 
 namespace lockstep::kernels::decode {
 
@@ -25,7 +25,7 @@ class Spread {
   cudaError_t Init(Kernel kernel) {
     for (int count = 1; count < kMost; ++count) {
       room_[count][0] = count * SmCount();
-      for (int log2 = 1; Attribute(cudaDevAttrClusterLaunch) && log2 < kShifts; ++log2) {
+      for (int log2 = 1; HasClusters() && log2 < kShifts; ++log2) {
         cudaLaunchAttribute attribute = {};
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {1u << log2, 1, 1};
@@ -60,16 +60,9 @@ class Spread {
   // So that not one more than `count` fit.
   static size_t BytesFor(int count) {
     constexpr int kUnit = 1024;  // that shared memory is given out in, or a multiple
-    static const int all = Attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    static const int reserved = Attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+    static const int all = DeviceAttribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0);
+    static const int reserved = DeviceAttribute(cudaDevAttrReservedSharedMemoryPerBlock, 0);
     return static_cast<size_t>(std::max(all / (count + 1) - reserved, 0) / kUnit + 1) * kUnit;
-  }
-  static int Attribute(cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-      return 0;
-    return value;
   }
 
   int room_[kMost][kShifts] = {};  // blocks that run at a time if so many fit a multiprocessor

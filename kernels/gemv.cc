@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
+#include "kernels/device_attributes.h"
 #include "kernels/gemv_plan.h"
-#include "kernels/multiprocessors.h"
 
 namespace lockstep::kernels {
 namespace {

@@ -1,3 +1,4 @@
+#include "kernels/device_attributes.h"
 #include "kernels/norm_rows.cuh"
 
 // residual += x; normed = rms(residual). Few rows want many threads each, and
@@ -179,17 +180,6 @@ __global__ void __launch_bounds__(MaxThreads(sizeof(T), kPieces, kScaled))
     Store(static_cast<__nv_fp8_e4m3*>(a.quantized.values) + begin + place(j),
           Pack<__nv_fp8_e4m3, kN>(v[j]));
   }
-}
-
-bool HasClusters() {
-  static const bool has = [] {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major >= 9;
-  }();
-  return has;
 }
 
 template <typename T, bool kScaled>

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
+#include "kernels/device_attributes.h"
 #include "kernels/gemv_elements.cuh"
-#include "kernels/multiprocessors.h"
 #include "kernels/row_stack.h"
 #include "kernels/row_stack_plan.h"
 
