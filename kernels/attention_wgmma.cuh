@@ -1,14 +1,13 @@
-// Hopper's warpgroup products and bulk tensor copies, as the prefill kernel uses
-// them: shared memory in rows of 128 bytes, swizzled by the copy engine (16-byte
-// chunk ch of row t lies at ch ^ (t % 8)), eight rows to 1,024 aligned bytes.
+// Hopper's warpgroup products, as the prefill kernel uses them: shared memory in rows of 128
+// bytes, swizzled by the copy engine (16-byte chunk ch of row t lies at ch ^ (t % 8)), eight rows
+// to 1,024 aligned bytes.
 #ifndef LOCKSTEP_KERNELS_ATTENTION_WGMMA_CUH_
 #define LOCKSTEP_KERNELS_ATTENTION_WGMMA_CUH_
-
-#include <cuda.h>
 
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/box_copy.cuh"
 #include "kernels/bulk_copy.cuh"
 #include "kernels/device.cuh"
 #include "kernels/wgmma.cuh"
@@ -22,16 +21,6 @@ __device__ __forceinline__ void Await(uint64_t* barrier, int parity) {
     if (BarrierTry(barrier, static_cast<uint32_t>(parity))) return;
   }
   __trap();
-}
-
-// A box of a three-dimensional tensor map into shared memory.
-__device__ __forceinline__ void CopyBox(void* to, const CUtensorMap* map, int x, int y, int z,
-                                        uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(SharedAddress(to)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(z), "r"(SharedAddress(barrier))
-      : "memory");
 }
 
 // A matrix in swizzled 128-byte rows. leading: bytes from one 64 elements of the

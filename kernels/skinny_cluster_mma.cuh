@@ -1,13 +1,13 @@
 // What the products of skinny_cluster.cuh ask of Hopper: warpgroup products of 64 rows
-// of weights with 16, 32 or 64 rows of x, and boxes by the copy engine.
+// of weights with 16, 32 or 64 rows of x.
 #ifndef LOCKSTEP_KERNELS_SKINNY_CLUSTER_MMA_CUH_
 #define LOCKSTEP_KERNELS_SKINNY_CLUSTER_MMA_CUH_
 
-#include <cuda.h>
 #include <cuda_fp8.h>
 
 #include <cstdint>
 
+#include "kernels/box_copy.cuh"
 #include "kernels/cluster.cuh"
 #include "kernels/device.cuh"
 #include "kernels/wgmma.cuh"
@@ -87,28 +87,6 @@ __device__ __forceinline__ void Product(float (&d)[32], uint64_t a, uint64_t b, 
 #undef LOCKSTEP_PRODUCT32
 #undef LOCKSTEP_PRODUCT64
 #undef LOCKSTEP_PRODUCT_OF
-
-// A box of a matrix, whose first element is (x, y).
-__device__ __forceinline__ void CopyBox(void* to, const CUtensorMap* map, int x, int y,
-                                        uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3}], [%4];" ::"r"(SharedAddress(to)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(SharedAddress(barrier))
-      : "memory");
-}
-// Of one in three dimensions, from its z on.
-__device__ __forceinline__ void CopyBox(void* to, const CUtensorMap* map, int x, int y, int z,
-                                        uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(SharedAddress(to)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(z), "r"(SharedAddress(barrier))
-      : "memory");
-}
-__device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-}
 
 }  // namespace lockstep::kernels
 
