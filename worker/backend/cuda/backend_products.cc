@@ -102,9 +102,8 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
                      .x_scales = nullptr,
                      .weight_scales = w.scales,
                      .multiprocessors = halved_ ? ProductsMultiprocessors() : 0};
-  const bool quantized = Quantized(linear) && x == quantized_from_;
-  if (quantized || (Quantized(linear) && !QuantizesAsStaged(linear, m))) {
-    if (!quantized) {
+  if (Quantized(linear) && (x == quantized_from_ || !QuantizesAsStaged(linear, m))) {
+    if (x != quantized_from_) {
       quantized_ = {.values = buffers_.quantized.get(), .scales = buffers_.quantized_scales.get()};
       Check(kernels::QuantizeRows(launch(), {.type = type_,
                                              .num_rows = m,
