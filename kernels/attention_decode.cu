@@ -24,24 +24,33 @@ int RoundedDim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 12
 
 int HeadTiles(int group) { return group <= 8 ? 1 : 2; }
 
-Kernel FindKernel(Type type, Type kv_type, int head_dim, int group, Way way) {
-  const int dim = RoundedDim(head_dim), head_tiles = HeadTiles(group);
-  if (type == Type::kBF16 && kv_type == Type::kBF16) return decode::FindBF16(dim, head_tiles, way);
-  if (type == Type::kF16 && kv_type == Type::kF16) return decode::FindF16(dim, head_tiles, way);
+Kernel FindKernel(Type type, Type kv_type, const decode::KernelShape& shape) {
+  if (type == Type::kBF16 && kv_type == Type::kBF16) return decode::FindBF16(shape);
+  if (type == Type::kF16 && kv_type == Type::kF16) return decode::FindF16(shape);
   if (kv_type != Type::kE4M3) return nullptr;
-  if (type == Type::kBF16) return decode::FindBF16OverE4M3(dim, head_tiles, way);
-  if (type == Type::kF16) return decode::FindF16OverE4M3(dim, head_tiles, way);
+  if (type == Type::kBF16) return decode::FindBF16OverE4M3(shape);
+  if (type == Type::kF16) return decode::FindF16OverE4M3(shape);
   return nullptr;
 }
 
 // That a multiprocessor holds.
-int BlocksOf(Type kv_type, int head_dim, int group) {
-  return decode::BlocksOf(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group));
+int BlocksOf(Type kv_type, int head_dim, int group, Way way) {
+  return decode::BlocksOf(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group), way);
+}
+bool HasRing(Type kv_type, int head_dim, int group) {
+  return decode::HasRing(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group));
 }
 
-// Blocks that work is dealt out to: as many as the device holds.
-int DealtBlocks(Type kv_type, int head_dim, int group) {
-  return std::min(SmCount() * BlocksOf(kv_type, head_dim, group), decode::kMaxDealtBlocks);
+// Of work that is dealt out: of few rows and KV heads parts are short, and a ring of one tile is at
+// first as long in coming (us alone, 8K, plain and by rings: 512 504 and 494, 2,048 1,961 and
+// 1,927, 128 134 and 134; where seven of eight have a sixteenth 33.2 and 34.9, 32 16.5 and 19.8).
+constexpr int kMinDealtRingPairs = 256;
+Way DealtWay(int pairs, bool has_ring) {
+  return has_ring && pairs >= kMinDealtRingPairs ? Way::kRing : Way::kPlain;
+}
+// The blocks that it is dealt out to: as many as the device holds.
+int DealtBlocks(Type kv_type, int head_dim, int group, Way way) {
+  return std::min(SmCount() * BlocksOf(kv_type, head_dim, group, way), decode::kMaxDealtBlocks);
 }
 
 bool TakesFast(const DecodeAttentionArgs& a) {
@@ -56,22 +65,36 @@ bool TakesFast(const DecodeAttentionArgs& a) {
          Aligned16(a.kv.v) && row_bytes % 16 == 0;
 }
 
+cudaError_t Allow(Kernel kernel, size_t shared_bytes) {
+  const cudaError_t status = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (status != cudaSuccess) return status;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
 struct Shares {
   int cluster_size = 1;
   int clusters = 1;
 };
 
-// Rows and KV heads whose tiles come by rings, and of those the fewest that come in halves, which
-// is as few blocks as keep the device busy. (8B, 1.1K, served, ms a step, quarters or wholes
+// Rows and KV heads whose tiles come by deep rings, and of those the fewest that come in halves,
+// which is as few blocks as keep the device busy. (8B, 1.1K, served, ms a step, quarters or wholes
 // without and halves with: tp 2 16 rows 2.884 and 2.800, 24 3.128 and 3.073; tp 1 24 rows 5.373
-// and 5.301; but wholes, 32 rows, 5.503 and 5.602. Quarters of 40 to 63, us a layer: 126.3 and
-// 125.5; eighths of 32, 123.0 and 125.5.)
-constexpr int kMinRingPairs = 40, kMinHalvedPairs = 64, kMaxRingPairs = 192;
+// and 5.301. Quarters of 40 to 63, us a layer: 126.3 and 125.5; eighths of 32, 123.0 and 125.5.)
+// Of more, four blocks of rings of one tile fit where three without do, and bring as much as one
+// round of them can (us alone: 512 77.1 and 71.4, 1,024 142.4 and 137.7, 2,048 271.9 and 267.0).
+constexpr int kMinRingPairs = 40, kMinHalvedPairs = 64, kMaxDeepRingPairs = 192;
 constexpr int kMinRingContext = 512;  // of which each warp has several tiles
 
-Shares Choose(int pairs, int max_context, int splits, bool by_ring) {
+Way WayOf(int pairs, int max_context, bool has_ring) {
+  if (!has_ring || pairs < kMinRingPairs || max_context < kMinRingContext) return Way::kPlain;
+  return pairs <= kMaxDeepRingPairs ? Way::kDeepRing : Way::kRing;
+}
+
+// room: blocks that the device holds.
+Shares Choose(int pairs, int max_context, int splits, Way way, int room) {
   Shares shares;
-  if (by_ring && splits == 0 && pairs >= kMinHalvedPairs) {
+  if (way == Way::kDeepRing && splits == 0 && pairs >= kMinHalvedPairs) {
     shares.cluster_size = 2;
     return shares;
   }
@@ -82,10 +105,9 @@ Shares Choose(int pairs, int max_context, int splits, bool by_ring) {
     }
     return shares;
   }
-  // Between one and three rounds of blocks (three fit on a multiprocessor) the
-  // last round would leave most of the device idle: of 512 rows and KV
-  // heads, halves were 2 % faster at 1K of context and 10 % at 8K.
-  if (pairs > kBlocksWanted * 3 / 2 && pairs <= kBlocksWanted * 4) shares.cluster_size = 2;
+  // Of one to one and a half rounds of blocks the second would leave most of the device idle: 512
+  // rows and KV heads where 396 fit take 5 % less in halves, but 1,024 of them 3 % more.
+  if (pairs > room && pairs <= room * 3 / 2) shares.cluster_size = 2;
   while (shares.cluster_size < decode::kMaxCluster &&
          pairs * shares.cluster_size * 2 <= kBlocksWanted &&
          shares.cluster_size * decode::kWarps < tiles) {
@@ -115,8 +137,9 @@ constexpr size_t kArrivedBytes = decode::kMaxDealtBlocks * sizeof(int);
 static_assert(kMaxPairsOfClusters * decode::kMaxCluster <= decode::kMaxDealtBlocks);
 // From so many rows and KV heads on work may be dealt out; of fewer, a row's blocks are a cluster.
 // Contexts that are short, and so not far apart, gain nothing in 16 bits (8B, 1.1K, served, ms a
-// step: 16 rows 4.91 and 5.04 dealt, 64 7.05 and 7.09), and of e4m3 where halves of them fit the
-// device (128 rows and KV heads 14.4 and 15.3 us, 256 24.9 and 23.7).
+// step: 16 rows 4.91 and 5.04 dealt; 64 by rings 6.90 and 7.00, though alone one takes as long as
+// the other), and of e4m3 where halves of them fit the device (128 rows and KV heads 14.4 and 15.3
+// us, 256 24.9 and 23.7).
 constexpr int kMinDealtPairs = 32, kMaxShortContext = 2'048;
 
 }  // namespace
@@ -130,11 +153,12 @@ size_t DecodeAttentionWorkspaceBytes(int heads, int kv_heads, int head_dim, int 
   if (kv_heads < 1) return 0;
   size_t partials = 0;
   for (int rows = 1; rows <= max_rows && rows * kv_heads <= kMaxPairsOfClusters; ++rows) {
-    const int clusters = Choose(rows * kv_heads, max_context, 0, false).clusters;
+    const int clusters = Choose(rows * kv_heads, max_context, 0, Way::kPlain, 0).clusters;
     if (clusters > 1)
       partials = std::max(partials, static_cast<size_t>(rows) * kv_heads * clusters);
   }
-  partials = std::max(partials, size_t{2} * DealtBlocks(Type::kE4M3, head_dim, heads / kv_heads));
+  partials = std::max(
+      partials, size_t{2} * DealtBlocks(Type::kE4M3, head_dim, heads / kv_heads, Way::kPlain));
   const size_t quads = static_cast<size_t>(heads / kv_heads) * head_dim / 4;
   return kArrivedBytes + partials * quads * (sizeof(float4) + sizeof(float2));
 }
@@ -152,7 +176,10 @@ size_t DecodeAttentionPlanBytes() { return decode::PlanBytes(decode::kMaxDealtBl
 cudaError_t PlanDecodeAttention(const Launch& launch, const DecodeAttentionArgs& args, void* plan) {
   if (args.num_rows < 1 || args.num_rows > decode::kMaxDealtRows || !TakesFast(args))
     return cudaErrorInvalidValue;
-  const int blocks = DealtBlocks(args.kv.type, args.kv.head_dim, args.heads / args.kv.kv_heads);
+  const int group = args.heads / args.kv.kv_heads;
+  const Way way =
+      DealtWay(args.num_rows * args.kv.kv_heads, HasRing(args.kv.type, args.kv.head_dim, group));
+  const int blocks = DealtBlocks(args.kv.type, args.kv.head_dim, group, way);
   return decode::LaunchPlan(launch, args.rows, args.num_rows, args.kv.kv_heads, args.window, blocks,
                             static_cast<decode::BlockPlan*>(plan));
 }
@@ -165,21 +192,21 @@ cudaError_t InitDecodeAttention() {
   for (const auto& pair : pairs) {
     for (int dim : {64, 128, 256}) {
       for (int group : {1, decode::kMaxGroup}) {
-        for (Way way : {Way::kPlain, Way::kRing, Way::kDealt}) {
-          const Kernel kernel = FindKernel(pair[0], pair[1], dim, group, way);
-          const size_t bytes = std::max(
-              decode::SharedBytes(decode::kMaxGroup, dim, decode::kMaxCluster, way == Way::kRing),
-              decode::Spread::LargestBytes());
-          cudaError_t status = cudaFuncSetAttribute(
-              kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-          if (status != cudaSuccess) return status;
-          status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-          if (status != cudaSuccess) return status;
+        for (Way way : {Way::kPlain, Way::kRing, Way::kDeepRing}) {
+          for (bool dealt : {false, true}) {
+            const Kernel kernel = FindKernel(pair[0], pair[1], {dim, HeadTiles(group), way, dealt});
+            const cudaError_t status = Allow(
+                kernel,
+                std::max(decode::SharedBytes(decode::kMaxGroup, dim, decode::kMaxCluster, way),
+                         decode::Spread::LargestBytes()));
+            if (status != cudaSuccess) return status;
+          }
         }
       }
     }
   }
-  const cudaError_t status = spread.Init(FindKernel(Type::kBF16, Type::kE4M3, 128, 1, Way::kPlain));
+  const cudaError_t status =
+      spread.Init(FindKernel(Type::kBF16, Type::kE4M3, {128, 1, Way::kPlain, false}));
   return status != cudaSuccess ? status : InitPlainAttention();
 }
 
@@ -212,13 +239,17 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   const bool dealt = args.plan != nullptr;
   if (dealt && (args.workspace == nullptr || args.num_rows > decode::kMaxDealtRows))
     return cudaErrorInvalidValue;
-  const bool has_ring = !dealt && decode::HasRing(TypeBytes(args.kv.type),
-                                                  RoundedDim(args.kv.head_dim), HeadTiles(group));
-  const bool by_ring = has_ring && pairs >= kMinRingPairs && pairs <= kMaxRingPairs &&
-                       args.max_context >= kMinRingContext;
-  const bool ring = args.ring != 0 ? has_ring && args.ring > 0 : by_ring;
+  const auto blocks_of = [&](Way way) {
+    return BlocksOf(args.kv.type, args.kv.head_dim, group, way);
+  };
+  const bool has_ring = HasRing(args.kv.type, args.kv.head_dim, group);
+  Way way = dealt ? DealtWay(pairs, has_ring) : WayOf(pairs, args.max_context, has_ring);
   Shares shares;
-  if (!dealt) shares = Choose(pairs, args.max_context, args.splits, by_ring);
+  if (!dealt) {
+    shares = Choose(pairs, args.max_context, args.splits, way, SmCount() * blocks_of(way));
+    if (has_ring && args.ring != 0)
+      way = args.ring < 0 ? Way::kPlain : args.ring == 1 ? Way::kRing : Way::kDeepRing;
+  }
   if (args.workspace == nullptr) shares.clusters = 1;
   Params p = {};
   p.rows = args.rows;
@@ -248,7 +279,7 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
   p.scales = args.scales;
   p.k_column = ColumnOf(args, args.fresh_k);
   p.v_column = ColumnOf(args, args.fresh_v);
-  const int dealt_blocks = DealtBlocks(args.kv.type, args.kv.head_dim, group);
+  const int dealt_blocks = DealtBlocks(args.kv.type, args.kv.head_dim, group, way);
   if (shares.clusters > 1 || dealt) {
     const size_t quads = static_cast<size_t>(group) * args.kv.head_dim / 4;
     const size_t partials =
@@ -258,17 +289,16 @@ cudaError_t DecodeAttention(const Launch& launch, const DecodeAttentionArgs& arg
     p.partials = reinterpret_cast<float4*>(base + kArrivedBytes);
     p.partial_statistics = reinterpret_cast<float2*>(p.partials + partials * quads);
   }
-  p.warp_bytes = decode::WarpBytes(group, args.kv.head_dim, ring);
-  const Way way = dealt ? Way::kDealt : ring ? Way::kRing : Way::kPlain;
-  const Kernel kernel = FindKernel(args.type, args.kv.type, args.kv.head_dim, group, way);
-  size_t shared_bytes = decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size, ring);
+  p.warp_bytes = decode::WarpBytes(group, args.kv.head_dim, way);
+  const Kernel kernel = FindKernel(args.type, args.kv.type,
+                                   {RoundedDim(args.kv.head_dim), HeadTiles(group), way, dealt});
+  size_t shared_bytes = decode::SharedBytes(group, args.kv.head_dim, shares.cluster_size, way);
   dim3 grid(shares.cluster_size * shares.clusters, args.kv.kv_heads, args.num_rows);
   if (dealt) {
     grid = dim3(dealt_blocks);
   } else {
-    shared_bytes = std::max(
-        shared_bytes, spread.Bytes(static_cast<int>(grid.x * grid.y * grid.z), p.cluster_shift,
-                                   BlocksOf(args.kv.type, args.kv.head_dim, group)));
+    shared_bytes = std::max(shared_bytes, spread.Bytes(static_cast<int>(grid.x * grid.y * grid.z),
+                                                       p.cluster_shift, blocks_of(way)));
   }
   // Of 512 rows and KV heads at 1K of context 90 us if brief, 73 if not.
   const Launch own = {

@@ -51,8 +51,8 @@ struct DecodeAttentionArgs {
   // Thread blocks a row and KV head: 0 chooses by num_rows; a power of two up to
   // 16 makes a row's bits independent of how many rows there are.
   int splits = 0;
-  // Tiles on their way through shared memory: 0 chooses by num_rows; 1 with, -1 without,
-  // where the shape has both. The same bits.
+  // Tiles that a warp has on their way through shared memory, where the shape has such: 0 chooses
+  // by num_rows; 1, 2, or -1 for none. The same bits.
   int ring = 0;
   // By PlanDecodeAttention, of the same rows, heads, type and window: the work is then dealt out by
   // tiles of all rows together, whatever their lengths. It needs a workspace; a row's bits

@@ -2,8 +2,6 @@
 
 namespace lockstep::kernels::decode {
 
-Kernel FindBF16(int dim, int head_tiles, Way way) {
-  return FindFor<__nv_bfloat16, __nv_bfloat16>(dim, head_tiles, way);
-}
+Kernel FindBF16(const KernelShape& shape) { return FindFor<__nv_bfloat16, __nv_bfloat16>(shape); }
 
 }  // namespace lockstep::kernels::decode

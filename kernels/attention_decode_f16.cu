@@ -2,8 +2,6 @@
 
 namespace lockstep::kernels::decode {
 
-Kernel FindF16(int dim, int head_tiles, Way way) {
-  return FindFor<__half, __half>(dim, head_tiles, way);
-}
+Kernel FindF16(const KernelShape& shape) { return FindFor<__half, __half>(shape); }
 
 }  // namespace lockstep::kernels::decode

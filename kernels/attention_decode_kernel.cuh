@@ -82,16 +82,21 @@ class Tiles {
   int32_t block_ = 0;
 };
 
+// Of a way without one too, where it is not used.
+template <typename KV, Way kWay>
+using RingOf = Ring<KV, RingTiles(kWay) == 0 ? 1 : RingTiles(kWay)>;
+
 // A warp's part of a share: its tiles, and what it found to the merge. Of all the block's threads.
-template <typename T, typename KV, int kDim, int kHeadTiles, bool kRing>
-__device__ __forceinline__ void Attend(const Params& p, const Merge& merge, const Place& place,
-                                       const Work& work) {
+template <typename T, typename KV, int kDim, int kHeadTiles, Way kWay>
+__device__ __forceinline__ void Attend(const Params& p, const Merge& merge, RingOf<KV, kWay>& ring,
+                                       const Place& place, const Work& work) {
   using M = typename Chunk<KV>::M;
   using Raw = typename Chunk<KV>::Raw;
   constexpr int kKChunks = kDim / 32, kVChunks = kDim / 64;
   // Both operands of the next tile are requested while this one is worked on;
   // with 256 elements there are not the registers.
   constexpr bool kAhead = kDim <= 128;
+  constexpr bool kRing = RingTiles(kWay) > 0;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   Raw* stash_k = reinterpret_cast<Raw*>(merge.stash());
@@ -107,9 +112,6 @@ __device__ __forceinline__ void Attend(const Params& p, const Merge& merge, cons
   const auto seen = [&](int tile, int i) {
     return min(max(i, work.begin - tile * kTile), work.position - tile * kTile);
   };
-  constexpr int kStages = Ring<KV, kDim>::kStages;
-  __shared__ typename Ring<KV, kDim>::Barriers barriers[kRing ? kWarps : 1];
-  Ring<KV, kDim> ring(p, merge.ring(warp), barriers[kRing ? warp : 0]);
   // To registers, or into the ring as the warp's `number`-th tile.
   const auto load_k = [&](int tile, int64_t offset, int number) {
     if constexpr (kRing) {
@@ -143,9 +145,8 @@ __device__ __forceinline__ void Attend(const Params& p, const Merge& merge, cons
   if (owner) offset = tiles.OffsetOf(work.position);
   OwnPosition<T, KV> own(p, place, offset);
   if constexpr (kRing) {
-    ring.Init();
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < RingTiles(kWay); ++i) {
       const int tile = work.first + i * kWarps;
       if (tile >= work.end) break;
       offset = tiles.Offset(tile, i);
@@ -193,7 +194,7 @@ __device__ __forceinline__ void Attend(const Params& p, const Merge& merge, cons
         }
       }
       sums.Multiply(q, k);
-      constexpr int kDistance = kRing ? kStages : 1;
+      constexpr int kDistance = kRing ? RingTiles(kWay) : 1;
       const int next = tile + kDistance * kWarps;
       if (next < work.end) {
         offset = tiles.Offset(next, i + kDistance);
@@ -226,6 +227,7 @@ __device__ __forceinline__ void Attend(const Params& p, const Merge& merge, cons
       if ((kAhead || kRing) && next < work.end) load_v(next, offset, i + kDistance);
     }
   }
+  if constexpr (kRing) ring.Restart(max(0, (work.end - work.first + kWarps - 1) / kWarps));
   __syncwarp();  // what was the ring's is the merge's
 
   sums.Store(
@@ -235,11 +237,11 @@ __device__ __forceinline__ void Attend(const Params& p, const Merge& merge, cons
 }
 
 // kDim: head_dim rounded up to 64, 128 or 256; kHeadTiles: tiles of 8 query heads.
-// kRing: tiles come through shared memory. Loads to registers need the L1, of which the
-// products' division of an SM's memory leaves little. For several tiles a warp; it takes
-// the room in which a product's blocks could begin.
-template <typename T, typename KV, int kDim, int kHeadTiles, bool kRing>
-__global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTiles))
+// Rings: loads to registers need the L1, of which the products' division of an SM's memory leaves
+// little, and registers to arrive in, without which four blocks fit where three do. For several
+// tiles a warp; a ring takes the room in which a product's blocks could begin.
+template <typename T, typename KV, int kDim, int kHeadTiles, Way kWay>
+__global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTiles, kWay))
     DecodeKernel(const __grid_constant__ Params p) {
   TriggerDependents();
   if (!p.history_ready) WaitForPrevious();
@@ -258,16 +260,22 @@ __global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTile
   __shared__ uint64_t merge_barrier;
   const Merge merge(p, &merge_barrier);
   merge.Begin();
-  Attend<T, KV, kDim, kHeadTiles, kRing>(p, merge, place, work);
+  __shared__ typename RingOf<KV, kWay>::Barriers barriers[kWarps];
+  RingOf<KV, kWay> ring(p, merge.ring(threadIdx.x / 32), barriers[threadIdx.x / 32]);
+  if constexpr (RingTiles(kWay) > 0) ring.Init();
+  Attend<T, KV, kDim, kHeadTiles, kWay>(p, merge, ring, place, work);
   merge.template Finish<T>(place, work.clusters);
 }
 
-template <typename T, typename KV, int kDim, int kHeadTiles>
-__global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTiles))
+template <typename T, typename KV, int kDim, int kHeadTiles, Way kWay>
+__global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTiles, kWay))
     DealtDecodeKernel(const __grid_constant__ Params p) {
   TriggerDependents();
   if (!p.history_ready) WaitForPrevious();
   const Merge merge(p, nullptr);
+  __shared__ typename RingOf<KV, kWay>::Barriers barriers[kWarps];
+  RingOf<KV, kWay> ring(p, merge.ring(threadIdx.x / 32), barriers[threadIdx.x / 32]);
+  if constexpr (RingTiles(kWay) > 0) ring.Init();
   __shared__ Deal deal;
   if (threadIdx.x == 0) deal.Init(p);
   __syncthreads();
@@ -275,8 +283,9 @@ __global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTile
     Work work = WorkOf(p.window, deal.share().position);
     work.first = deal.share().first + static_cast<int>(threadIdx.x) / 32;
     work.end = deal.share().end;
-    Attend<T, KV, kDim, kHeadTiles, false>(p, merge, deal.share().place, work);
+    Attend<T, KV, kDim, kHeadTiles, kWay>(p, merge, ring, deal.share().place, work);
     merge.template Finish<T>(deal.share());
+    if constexpr (RingTiles(kWay) > 0) FenceReadsBeforeCopies();
     __syncthreads();  // what was this share's is the next one's
     if (threadIdx.x == 0) deal.Next(p);
     __syncthreads();
@@ -285,22 +294,26 @@ __global__ void __launch_bounds__(kThreads, BlocksOf(sizeof(KV), kDim, kHeadTile
 }
 
 template <typename T, typename KV, int kDim, int kHeadTiles>
-Kernel FindFor(Way way) {
-  if (way == Way::kDealt) return DealtDecodeKernel<T, KV, kDim, kHeadTiles>;
+Kernel FindFor(Way way, bool dealt) {
   if constexpr (HasRing(sizeof(KV), kDim, kHeadTiles)) {
-    if (way == Way::kRing) return DecodeKernel<T, KV, kDim, kHeadTiles, true>;
+    if (dealt && way == Way::kRing) return DealtDecodeKernel<T, KV, kDim, kHeadTiles, Way::kRing>;
+    if (way == Way::kRing) return DecodeKernel<T, KV, kDim, kHeadTiles, Way::kRing>;
+    if (way == Way::kDeepRing && !dealt)
+      return DecodeKernel<T, KV, kDim, kHeadTiles, Way::kDeepRing>;
   }
-  return DecodeKernel<T, KV, kDim, kHeadTiles, false>;
+  if (dealt) return DealtDecodeKernel<T, KV, kDim, kHeadTiles, Way::kPlain>;
+  return DecodeKernel<T, KV, kDim, kHeadTiles, Way::kPlain>;
 }
 template <typename T, typename KV, int kDim>
-Kernel FindFor(int head_tiles, Way way) {
-  return head_tiles == 1 ? FindFor<T, KV, kDim, 1>(way) : FindFor<T, KV, kDim, 2>(way);
+Kernel FindFor(const KernelShape& shape) {
+  return shape.head_tiles == 1 ? FindFor<T, KV, kDim, 1>(shape.way, shape.dealt)
+                               : FindFor<T, KV, kDim, 2>(shape.way, shape.dealt);
 }
 template <typename T, typename KV>
-Kernel FindFor(int dim, int head_tiles, Way way) {
-  return dim == 64    ? FindFor<T, KV, 64>(head_tiles, way)
-         : dim == 128 ? FindFor<T, KV, 128>(head_tiles, way)
-                      : FindFor<T, KV, 256>(head_tiles, way);
+Kernel FindFor(const KernelShape& shape) {
+  return shape.dim == 64    ? FindFor<T, KV, 64>(shape)
+         : shape.dim == 128 ? FindFor<T, KV, 128>(shape)
+                            : FindFor<T, KV, 256>(shape);
 }
 
 }  // namespace lockstep::kernels::decode

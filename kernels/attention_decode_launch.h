@@ -22,9 +22,17 @@ constexpr int kMaxClusters = 16;
 constexpr int kMaxGroup = 16;
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxDealtRows = 1024, kMaxDealtBlocks = 1024;
+// How a warp comes by its tiles: to its registers, or through a ring in shared memory, of one tile
+// or of two.
+enum class Way : uint8_t { kPlain, kRing, kDeepRing };
+constexpr int RingTiles(Way way) { return way == Way::kRing ? 1 : way == Way::kDeepRing ? 2 : 0; }
+// Rings are there for 8 heads of 128 in 16 bits.
+constexpr bool HasRing(size_t kv_bytes, int dim, int head_tiles) {
+  return kv_bytes == 2 && dim == 128 && head_tiles == 1;
+}
 // Of a multiprocessor: as many as have the registers, so that enough is on its way.
-constexpr int BlocksOf(size_t kv_bytes, int dim, int head_tiles) {
-  return dim > 128 || head_tiles > 1 ? 2 : kv_bytes == 1 ? 4 : 3;
+constexpr int BlocksOf(size_t kv_bytes, int dim, int head_tiles, Way way) {
+  return dim > 128 || head_tiles > 1 ? 2 : kv_bytes == 1 || way == Way::kRing ? 4 : 3;
 }
 
 struct BlockPlan;  // attention_decode_deal.cuh
@@ -70,20 +78,21 @@ constexpr int kMagicShift = 20;
 constexpr uint32_t QuotientMagic(int divisor) {
   return ((1u << kMagicShift) + divisor - 1) / divisor;
 }
-// A warp's ring of tiles: what it asks for ahead, where that goes through shared memory.
-constexpr int kRingBytes = 16 << 10;
+// Of K or of V of a tile in a ring.
+constexpr int kRingHalf = kTile * 128 * 2;
 // Of a warp: its ring, and when that is read, what it found for the merge.
-constexpr int WarpBytes(int group, int head_dim, bool ring) {
+constexpr int WarpBytes(int group, int head_dim, Way way) {
   const int found = static_cast<int>(sizeof(float)) * group * OutStride(head_dim);
-  return ring && kRingBytes > found ? kRingBytes : found;
+  const int ring = RingTiles(way) * 2 * kRingHalf;
+  return ring > found ? ring : found;
 }
 constexpr int QueryBytes(int group, int head_dim) { return group * head_dim * 2; }
-constexpr size_t SharedBytes(int group, int head_dim, int cluster_size, bool ring) {
+constexpr size_t SharedBytes(int group, int head_dim, int cluster_size, Way way) {
   const size_t cluster = cluster_size == 1 ? 0
                                            : size_t{1} * cluster_size *
                                                  QuadsPerBlock(group, head_dim, cluster_size) *
                                                  (sizeof(float4) + sizeof(float2));
-  return kStashBytes + size_t{1} * kWarps * WarpBytes(group, head_dim, ring) +
+  return kStashBytes + size_t{1} * kWarps * WarpBytes(group, head_dim, way) +
          QueryBytes(group, head_dim) + kWarps * group * sizeof(float2) + cluster;
 }
 
@@ -92,17 +101,16 @@ using Kernel = void (*)(Params);
 cudaError_t LaunchPlan(const Launch& launch, const StepRows& rows, int num_rows, int kv_heads,
                        int window, int blocks, BlockPlan* plan);
 size_t PlanBytes(int blocks);
-enum class Way : uint8_t { kPlain, kRing, kDealt };
-// The one with a ring is there for 8 heads of 128 in 16 bits, and the one for any other shape is
-// the plain one.
-constexpr bool HasRing(size_t kv_bytes, int dim, int head_tiles) {
-  return kv_bytes == 2 && dim == 128 && head_tiles == 1;
-}
-// head_tiles: 1 or 2; dim: 64, 128 or 256.
-Kernel FindBF16(int dim, int head_tiles, Way way);
-Kernel FindF16(int dim, int head_tiles, Way way);
-Kernel FindBF16OverE4M3(int dim, int head_tiles, Way way);
-Kernel FindF16OverE4M3(int dim, int head_tiles, Way way);
+// Of so many head tiles, 1 or 2, and 64, 128 or 256 elements.
+struct KernelShape {
+  int dim, head_tiles;
+  Way way;  // the plain one where the shape has no such ring
+  bool dealt;
+};
+Kernel FindBF16(const KernelShape& shape);
+Kernel FindF16(const KernelShape& shape);
+Kernel FindBF16OverE4M3(const KernelShape& shape);
+Kernel FindF16OverE4M3(const KernelShape& shape);
 
 }  // namespace lockstep::kernels::decode
 

@@ -12,19 +12,17 @@ namespace lockstep::kernels::decode {
 
 // A warp's next tiles on their way through shared memory by the copy engine: a tile of
 // K or of V is one piece of the cache. The warp's first lane asks; all of it waits.
-template <typename KV, int kDim>
+template <typename KV, int kTiles>
 class Ring {
  public:
-  static constexpr int kHalf = kTile * kDim * static_cast<int>(sizeof(KV));  // K or V of a tile
-  static constexpr int kStages = kRingBytes / (2 * kHalf);
-  using Barriers = uint64_t[kStages][2];
+  using Barriers = uint64_t[kTiles][2];
 
   __device__ __forceinline__ Ring(const Params& p, void* memory, Barriers& barriers)
       : p_(p), memory_(static_cast<uint8_t*>(memory)), barriers_(barriers) {}
   __device__ __forceinline__ void Init() {
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
-      for (int i = 0; i < kStages; ++i) {
+      for (int i = 0; i < kTiles; ++i) {
         BarrierInit(&barriers_[i][0], 1);
         BarrierInit(&barriers_[i][1], 1);
       }
@@ -38,26 +36,30 @@ class Ring {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
     const uint32_t bytes = kTile * p_.head_dim * static_cast<uint32_t>(sizeof(KV));
-    BarrierArriveExpecting(&barriers_[i % kStages][part], bytes);
-    BulkCopy(At(i, part), from, bytes, &barriers_[i % kStages][part]);
+    BarrierArriveExpecting(&barriers_[Slot(i)][part], bytes);
+    BulkCopy(At(i, part), from, bytes, &barriers_[Slot(i)][part]);
   }
   __device__ __forceinline__ void Await(int i, int part) {
-    AwaitBarrier(&barriers_[i % kStages][part], i / kStages & 1);
+    AwaitBarrier(&barriers_[Slot(i)][part], (before_ + i) / kTiles & 1);
   }
   // Of position `row` of the tile.
   __device__ __forceinline__ const typename Chunk<KV>::Raw* Row(int i, int part, int row) const {
     return reinterpret_cast<const typename Chunk<KV>::Raw*>(
         At(i, part) + row * p_.head_dim * static_cast<int>(sizeof(KV)));
   }
+  // So many tiles have gone through it: they are counted from 0 again.
+  __device__ __forceinline__ void Restart(int tiles) { before_ += tiles; }
 
  private:
+  __device__ __forceinline__ int Slot(int i) const { return (before_ + i) % kTiles; }
   __device__ __forceinline__ uint8_t* At(int i, int part) const {
-    return memory_ + (i % kStages * 2 + part) * kHalf;
+    return memory_ + (Slot(i) * 2 + part) * kRingHalf;
   }
 
   const Params& p_;
   uint8_t* memory_;
   Barriers& barriers_;
+  int before_ = 0;
 };
 
 }  // namespace lockstep::kernels::decode

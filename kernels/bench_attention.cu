@@ -2,8 +2,8 @@
 // (every launch of a graph reads another layer's), with and without dependent
 // launch, and prefill of one prompt. Prints microseconds a launch, and GB/s of
 // KV read or TFLOP/s (causal half only). Arguments, in any order: decode or
-// prefill alone; splits=N; ring=1 or -1, with or without; dealt=1, by a plan; ragged=N, all rows
-// but each N-th have a sixteenth of the context; context=N, only that one; max=N, the
+// prefill alone; splits=N; ring=1, 2 or -1, tiles of a warp's ring; dealt=1, by a plan; ragged=N,
+// all rows but each N-th have a sixteenth of the context; context=N, only that one; max=N, the
 // bound on it; order=1, blocks of a sequence one after another; spread=GIB, layers as far apart as
 // in a cache of that size; kv=fp8, decode from a cache of e4m3.
 #include <algorithm>
@@ -130,7 +130,7 @@ void BenchDecode(const Options& options, char* pool) {
   void* plan;
   CHECK_CUDA(cudaMalloc(&plan, DecodeAttentionPlanBytes()));
   for (const Shape& shape : kShapes) {
-    for (const int context : {1024, 1104, 8192, 32768, 131072}) {
+    for (const int context : {1024, 1104, 2048, 8192, 32768, 131072}) {
       for (const int batch : {1, 16, 64, 256, 512}) {
         const int per_slot = context / kBlock;
         const int64_t half =
