@@ -37,8 +37,10 @@ Kernel FindKernel(Type type, Type kv_type, const decode::KernelShape& shape) {
 int BlocksOf(Type kv_type, int head_dim, int group, Way way) {
   return decode::BlocksOf(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group), way);
 }
+// A device without clusters has no copy engine that fills one either.
 bool HasRing(Type kv_type, int head_dim, int group) {
-  return decode::HasRing(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group));
+  return HasClusters() &&
+         decode::HasRing(TypeBytes(kv_type), RoundedDim(head_dim), HeadTiles(group));
 }
 
 // Of work that is dealt out: of few rows and KV heads parts are short, and a ring of one tile is at
