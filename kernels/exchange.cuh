@@ -12,43 +12,11 @@
 
 #include "kernels/all_reduce.h"
 #include "kernels/peers.h"
+#include "kernels/relaxed_words.cuh"
 
 namespace lockstep::kernels {
 
-// Relaxed: each 32-bit word says by itself whether it has arrived.
-__device__ __forceinline__ uint4 LoadSystem(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ void StoreSystem(uint4* to, uint4 v) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ uint2 LoadSystem(const uint2* from) {
-  uint2 v;
-  asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ void StoreSystem(uint2* to, uint2 v) {
-  asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y)
-               : "memory");
-}
-__device__ __forceinline__ uint32_t LoadSystem(const uint32_t* from) {
-  uint32_t v;
-  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-  return v;
-}
-__device__ __forceinline__ void StoreSystem(uint32_t* to, uint32_t v) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
-}
+LOCKSTEP_RELAXED_WORDS(LoadSystem, StoreSystem, "sys")
 // Two 64-bit halves, each of which arrives whole.
 __device__ __forceinline__ ulonglong2 LoadSystem(const ulonglong2* from) {
   ulonglong2 v;
@@ -126,22 +94,17 @@ class PeerWaiter {
   }
 
  private:
-  __device__ static uint32_t LoadWord(const uint32_t* from) {
-    uint32_t v;
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-    return v;
-  }
   // Since when this thread has been waiting, or 0: no longer. Out of line, and its
   // state by value, so that the loop around it stays in registers.
   __device__ __noinline__ static uint64_t Look(const WaitLimits& limits, PeerWait code,
                                                uint32_t exchange, int missing, uint32_t tries,
                                                uint64_t since_ns) {
     if (limits.abort != nullptr) {
-      if (LoadWord(limits.aborted) != 0) return 0;
+      if (LoadSystem(limits.aborted) != 0) return 0;
       // Far away: a read by every warp of a full device takes milliseconds, in which
       // nothing else comes through. The threads of the grid take turns.
       const uint32_t turn = (tries >> 8) ^ (blockIdx.x * blockDim.x + threadIdx.x);
-      if (turn % 2048 == 0 && LoadWord(limits.abort) != 0) {
+      if (turn % 2048 == 0 && LoadSystem(limits.abort) != 0) {
         *limits.aborted = 1;
         return 0;
       }

@@ -5,6 +5,7 @@
 
 #include "kernels/device.cuh"
 #include "kernels/exchange_words.cuh"
+#include "kernels/relaxed_words.cuh"
 #include "kernels/row_stack_plan.h"
 
 namespace lockstep::kernels::stack {
@@ -12,34 +13,7 @@ namespace lockstep::kernels::stack {
 // All threads that compute.
 __device__ __forceinline__ void SyncThreads() { NamedSync(1, kThreads); }
 
-__device__ __forceinline__ uint4 LoadWords(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ uint2 LoadWords(const uint2* from) {
-  uint2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ void StoreWords(uint4* to, uint4 v) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ void StoreWords(uint2* to, uint2 v) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y)
-               : "memory");
-}
-__device__ __forceinline__ void StoreWords(uint32_t* to, uint32_t v) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
-}
+LOCKSTEP_RELAXED_WORDS(LoadWords, StoreWords, "gpu")
 
 // Waits for vectors first, first + stride, ..., N of them but none beyond `last`, which takes
 // their place. All at once: an answer takes a microsecond when much else is under way. Of a
