@@ -32,6 +32,15 @@ CLI::App* AddBench(CLI::App* bench, const std::string& name, const std::string& 
   return command;
 }
 
+// How many, or how long.
+void AddCount(CLI::App* command, const std::string& name, uint32_t* count,
+              const std::string& what) {
+  command->add_option(name, *count, what)->check(CLI::Range(1u, 1u << 20))->capture_default_str();
+}
+void AddOutputLength(CLI::App* command, uint32_t* tokens) {
+  AddCount(command, "--output-len", tokens, "Tokens of an answer");
+}
+
 void AddLatency(CLI::App* bench, Command* chosen) {
   auto flags = std::make_shared<LatencyFlags>();
   CLI::App* command =
@@ -42,12 +51,8 @@ void AddLatency(CLI::App* bench, Command* chosen) {
       ->check(CLI::Range(1u, 65536u))
       ->delimiter(',')
       ->capture_default_str();
-  command->add_option("--context,--input-len", flags->context, "Tokens of a prompt")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
-  command->add_option("--output-len", flags->output, "Tokens of an answer")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
+  AddCount(command, "--context,--input-len", &flags->context, "Tokens of a prompt");
+  AddOutputLength(command, &flags->output);
 }
 
 void AddPrefill(CLI::App* bench, Command* chosen) {
@@ -65,15 +70,9 @@ void AddThroughput(CLI::App* bench, Command* chosen) {
   CLI::App* command =
       AddBench<ThroughputFlags>(bench, "throughput", "Output tokens a second, all requests at once",
                                 flags, RunThroughputBench, chosen);
-  command->add_option("--requests", flags->requests, "How many")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
-  command->add_option("--input-len", flags->input, "Tokens of a prompt")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
-  command->add_option("--output-len", flags->output, "Tokens of an answer")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
+  AddCount(command, "--requests", &flags->requests, "How many");
+  AddCount(command, "--input-len", &flags->input, "Tokens of a prompt");
+  AddOutputLength(command, &flags->output);
 }
 
 void AddServe(CLI::App* bench, Command* chosen) {
@@ -88,18 +87,12 @@ void AddServe(CLI::App* bench, Command* chosen) {
       ->expected(1, 64)
       ->check(CLI::Range(1u, 65536u))
       ->delimiter(',');
-  command->add_option("--requests", flags->requests, "Of each load point")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
+  AddCount(command, "--requests", &flags->requests, "Of each load point");
   command->add_option("--lengths", flags->lengths, "fixed (--input-len, --output-len) or sharegpt")
       ->check(CLI::IsMember({"fixed", "sharegpt"}))
       ->capture_default_str();
-  command->add_option("--input-len", flags->input, "Tokens of a prompt")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
-  command->add_option("--output-len", flags->output, "Tokens of an answer")
-      ->check(CLI::Range(1u, 1u << 20))
-      ->capture_default_str();
+  AddCount(command, "--input-len", &flags->input, "Tokens of a prompt");
+  AddOutputLength(command, &flags->output);
   command->add_option("--slo-ttft-ms", flags->slo.ttft_ms, "Goodput: first token within")
       ->capture_default_str();
   command->add_option("--slo-tpot-ms", flags->slo.tpot_ms, "Goodput: time per token at most")
