@@ -24,6 +24,18 @@ namespace {
 constexpr uint32_t kHealthConnections = 256;
 constexpr int64_t kHealthMs = 5'000;
 
+// What is there while the server runs, each behind what it uses. Null: no such door.
+struct Doors {
+  std::unique_ptr<ApiKeys> keys;
+  std::unique_ptr<RequestPath> path;
+  std::unique_ptr<GrpcDoor> grpc;
+  std::unique_ptr<Routes> routes;
+  std::unique_ptr<HttpServer> http;
+  std::unique_ptr<HealthRoutes> health_routes;
+  std::unique_ptr<HttpServer> health;
+  std::unique_ptr<AdminDoor> admin;
+};
+
 }  // namespace
 
 struct ApiServer::Impl {
@@ -41,20 +53,13 @@ struct ApiServer::Impl {
   GroupWatch* watch = nullptr;  // set before Start
   std::mutex mutex;
   std::vector<std::pair<std::string, double>> startup;  // guarded by mutex, as what follows
-  std::unique_ptr<ApiKeys> keys;
-  std::unique_ptr<RequestPath> path;
-  std::unique_ptr<GrpcDoor> grpc;
-  std::unique_ptr<Routes> routes;
-  std::unique_ptr<HttpServer> http;
-  std::unique_ptr<HealthRoutes> health_routes;
-  std::unique_ptr<HttpServer> health;
-  std::unique_ptr<AdminDoor> admin;
+  Doors doors;
 };
 
 // Health follows the state as it is now, not as it was when the news was sent.
 void ApiServer::Impl::FollowState() {
   const std::lock_guard lock(mutex);
-  if (grpc != nullptr) grpc->SetServing(path->IsReady());
+  if (doors.grpc != nullptr) doors.grpc->SetServing(doors.path->IsReady());
 }
 
 ApiServer::ApiServer(ApiOptions options, ServedModel model)
@@ -73,8 +78,8 @@ void ApiServer::OnEngineChange(const EngineInfo&) { impl_->FollowState(); }
 
 void ApiServer::SetStartup(std::vector<std::pair<std::string, double>> phases) {
   const std::lock_guard lock(impl_->mutex);
-  if (impl_->path != nullptr) {
-    impl_->path->SetStartup(std::move(phases));
+  if (impl_->doors.path != nullptr) {
+    impl_->doors.path->SetStartup(std::move(phases));
   } else {
     impl_->startup = std::move(phases);
   }
@@ -87,65 +92,57 @@ absl::Status ApiServer::Start(EngineClient* engine) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--host ", options.host, ": not a loopback address; use --ssl-certfile, or --insecure"));
   }
-  std::unique_ptr<ApiKeys> keys;
+  Doors doors;
   if (!options.api_key_file.empty()) {
     absl::StatusOr<std::unique_ptr<ApiKeys>> loaded = ApiKeys::Load(options.api_key_file);
     if (!loaded.ok()) return loaded.status();
-    keys = *std::move(loaded);
+    doors.keys = *std::move(loaded);
   }
-  auto path = std::make_unique<RequestPath>(engine, &impl_->model, impl_->metrics.get(),
-                                            options.text_threads);
-  std::unique_ptr<GrpcDoor> grpc;
+  doors.path = std::make_unique<RequestPath>(engine, &impl_->model, impl_->metrics.get(),
+                                             options.text_threads);
   if (options.grpc_port >= 0) {
-    grpc = std::make_unique<GrpcDoor>(path.get(), keys.get(), options.grpc_pings);
+    doors.grpc = std::make_unique<GrpcDoor>(doors.path.get(), doors.keys.get(), options.grpc_pings);
     absl::Status status =
-        grpc->Start(options.host, options.grpc_port, options.tls, options.reflection);
+        doors.grpc->Start(options.host, options.grpc_port, options.tls, options.reflection);
     if (!status.ok()) return status;
   }
-  std::unique_ptr<AdminDoor> admin;
   if (impl_->watch != nullptr && !options.admin_address.empty()) {
-    admin = std::make_unique<AdminDoor>(impl_->watch);
-    if (absl::Status status = admin->Start(options.admin_address); !status.ok()) return status;
+    doors.admin = std::make_unique<AdminDoor>(impl_->watch);
+    if (absl::Status status = doors.admin->Start(options.admin_address); !status.ok())
+      return status;
   }
-  auto routes = std::make_unique<Routes>(path.get(), keys.get(), options.allowed_origins);
-  std::unique_ptr<HttpServer> http;
+  doors.routes =
+      std::make_unique<Routes>(doors.path.get(), doors.keys.get(), options.allowed_origins);
   if (options.http_port >= 0) {
-    http = std::make_unique<HttpServer>(
+    doors.http = std::make_unique<HttpServer>(
         HttpServerOptions{.host = options.host,
                           .port = options.http_port,
                           .max_connections = options.max_http_connections,
                           .write_timeout_ms = options.write_timeout_ms,
                           .ping_interval_ms = options.ping_interval_ms,
                           .tls = options.tls},
-        routes.get());
-    if (absl::Status status = http->Start(); !status.ok()) return status;
+        doors.routes.get());
+    if (absl::Status status = doors.http->Start(); !status.ok()) return status;
   }
-  auto health_routes = std::make_unique<HealthRoutes>(routes.get());
-  std::unique_ptr<HttpServer> health;
+  doors.health_routes = std::make_unique<HealthRoutes>(doors.routes.get());
   if (options.health_port >= 0) {
-    health = std::make_unique<HttpServer>(HttpServerOptions{.host = options.host,
-                                                            .port = options.health_port,
-                                                            .flag = "--health-port",
-                                                            .max_connections = kHealthConnections,
-                                                            .threads = 1,
-                                                            .header_timeout_ms = kHealthMs,
-                                                            .body_timeout_ms = kHealthMs,
-                                                            .idle_timeout_ms = kHealthMs,
-                                                            .write_timeout_ms = kHealthMs},
-                                          health_routes.get());
-    if (absl::Status status = health->Start(); !status.ok()) return status;
+    doors.health =
+        std::make_unique<HttpServer>(HttpServerOptions{.host = options.host,
+                                                       .port = options.health_port,
+                                                       .flag = "--health-port",
+                                                       .max_connections = kHealthConnections,
+                                                       .threads = 1,
+                                                       .header_timeout_ms = kHealthMs,
+                                                       .body_timeout_ms = kHealthMs,
+                                                       .idle_timeout_ms = kHealthMs,
+                                                       .write_timeout_ms = kHealthMs},
+                                     doors.health_routes.get());
+    if (absl::Status status = doors.health->Start(); !status.ok()) return status;
   }
   {
     const std::lock_guard lock(impl_->mutex);
-    if (!impl_->startup.empty()) path->SetStartup(std::move(impl_->startup));
-    impl_->keys = std::move(keys);
-    impl_->path = std::move(path);
-    impl_->grpc = std::move(grpc);
-    impl_->routes = std::move(routes);
-    impl_->http = std::move(http);
-    impl_->health_routes = std::move(health_routes);
-    impl_->health = std::move(health);
-    impl_->admin = std::move(admin);
+    if (!impl_->startup.empty()) doors.path->SetStartup(std::move(impl_->startup));
+    impl_->doors = std::move(doors);
   }
   impl_->FollowState();
   return absl::OkStatus();
@@ -153,29 +150,29 @@ absl::Status ApiServer::Start(EngineClient* engine) {
 
 int ApiServer::http_port() const {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->http == nullptr ? -1 : impl_->http->port();
+  return impl_->doors.http == nullptr ? -1 : impl_->doors.http->port();
 }
 
 int ApiServer::grpc_port() const {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->grpc == nullptr ? -1 : impl_->grpc->port();
+  return impl_->doors.grpc == nullptr ? -1 : impl_->doors.grpc->port();
 }
 
 int ApiServer::health_port() const {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->health == nullptr ? -1 : impl_->health->port();
+  return impl_->doors.health == nullptr ? -1 : impl_->doors.health->port();
 }
 
 std::string ApiServer::admin_address() const {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->admin == nullptr ? "" : impl_->admin->address();
+  return impl_->doors.admin == nullptr ? "" : impl_->doors.admin->address();
 }
 
 void ApiServer::BeginLeaving() {
   {
     const std::lock_guard lock(impl_->mutex);
-    if (impl_->path == nullptr) return;
-    impl_->path->BeginLeaving();
+    if (impl_->doors.path == nullptr) return;
+    impl_->doors.path->BeginLeaving();
   }
   impl_->FollowState();
 }
@@ -183,8 +180,8 @@ void ApiServer::BeginLeaving() {
 void ApiServer::BeginDrain() {
   {
     const std::lock_guard lock(impl_->mutex);
-    if (impl_->path == nullptr) return;
-    impl_->path->BeginDrain();
+    if (impl_->doors.path == nullptr) return;
+    impl_->doors.path->BeginDrain();
   }
   impl_->FollowState();
 }
@@ -192,34 +189,20 @@ void ApiServer::BeginDrain() {
 void ApiServer::Stop(int64_t grace_ms) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point deadline = Clock::now() + std::chrono::milliseconds(grace_ms);
-  std::unique_ptr<ApiKeys> keys;
-  std::unique_ptr<RequestPath> path;
-  std::unique_ptr<GrpcDoor> grpc;
-  std::unique_ptr<Routes> routes;
-  std::unique_ptr<HttpServer> http;
-  std::unique_ptr<HealthRoutes> health_routes;
-  std::unique_ptr<HttpServer> health;
-  std::unique_ptr<AdminDoor> admin;
+  Doors doors;
   {
     const std::lock_guard lock(impl_->mutex);
-    admin = std::move(impl_->admin);
-    keys = std::move(impl_->keys);
-    path = std::move(impl_->path);
-    grpc = std::move(impl_->grpc);
-    routes = std::move(impl_->routes);
-    http = std::move(impl_->http);
-    health_routes = std::move(impl_->health_routes);
-    health = std::move(impl_->health);
+    doors = std::exchange(impl_->doors, {});
   }
-  if (path == nullptr) return;
-  path->BeginDrain();
-  if (admin != nullptr) admin->Stop();
-  if (http != nullptr) http->Stop(grace_ms);
+  if (doors.path == nullptr) return;
+  doors.path->BeginDrain();
+  if (doors.admin != nullptr) doors.admin->Stop();
+  if (doors.http != nullptr) doors.http->Stop(grace_ms);
   const auto left =
       std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-  if (grpc != nullptr) grpc->Stop(std::max<int64_t>(left, 0));
-  if (health != nullptr) health->Stop(0);  // last: who still answers is alive
-  path->Stop();
+  if (doors.grpc != nullptr) doors.grpc->Stop(std::max<int64_t>(left, 0));
+  if (doors.health != nullptr) doors.health->Stop(0);  // last: who still answers is alive
+  doors.path->Stop();
 }
 
 }  // namespace lockstep
