@@ -276,7 +276,7 @@ TEST_F(DecodeAttentionTest, RowsDoNotDependOnEachOtherWithFixedSplits) {
   EXPECT_EQ(memcmp(a.data(), b.data(), a.size() * sizeof(a[0])), 0);
 }
 
-constexpr int kPlanned = 2;  // for a ring
+constexpr int kPlanned = 3;  // for a ring's tiles
 
 // k and v of the row itself come with q, not yet rotated, and reach the cache. scaled: a product
 // left its scales to them.
@@ -381,7 +381,7 @@ TEST_F(DecodeAttentionTest, RotatesAndCachesItsOwnPosition) {
                                                  Edges(Longest()), rotate, history_ready, dim);
         if (HasFatalFailure()) return;
       }
-      for (const int ring : {-1, 1, kPlanned}) {
+      for (const int ring : {-1, 1, 2, kPlanned}) {
         CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 8, .kv_heads = 2, .head_dim = 128},
                                                  Edges(Longest()), rotate, history_ready, 3, ring);
         CheckFresh<__half, __nv_fp8_e4m3>(
@@ -394,6 +394,10 @@ TEST_F(DecodeAttentionTest, RotatesAndCachesItsOwnPosition) {
             {.heads = 6, .kv_heads = 2, .head_dim = 128, .k_scale = 0.5f, .v_scale = 0.25f},
             Edges(Longest()), rotate, history_ready, 6, ring, true);
       }
+      // So many KV heads that dealt work comes by rings.
+      CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 20, .kv_heads = 20, .head_dim = 128},
+                                               Edges(Longest()), rotate, history_ready, 8,
+                                               kPlanned);
       CheckFresh<__nv_bfloat16, __nv_bfloat16>({.heads = 12, .kv_heads = 1, .head_dim = 64},
                                                Edges(Longest()), rotate, history_ready, 7, 0, true);
       CheckFresh<__half, __half>(
