@@ -114,7 +114,7 @@ struct Row {
   }
 };
 
-template <typename T, int N, int kPieces>
+template <typename T, int N, int kPieces, bool kParts>
 __global__ void __launch_bounds__(N == 1 ? kMaxThreadsScalar : kMaxThreads)
     RowKernel(const __grid_constant__ RowArgs a) {
   using R = Row<T, N, kPieces>;
@@ -132,16 +132,17 @@ __global__ void __launch_bounds__(N == 1 ? kMaxThreadsScalar : kMaxThreads)
   if (a.slot != nullptr && a.slot[row] < 0) return;
   const int64_t begin = row * a.hidden;
 
-  Packed<T, N> x[kPieces] = {}, residual[kPieces] = {};
+  XPiece<T, N, kParts> x[kPieces];
+  Packed<T, N> residual[kPieces] = {};
   R::ForEach(a.hidden, [&](int j, int at) {
-    x[j] = LoadData<T, N>(static_cast<const T*>(a.x) + begin + at);
+    x[j].Load(a, begin + at);
     if (a.residual_in != nullptr) {
       residual[j] = LoadData<T, N>(static_cast<const T*>(a.residual_in) + begin + at);
     }
   });
   float v[kPieces][N];
 #pragma unroll
-  for (int j = 0; j < kPieces; ++j) Unpack(x[j], v[j]);
+  for (int j = 0; j < kPieces; ++j) x[j].Get(v[j]);
   const float row_factor = RowFactor(a.x_scales, row);
   R::ForEach(a.hidden, [&](int j, int at) { ScaleProduct<T>(a.x_scales, row_factor, at, v[j]); });
   if (a.scale != 1.0f) {
@@ -178,7 +179,9 @@ template <typename T, int N, int kPieces>
 cudaError_t LaunchRow(const Launch& launch, int num_rows, const RowArgs& args) {
   const int pieces = (args.hidden + N - 1) / N;
   const int threads = ((pieces + kPieces - 1) / kPieces + 31) / 32 * 32;
-  return LaunchKernel(launch, RowKernel<T, N, kPieces>, dim3(num_rows), dim3(threads), 0, 1, args);
+  const auto kernel =
+      args.x_parts != nullptr ? RowKernel<T, N, kPieces, true> : RowKernel<T, N, kPieces, false>;
+  return LaunchKernel(launch, kernel, dim3(num_rows), dim3(threads), 0, 1, args);
 }
 
 template <typename T>
@@ -194,7 +197,8 @@ cudaError_t LaunchRowOf(const Launch& launch, Type type, int num_rows, const Row
 }
 
 cudaError_t LaunchRows(const Launch& launch, Type type, int num_rows, const RowArgs& args) {
-  if (num_rows < 0 || args.hidden < 1 || args.hidden > kMaxHidden || args.x == nullptr ||
+  if (num_rows < 0 || args.hidden < 1 || args.hidden > kMaxHidden ||
+      (args.x == nullptr && args.x_parts == nullptr) ||
       (args.position_table != nullptr && args.position == nullptr) ||
       !Scalable(args.x_scales, type)) {
     return cudaErrorInvalidValue;
@@ -219,10 +223,10 @@ cudaError_t LaunchRows(const Launch& launch, Type type, int num_rows, const RowA
 bool IsWide(Type type, const RowArgs& a) {
   bool wide = a.hidden * TypeBytes(type) % 16 == 0;
   for (const void* address :
-       {a.x, static_cast<const void*>(a.x_scales.columns), a.bias, a.post.weight, a.post.bias,
-        a.residual_in, a.position_table, static_cast<const void*>(a.residual_out), a.next.weight,
-        a.next.bias, static_cast<const void*>(a.normed),
-        static_cast<const void*>(a.quantized.values)}) {
+       {a.x, static_cast<const void*>(a.x_parts), static_cast<const void*>(a.x_scales.columns),
+        a.bias, a.post.weight, a.post.bias, a.residual_in, a.position_table,
+        static_cast<const void*>(a.residual_out), a.next.weight, a.next.bias,
+        static_cast<const void*>(a.normed), static_cast<const void*>(a.quantized.values)}) {
     wide = wide && Aligned16(address);
   }
   return wide;
@@ -260,6 +264,8 @@ cudaError_t ReduceTail(const Launch& launch, const ReduceTailArgs& args) {
   row.hidden = args.hidden;
   row.slot = args.slot;
   row.x = args.x;
+  row.x_parts = args.x_parts;
+  row.part_stride = int64_t{args.num_rows} * args.hidden;
   row.x_scales = args.x_scales;
   row.bias = args.bias;
   row.post = args.post;

@@ -1,7 +1,8 @@
 // The residual stream between two matrix products, one thread block a row:
 //
 //   v = x [* scale] [+ bias]           x: a sum that is already over all ranks, or one
-//                                         rank's product that has its scales yet to meet
+//                                         rank's product that has its scales yet to meet,
+//                                         or is still in parts
 //   v = post(v)                        Gemma 3's sandwich norms
 //   v = v + residual [+ position row]
 //   residual = v, rounded to T
@@ -79,6 +80,8 @@ struct ReduceTailArgs {
   int hidden = 0;
   const int32_t* slot = nullptr;  // as above
   const void* x = nullptr;
+  const float* x_parts =
+      nullptr;                  // [kProductParts][num_rows, hidden], whose sum is read instead of x
   ProductScales x_scales = {};  // its rows may be quantized.scales
   const void* bias = nullptr;   // [hidden] of T, or null
   NormSpec post = {};           // before the add

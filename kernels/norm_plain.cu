@@ -74,13 +74,14 @@ __device__ __forceinline__ void WaitForShared(const Cut& cut) {
   }
 }
 
-// What a block may have: registers for more of the row, or for its scales, mean fewer threads.
-constexpr int MaxThreads(size_t element, int pieces, bool scaled) {
-  return scaled || (element == 2 && pieces == 4) ? kMaxThreads / 2 : kMaxThreads;
+// What a block may have: registers for more of the row, or for its scales or parts, mean fewer
+// threads.
+constexpr int MaxThreads(size_t element, int pieces, bool scaled, bool parts) {
+  return scaled || parts || (element == 2 && pieces == 4) ? kMaxThreads / 2 : kMaxThreads;
 }
 
-template <typename T, int kPieces, bool kScaled>
-__global__ void __launch_bounds__(MaxThreads(sizeof(T), kPieces, kScaled))
+template <typename T, int kPieces, bool kScaled, bool kParts>
+__global__ void __launch_bounds__(MaxThreads(sizeof(T), kPieces, kScaled, kParts))
     PlainKernel(const __grid_constant__ RowArgs a) {
   constexpr int kN = 16 / sizeof(T);
   __shared__ float squares_of[kMaxVectors / 32], max_of[32];
@@ -95,7 +96,8 @@ __global__ void __launch_bounds__(MaxThreads(sizeof(T), kPieces, kScaled))
 
   const int64_t row = static_cast<int>(blockIdx.x) / cut.blocks, begin = row * a.hidden;
   const auto place = [&](int j) { return (j * cut.threads + cut.thread) * kN; };
-  Packed<T, kN> weight[kPieces], x[kPieces], residual[kPieces] = {};
+  Packed<T, kN> weight[kPieces], residual[kPieces] = {};
+  XPiece<T, kN, kParts> x[kPieces];
   float columns[kPieces][kN];
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(MaxThreads(sizeof(T), kPieces, kScaled))
   for (int j = 0; j < kPieces; ++j) {
     if (place(j) >= a.hidden) continue;
     const int64_t at = begin + place(j);
-    x[j] = LoadData<T, kN>(static_cast<const T*>(a.x) + at);
+    x[j].Load(a, at);
     if (a.residual_in == nullptr) continue;
     residual[j] = LoadData<T, kN>(static_cast<const T*>(a.residual_in) + at);
   }
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(MaxThreads(sizeof(T), kPieces, kScaled))
     float squares = 0.0f;
     if (place(j) < a.hidden) {
       float f[kN];
-      Unpack(x[j], v[j]);
+      x[j].Get(v[j]);
       Unpack(residual[j], f);
 #pragma unroll
       for (int e = 0; e < kN; ++e)
@@ -182,11 +184,11 @@ __global__ void __launch_bounds__(MaxThreads(sizeof(T), kPieces, kScaled))
   }
 }
 
-template <typename T, bool kScaled>
+template <typename T, bool kScaled, bool kParts>
 cudaError_t LaunchPlainOf(const Launch& launch, int num_rows, const RowArgs& args) {
   const int vectors = args.hidden * static_cast<int>(sizeof(T)) / 16;
   const bool many = int64_t{num_rows} * vectors > 128 * 1024;
-  const int most = many ? kMaxThreads / 2 : MaxThreads(sizeof(T), 1, kScaled);
+  const int most = many ? kMaxThreads / 2 : MaxThreads(sizeof(T), 1, kScaled, kParts);
   int pieces = 1;
   while (pieces < 4 && vectors > pieces * most) pieces *= 2;
   if (many && pieces == 1 && vectors > 256) pieces = 2;
@@ -198,32 +200,39 @@ cudaError_t LaunchPlainOf(const Launch& launch, int num_rows, const RowArgs& arg
   };
   switch (pieces) {
     case 1:
-      return run(PlainKernel<T, 1, kScaled>);
+      return run(PlainKernel<T, 1, kScaled, kParts>);
     case 2:
-      return run(PlainKernel<T, 2, kScaled>);
+      return run(PlainKernel<T, 2, kScaled, kParts>);
     default:
-      return run(PlainKernel<T, 4, kScaled>);
+      return run(PlainKernel<T, 4, kScaled, kParts>);
   }
+}
+
+template <typename T, bool kScaled>
+cudaError_t LaunchPlainIn(const Launch& launch, int num_rows, const RowArgs& args) {
+  return args.x_parts != nullptr ? LaunchPlainOf<T, kScaled, true>(launch, num_rows, args)
+                                 : LaunchPlainOf<T, kScaled, false>(launch, num_rows, args);
 }
 
 }  // namespace
 
 bool IsPlain(Type type, const RowArgs& a) {
-  return IsWide(type, a) && a.scale == 1.0f && a.bias == nullptr &&
-         a.post.kind == NormKind::kNone && a.position_table == nullptr && !a.norm_is_residual &&
-         a.next.kind == NormKind::kRms && a.next.weight != nullptr && a.next.bias == nullptr;
+  return IsWide(type, a) && (a.x_parts == nullptr || type != Type::kF32) && a.scale == 1.0f &&
+         a.bias == nullptr && a.post.kind == NormKind::kNone && a.position_table == nullptr &&
+         !a.norm_is_residual && a.next.kind == NormKind::kRms && a.next.weight != nullptr &&
+         a.next.bias == nullptr;
 }
 
 cudaError_t LaunchPlain(const Launch& launch, Type type, int num_rows, const RowArgs& args) {
   switch (type) {
     case Type::kF32:
-      return LaunchPlainOf<float, false>(launch, num_rows, args);
+      return LaunchPlainOf<float, false, false>(launch, num_rows, args);
     case Type::kF16:
-      return LaunchPlainOf<__half, false>(launch, num_rows, args);
+      return LaunchPlainIn<__half, false>(launch, num_rows, args);
     case Type::kBF16:
       return args.x_scales.rows != nullptr
-                 ? LaunchPlainOf<__nv_bfloat16, true>(launch, num_rows, args)
-                 : LaunchPlainOf<__nv_bfloat16, false>(launch, num_rows, args);
+                 ? LaunchPlainIn<__nv_bfloat16, true>(launch, num_rows, args)
+                 : LaunchPlainIn<__nv_bfloat16, false>(launch, num_rows, args);
     case Type::kE4M3:
       break;
   }

@@ -73,6 +73,9 @@ struct ProductScales {
 constexpr bool Scalable(const ProductScales& scales, Type type) {
   return scales.rows == nullptr || (scales.columns != nullptr && type == Type::kBF16);
 }
+// Where a product is left in parts it is the sum of so many, each of a part of K: fp32
+// [parts][rows][columns].
+constexpr int kProductParts = 2;
 
 // Which positions a step's rows are, on the device, at addresses that do not
 // change from step to step (CUDA graphs read them).

@@ -41,6 +41,7 @@ struct Variant {
   int shift = 0;  // elements off the aligned address
   float magnitude = 2.0f;
   bool scaled = false;  // x lacks its product's scales: bf16 alone
+  bool parts = false;   // x is still in parts
 };
 
 constexpr Variant kVariants[] = {
@@ -59,6 +60,17 @@ constexpr Variant kVariants[] = {
     {.name = "ScaledGemma", .post = NormKind::kRms, .plus_one = true, .scaled = true},
     {.name = "ScaledOpt", .next = NormKind::kLayer, .bias = true, .scaled = true},
     {.name = "ScaledUnaligned", .bias = true, .shift = 1, .scaled = true},
+    {.name = "Parts", .parts = true},
+    {.name = "PartsWithPadding", .padding = true, .parts = true},
+    {.name = "PartsGemma", .post = NormKind::kRms, .plus_one = true, .parts = true},
+    {.name = "PartsOpt", .next = NormKind::kLayer, .bias = true, .parts = true},
+    {.name = "PartsUnaligned", .bias = true, .shift = 1, .parts = true},
+    {.name = "ScaledParts", .scaled = true, .parts = true},
+    {.name = "ScaledPartsOpt",
+     .next = NormKind::kLayer,
+     .bias = true,
+     .scaled = true,
+     .parts = true},
 };
 
 template <typename T>
@@ -103,7 +115,9 @@ void CheckReduceTail(const Variant& variant, int rows, int hidden) {
   const std::string where =
       std::string(variant.name) + " " + std::to_string(rows) + " x " + std::to_string(hidden);
   const int64_t n = int64_t{rows} * hidden;
-  const std::vector<float> x = RandomValues<T>(n, 1, variant.magnitude);
+  const std::vector<float> x =
+      variant.parts ? RandomValues<float>(kProductParts * n, 1, variant.magnitude / kProductParts)
+                    : RandomValues<T>(n, 1, variant.magnitude);
   const std::vector<float> residual = RandomValues<T>(n, 2, variant.magnitude);
   const std::vector<float> bias = RandomValues<T>(hidden, 3);
   const HostNorm post = MakeNorm<T>(variant.post, variant, hidden, 4);
@@ -116,7 +130,9 @@ void CheckReduceTail(const Variant& variant, int rows, int hidden) {
   ASSERT_CUDA(cudaMemcpy(slot.get(), slots.data(), rows * 4, cudaMemcpyHostToDevice));
 
   const LeftScales scales(rows, hidden, 8);
-  const DeviceRows<T> in(x, variant.shift), old(residual, variant.shift);
+  const DeviceRows<T> whole(variant.parts ? std::vector<float>() : x, variant.shift);
+  const DeviceRows<float> parts(variant.parts ? x : std::vector<float>(), variant.shift);
+  const DeviceRows<T> old(residual, variant.shift);
   const DeviceRows<T> added(bias, variant.shift);
   const DeviceRows<T> out(n, variant.shift), normed(n, variant.shift);
   ReduceTailArgs args;
@@ -124,7 +140,11 @@ void CheckReduceTail(const Variant& variant, int rows, int hidden) {
   args.num_rows = rows;
   args.hidden = hidden;
   args.slot = variant.padding ? slot.get() : nullptr;
-  args.x = in.get();
+  if (variant.parts) {
+    args.x_parts = parts.get();
+  } else {
+    args.x = whole.get();
+  }
   if (variant.scaled) args.x_scales = scales.get();
   args.bias = variant.bias ? added.get() : nullptr;
   args.post = device_post.spec;
@@ -150,8 +170,9 @@ void CheckReduceTail(const Variant& variant, int rows, int hidden) {
     }
     Doubles v(hidden);
     for (int i = 0; i < hidden; ++i) {
-      v[i] = double{x[begin + i]} * (variant.scaled ? scales.Of(r, i) : 1.0f) +
-             (variant.bias ? bias[i] : 0.0);
+      v[i] = x[begin + i];
+      for (int p = 1; variant.parts && p < kProductParts; ++p) v[i] += x[p * n + begin + i];
+      v[i] = v[i] * (variant.scaled ? scales.Of(r, i) : 1.0f) + (variant.bias ? bias[i] : 0.0);
     }
     ApplyNorm(post, v);
     for (int i = 0; i < hidden; ++i) v[i] += residual[begin + i];
