@@ -267,6 +267,38 @@ TEST(GpuFp8, ManyRowsGiveWhatFewGive) {
   }
 }
 
+// Wide enough for sums that a product leaves in parts (LtMatmul), and for their reader.
+TEST(GpuWide, ManyRowsGiveWhatFewGive) {
+  constexpr char kConfig[] = R"({
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+    "vocab_size": 2000, "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": false})";
+  const absl::StatusOr<ModelConfig> config = ParseModelConfig(kConfig, "test");
+  ASSERT_TRUE(config.ok()) << config.status();
+  for (const char* quantization : {"", "fp8"}) {
+    GroupOptions options = OnGpu(DType::kBFloat16, true, quantization);
+    options.max_num_seqs = 224;
+    options.max_batched_tokens = 1'200;
+    auto group = GroupRunner::Dummy(*config, options);
+    ASSERT_TRUE(group.ok()) << group.status();
+    for (const uint32_t count : {40u, 150u, 220u}) {
+      std::vector<TestRequest> requests;
+      for (TokenId i = 0; i < count; ++i) {
+        requests.push_back({{4 + i % 20, 3, 4 + i / 20, 9, 11}, 4, GreedySampling()});
+        requests.back().sampling.logprobs = 5;
+      }
+      auto few = (*group)->Run(requests, {.one_by_one = true});
+      auto many = (*group)->Run(requests, {.chunk = 1000});
+      ASSERT_TRUE(few.ok()) << few.status();
+      ASSERT_TRUE(many.ok()) << many.status();
+      SCOPED_TRACE(testing::Message() << quantization << " " << count << " rows");
+      ExpectNear(*many, *few, 2 * kBFloat16Bound);
+      EXPECT_NE(FirstDifference(*few, *many), "");  // else one way ran twice
+    }
+  }
+}
+
 // A sequence alone decodes by kernels of its own.
 TEST_P(GpuParity, OneRowDecodesWithinTheBound) {
   std::unique_ptr<GroupRunner> cpu = Load({});

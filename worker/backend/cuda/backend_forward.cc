@@ -111,7 +111,7 @@ void CudaBackend::Embed(const EmbedOp& op) {
 void CudaBackend::RunQkv(const QkvOp& op) {
   const LayerWeights& w = model_.layers[op.layer];
   Matmul(Normed(), hidden_, w.qkv, part_.rows, Rows(buffers_.qkv, qkv_width_), qkv_width_,
-         GemvEpilogue::kStore, &qkv_scales_);
+         GemvEpilogue::kStore, &qkv_left_);
   const float2* rotary = op.rope == RopeTable::kNone ? nullptr
                          : op.rope == RopeTable::kLocal && rope_local_.get() != nullptr
                              ? rope_local_.get()
@@ -129,7 +129,7 @@ void CudaBackend::RunQkv(const QkvOp& op) {
                                       .heads = static_cast<int>(plan_.local_heads),
                                       .qkv = Rows(buffers_.qkv, qkv_width_),
                                       .qkv_stride = qkv_width_,
-                                      .scales = qkv_scales_,
+                                      .scales = qkv_left_.scales,
                                       .bias = w.qkv.bias,
                                       .q_norm = w.q_norm,
                                       .k_norm = w.k_norm,
@@ -161,7 +161,7 @@ kernels::DecodeAttentionArgs CudaBackend::DecodeArgs(int64_t layer) const {
   args.fresh_k = buffers_.qkv.get() + q_width_ * element;
   args.fresh_v = buffers_.qkv.get() + (q_width_ + kv_width_) * element;
   args.rotary = fresh_rotary_;
-  args.scales = qkv_scales_;
+  args.scales = qkv_left_.scales;
   return args;
 }
 
@@ -303,7 +303,8 @@ void CudaBackend::AddAndNorm(const Launch& launch, const ReduceOp& op, std::byte
                                      .hidden = hidden_,
                                      .slot = io_.arrays().slot + part_.first,
                                      .x = Rows(buffers_.partial, hidden_),
-                                     .x_scales = partial_scales_,
+                                     .x_parts = partial_left_.parts,
+                                     .x_scales = partial_left_.scales,
                                      .bias = BiasOf(op),
                                      .post = model_.Find(op.post),
                                      .residual_in = residual,
@@ -330,9 +331,9 @@ void CudaBackend::RunGateUp(int64_t layer) {
     return;
   }
   std::byte* const out = Rows(buffers_.up, up_width_);
-  kernels::ProductScales scales;
+  LeftToReader left;
   Matmul(normed, hidden_, up, part_.rows, out, up_width_, GemvEpilogue::kStore,
-         LeavesGateUpUnscaled(part_.rows, up_width_) ? &scales : nullptr);
+         LeavesGateUpUnscaled(part_.rows, up_width_) ? &left : nullptr);
   Check(kernels::Activate(
             launch(),
             {.type = type_,
@@ -343,7 +344,7 @@ void CudaBackend::RunGateUp(int64_t layer) {
              .slot = nullptr,
              .in = out,
              .in_stride = up_width_,
-             .in_scales = scales,
+             .in_scales = left.scales,
              .bias = up.bias,
              .out = activated,
              .out_stride = intermediate_,

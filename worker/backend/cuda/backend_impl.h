@@ -176,11 +176,16 @@ class CudaBackend final : public Backend {
   // What a product of one row does to its input, when the sum before it is still
   // on its way (see folded_).
   void TakeReduce(kernels::GemvArgs* args);
-  // out = x . weights in the serving dtype, or the logits in fp32, by what is best. left: the
-  // caller sees to the scales that it then holds, if any.
+  // What a product may leave undone, for whoever reads it to see to.
+  struct LeftToReader {
+    kernels::ProductScales scales;
+    float* room = nullptr;   // for parts; null: they are not to be left
+    float* parts = nullptr;  // what there is instead of `out`, or null
+  };
+  // out = x . weights in the serving dtype, or the logits in fp32, by what is best.
   void Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
               int64_t out_stride, kernels::GemvEpilogue epilogue = kernels::GemvEpilogue::kStore,
-              kernels::ProductScales* left = nullptr);
+              LeftToReader* left = nullptr);
   bool Quantized(const Linear& linear) const { return linear.weight.type == kernels::Type::kE4M3; }
   // Whether the kernels that share K among the blocks of a cluster are to take such a
   // product: they stream the weights of several rows faster, and want e4m3 for e4m3.
@@ -291,8 +296,8 @@ class CudaBackend final : public Backend {
   void* residual_ = nullptr;              // the current one of two, while folded
   const float2* fresh_rotary_ = nullptr;  // what attention is left to do of Qkv
   bool fresh_ = false;
-  bool deals_attention_ = false;                        // by attention_plans_
-  kernels::ProductScales qkv_scales_, partial_scales_;  // that buffers_.qkv and .partial lack
+  bool deals_attention_ = false;          // by attention_plans_
+  LeftToReader qkv_left_, partial_left_;  // by buffers_.qkv and .partial
   const StepGraphs::Graph* replay_ = nullptr;
   StepGraphs::Key key_;
   kernels::SampleNeeds needs_;

@@ -85,8 +85,11 @@ bool CudaBackend::Gemv(const void* x, int64_t x_stride, const Linear& linear, in
 }
 
 void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
-                         int64_t out_stride, GemvEpilogue epilogue, kernels::ProductScales* left) {
-  if (left != nullptr) *left = {};
+                         int64_t out_stride, GemvEpilogue epilogue, LeftToReader* left) {
+  if (left != nullptr) {
+    left->scales = {};
+    left->parts = nullptr;
+  }
   if (Gemv(x, x_stride, linear, m, out, out_stride, epilogue)) return;
   const DeviceTensor& w = linear.weight;
   MatmulArgs args = {.m = m,
@@ -134,18 +137,27 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
   }
   // In fp16 sums without their scales would overflow.
   if (left != nullptr && Quantized(linear) && type_ == Type::kBF16 && m <= kMaxUnscaledRows) {
-    *left = {.rows = args.x_scales, .columns = args.weight_scales};
+    left->scales = {.rows = args.x_scales, .columns = args.weight_scales};
     args.x_scales = args.weight_scales = nullptr;
   }
-  if (status_.ok()) status_ = lt_->Run(stream_, args);
+  if (left != nullptr) args.parts = left->room;
+  if (!status_.ok()) return;
+  const absl::StatusOr<bool> in_parts = lt_->Run(stream_, args);
+  status_ = in_parts.status();
+  if (in_parts.ok() && *in_parts) left->parts = args.parts;
 }
 
-// The ranks' sums are of what is scaled already.
+// The ranks' sums are of what is scaled already, and whole.
 void CudaBackend::MatmulPartial(const void* x, int width, const Linear& linear) {
   push_ = PushOfPartial(linear);
+  // Nobody has anything in `up` between a layer's product into it and its activation's end.
+  const size_t part_bytes = size_t(part_.rows) * hidden_ * sizeof(float);
+  partial_left_.room = kernels::kProductParts * part_bytes <= buffers_.up.bytes()
+                           ? reinterpret_cast<float*>(buffers_.up.get())
+                           : nullptr;
   Matmul(x, width, linear, part_.rows, Rows(buffers_.partial, hidden_), hidden_,
          push_.size > 0 ? GemvEpilogue::kPush : GemvEpilogue::kStore,
-         collectives_.size() == 1 ? &partial_scales_ : nullptr);
+         collectives_.size() == 1 ? &partial_left_ : nullptr);
 }
 
 kernels::ExchangePush CudaBackend::PushOfPartial(const Linear& linear) const {

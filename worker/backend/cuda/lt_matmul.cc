@@ -30,19 +30,20 @@ struct Library {
 // NOLINTBEGIN(bugprone-macro-parentheses): a name that is declared takes none.
 #define LOCKSTEP_CUBLASLT(name) decltype(&::name) name = nullptr;
 // NOLINTEND(bugprone-macro-parentheses)
-#define LOCKSTEP_CUBLASLT_ENTRIES                    \
-  LOCKSTEP_CUBLASLT(cublasLtCreate)                  \
-  LOCKSTEP_CUBLASLT(cublasLtDestroy)                 \
-  LOCKSTEP_CUBLASLT(cublasLtGetVersion)              \
-  LOCKSTEP_CUBLASLT(cublasLtMatmul)                  \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulAlgoGetHeuristic)  \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulDescCreate)        \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulDescDestroy)       \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulDescSetAttribute)  \
-  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutCreate)      \
-  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutDestroy)     \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceCreate)  \
-  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceDestroy) \
+#define LOCKSTEP_CUBLASLT_ENTRIES                     \
+  LOCKSTEP_CUBLASLT(cublasLtCreate)                   \
+  LOCKSTEP_CUBLASLT(cublasLtDestroy)                  \
+  LOCKSTEP_CUBLASLT(cublasLtGetVersion)               \
+  LOCKSTEP_CUBLASLT(cublasLtMatmul)                   \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulAlgoGetHeuristic)   \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescCreate)         \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescDestroy)        \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulDescSetAttribute)   \
+  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutCreate)       \
+  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutDestroy)      \
+  LOCKSTEP_CUBLASLT(cublasLtMatrixLayoutSetAttribute) \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceCreate)   \
+  LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceDestroy)  \
   LOCKSTEP_CUBLASLT(cublasLtMatmulPreferenceSetAttribute)
   LOCKSTEP_CUBLASLT_ENTRIES
 #undef LOCKSTEP_CUBLASLT
@@ -87,7 +88,14 @@ absl::Status Check(cublasStatus_t status, const char* what) {
 }
 
 // The shape that decides the algorithm.
-using Key = std::tuple<int, int, int, Type, Type, int64_t, int64_t, int, bool>;
+using Key = std::tuple<int, int, int, Type, Type, int64_t, int64_t, int, bool, bool>;
+
+// Parts begin at multiples of 16 bytes too, and scales are met once.
+bool MayBeInParts(const MatmulArgs& args) {
+  const int64_t part_bytes = args.k / kernels::kProductParts * TypeBytes(args.type);
+  return args.parts != nullptr && args.x_scales == nullptr &&
+         args.k % kernels::kProductParts == 0 && part_bytes % 16 == 0;
+}
 
 }  // namespace
 
@@ -96,14 +104,19 @@ struct LtMatmul::Impl {
     cublasLtMatmulDesc_t product = nullptr;
     cublasLtMatrixLayout_t weights = nullptr, x = nullptr, out = nullptr;
     cublasLtMatmulAlgo_t algorithm = {};
+    bool in_parts = false;
+    float ms = 0.0f;  // if it was timed
   };
   using Proposals = absl::Span<const cublasLtMatmulHeuristicResult_t>;
 
   absl::StatusOr<const Plan*> PlanFor(const MatmulArgs& args);
+  // By the library's first proposal, or if timed by another that is a good deal faster with these
+  // arguments.
+  absl::Status MakePlan(const MatmulArgs& args, bool timed, Plan* plan);
   absl::Status Describe(const MatmulArgs& args, Plan* plan);
+  void Destroy(const Plan& plan);
   absl::Status Launch(cudaStream_t stream, const MatmulArgs& args, const Plan& plan);
-  // The library's first proposal, or another that is a good deal faster with these arguments.
-  absl::StatusOr<cublasLtMatmulAlgo_t> Fastest(const MatmulArgs& args, Plan plan, Proposals from);
+  absl::Status TakeFastest(const MatmulArgs& args, Proposals from, Plan* plan);
   // Milliseconds from device memory, the better of two runs.
   absl::StatusOr<float> Time(const MatmulArgs& args, const Plan& plan);
 
@@ -142,73 +155,90 @@ absl::Status LtMatmul::Impl::Describe(const MatmulArgs& args, Plan* plan) {
     if (status == 0) status = set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.weight_scales);
     if (status == 0) status = set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, args.x_scales);
   }
+  const int parts = plan->in_parts ? kernels::kProductParts : 1;
   const uint64_t m = static_cast<uint64_t>(args.m), n = static_cast<uint64_t>(args.n),
-                 k = static_cast<uint64_t>(args.k);
-  if (status == 0)
-    status = lt.cublasLtMatrixLayoutCreate(&plan->weights, DataType(args.type), k, n, args.k);
-  if (status == 0)
-    status = lt.cublasLtMatrixLayoutCreate(&plan->x, DataType(args.type), k, m, args.x_stride);
-  if (status == 0)
-    status =
-        lt.cublasLtMatrixLayoutCreate(&plan->out, DataType(args.out_type), n, m, args.out_stride);
+                 k = static_cast<uint64_t>(args.k / parts);
+  // Each part of a matrix begins so many elements behind the one before.
+  const auto create = [&](cublasLtMatrixLayout_t* layout, Type type, uint64_t rows,
+                          uint64_t columns, int64_t stride, int64_t part) {
+    if (status == 0)
+      status = lt.cublasLtMatrixLayoutCreate(layout, DataType(type), rows, columns, stride);
+    if (status == 0 && parts > 1)
+      status = lt.cublasLtMatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+                                                   &parts, sizeof(parts));
+    if (status == 0 && parts > 1)
+      status = lt.cublasLtMatrixLayoutSetAttribute(
+          *layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &part, sizeof(part));
+  };
+  create(&plan->weights, args.type, k, n, args.k, args.k / parts);
+  create(&plan->x, args.type, k, m, args.x_stride, args.k / parts);
+  create(&plan->out, plan->in_parts ? Type::kF32 : args.out_type, n, m,
+         plan->in_parts ? args.n : args.out_stride, int64_t{args.m} * args.n);
   return Check(status, "describing a product");
 }
 
 absl::StatusOr<const LtMatmul::Impl::Plan*> LtMatmul::Impl::PlanFor(const MatmulArgs& args) {
   const Key key(args.m, args.n, args.k, args.type, args.out_type, args.x_stride, args.out_stride,
-                args.multiprocessors, args.x_scales != nullptr);
+                args.multiprocessors, args.x_scales != nullptr, args.parts != nullptr);
   const auto found = plans.find(key);
   if (found != plans.end()) return &found->second;
+  const bool timed = timing && args.type != Type::kF32 && args.m >= kMinTimedRows;
   Plan plan;
-  if (absl::Status status = Describe(args, &plan); !status.ok()) return status;
+  if (absl::Status status = MakePlan(args, timed, &plan); !status.ok()) return status;
+  if (timed && MayBeInParts(args)) {
+    Plan other;
+    other.in_parts = true;
+    if (MakePlan(args, timed, &other).ok() && other.ms < plan.ms * kWorthChanging)
+      std::swap(plan, other);
+    Destroy(other);
+  }
+  return &plans.emplace(key, plan).first->second;
+}
+
+absl::Status LtMatmul::Impl::MakePlan(const MatmulArgs& args, bool timed, Plan* plan) {
+  if (absl::Status status = Describe(args, plan); !status.ok()) return status;
   cublasLtMatmulPreference_t preference = nullptr;
   cublasStatus_t status = lt.cublasLtMatmulPreferenceCreate(&preference);
   const size_t bytes = kWorkspaceBytes;
   if (status == 0)
     status = lt.cublasLtMatmulPreferenceSetAttribute(
         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes));
-  const bool timed = timing && args.type != Type::kF32 && args.m >= kMinTimedRows;
   cublasLtMatmulHeuristicResult_t proposals[kMaxProposals] = {};
   int found_algorithms = 0;
   if (status == 0)
-    status = lt.cublasLtMatmulAlgoGetHeuristic(handle, plan.product, plan.weights, plan.x, plan.out,
-                                               plan.out, preference, timed ? kMaxProposals : 1,
-                                               proposals, &found_algorithms);
+    status = lt.cublasLtMatmulAlgoGetHeuristic(
+        handle, plan->product, plan->weights, plan->x, plan->out, plan->out, preference,
+        timed ? kMaxProposals : 1, proposals, &found_algorithms);
   lt.cublasLtMatmulPreferenceDestroy(preference);
   if (status != 0 || found_algorithms == 0) {
     return absl::InternalError(absl::StrCat("cuBLASLt has no algorithm for a product of ", args.m,
                                             " x ", args.n, " x ", args.k, " (status ",
                                             static_cast<int>(status), ")"));
   }
-  const absl::StatusOr<cublasLtMatmulAlgo_t> algorithm =
-      Fastest(args, plan, {proposals, static_cast<size_t>(found_algorithms)});
-  if (!algorithm.ok()) return algorithm.status();
-  plan.algorithm = *algorithm;
-  return &plans.emplace(key, plan).first->second;
+  plan->algorithm = proposals[0].algo;
+  if (!timed) return absl::OkStatus();
+  return TakeFastest(args, {proposals, static_cast<size_t>(found_algorithms)}, plan);
 }
 
-absl::StatusOr<cublasLtMatmulAlgo_t> LtMatmul::Impl::Fastest(const MatmulArgs& args, Plan plan,
-                                                             Proposals from) {
-  if (from.size() == 1) return from[0].algo;
+absl::Status LtMatmul::Impl::TakeFastest(const MatmulArgs& args, Proposals from, Plan* plan) {
   // A capture may be under way on this thread, on another stream.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   absl::Status status = ToStatus(cudaThreadExchangeStreamCaptureMode(&mode), "timing a product");
   if (!status.ok()) return status;
   std::optional<cublasLtMatmulAlgo_t> best;
-  float least = 0.0f;
   for (const cublasLtMatmulHeuristicResult_t& proposal : from) {
-    plan.algorithm = proposal.algo;
-    const absl::StatusOr<float> ms = Time(args, plan);
+    plan->algorithm = proposal.algo;
+    const absl::StatusOr<float> ms = Time(args, *plan);
     status.Update(ms.status());  // one that does not run is passed over
-    if (!ms.ok() || (best.has_value() && *ms >= least * kWorthChanging)) continue;
-    least = *ms;
-    best = plan.algorithm;
+    if (!ms.ok() || (best.has_value() && *ms >= plan->ms * kWorthChanging)) continue;
+    plan->ms = *ms;
+    best = plan->algorithm;
   }
-  const absl::Status restored =
+  absl::Status restored =
       ToStatus(cudaThreadExchangeStreamCaptureMode(&mode), "timing a product");
   if (!best.has_value()) return status;
-  if (!restored.ok()) return restored;
-  return *best;
+  plan->algorithm = *best;
+  return restored;
 }
 
 absl::StatusOr<float> LtMatmul::Impl::Time(const MatmulArgs& args, const Plan& plan) {
@@ -238,15 +268,17 @@ absl::StatusOr<float> LtMatmul::Impl::Time(const MatmulArgs& args, const Plan& p
   return least;
 }
 
+void LtMatmul::Impl::Destroy(const Plan& plan) {
+  if (plan.product != nullptr) lt.cublasLtMatmulDescDestroy(plan.product);
+  for (cublasLtMatrixLayout_t layout : {plan.weights, plan.x, plan.out}) {
+    if (layout != nullptr) lt.cublasLtMatrixLayoutDestroy(layout);
+  }
+}
+
 LtMatmul::LtMatmul(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 LtMatmul::~LtMatmul() {
-  for (const auto& [key, plan] : impl_->plans) {
-    impl_->lt.cublasLtMatmulDescDestroy(plan.product);
-    for (cublasLtMatrixLayout_t layout : {plan.weights, plan.x, plan.out}) {
-      impl_->lt.cublasLtMatrixLayoutDestroy(layout);
-    }
-  }
+  for (const auto& [key, plan] : impl_->plans) impl_->Destroy(plan);
   if (impl_->timing_stream != nullptr) (void)cudaStreamDestroy(impl_->timing_stream);
   for (cudaEvent_t event : {impl_->begin, impl_->end}) {
     if (event != nullptr) (void)cudaEventDestroy(event);
@@ -274,16 +306,18 @@ absl::Status LtMatmul::Impl::Launch(cudaStream_t stream, const MatmulArgs& args,
     if (status != 0) return Check(status, "scales of a product");
   }
   const float one = 1.0f, zero = 0.0f;
+  void* const out = plan.in_parts ? args.parts : args.out;
   return Check(lt.cublasLtMatmul(handle, plan.product, &one, args.weights, plan.weights, args.x,
-                                 plan.x, &zero, args.out, plan.out, args.out, plan.out,
-                                 &plan.algorithm, workspace.get(), kWorkspaceBytes, stream),
+                                 plan.x, &zero, out, plan.out, out, plan.out, &plan.algorithm,
+                                 workspace.get(), kWorkspaceBytes, stream),
                "a product");
 }
 
-absl::Status LtMatmul::Run(cudaStream_t stream, const MatmulArgs& args) {
+absl::StatusOr<bool> LtMatmul::Run(cudaStream_t stream, const MatmulArgs& args) {
   const absl::StatusOr<const Impl::Plan*> plan = impl_->PlanFor(args);
   if (!plan.ok()) return plan.status();
-  return impl_->Launch(stream, args, **plan);
+  if (absl::Status status = impl_->Launch(stream, args, **plan); !status.ok()) return status;
+  return (*plan)->in_parts;
 }
 
 void LtMatmul::TimeNewShapes(bool on) { impl_->timing = on; }

@@ -33,6 +33,9 @@ struct MatmulArgs {
   const float* x_scales = nullptr;       // [m]
   const float* weight_scales = nullptr;  // [n]
   int multiprocessors = 0;               // to be used; 0: all
+  // Room for [kernels::kProductParts][m][n], 16-byte aligned, if `out` need not be written but may
+  // be left in parts; null: it may not.
+  float* parts = nullptr;
 };
 
 class LtMatmul {
@@ -43,10 +46,12 @@ class LtMatmul {
   static absl::StatusOr<std::unique_ptr<LtMatmul>> Create();
   ~LtMatmul();
 
-  absl::Status Run(cudaStream_t stream, const MatmulArgs& args);
+  // Whether it is left in args.parts.
+  absl::StatusOr<bool> Run(cudaStream_t stream, const MatmulArgs& args);
   // While on, the algorithm of a shape of 16 bits or e4m3 and more than 32 rows that comes up for
-  // the first time is the fastest of some, by trying: a few milliseconds, in which args.out is
-  // written. Nothing that uses it may be under way; a capture may.
+  // the first time is the fastest of some, by trying, in parts too where it may be: a few
+  // milliseconds, in which args.out and args.parts are written. Nothing that uses them may be
+  // under way; a capture may. Without, a product is not left in parts.
   void TimeNewShapes(bool on);
   std::string version() const;  // "cuBLASLt 13.1.0"
 
