@@ -45,7 +45,11 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   WaitForPrevious();
   const int row = static_cast<int>(blockIdx.x);
   const int64_t index = a.index[row];
-  const T* from = index < 0 ? nullptr : static_cast<const T*>(a.in) + index * a.width;
+  const HeldRows& held = a.held;
+  const bool present = index >= 0 && index % held.of == held.rank &&
+                       ((index >= held.begin[0] && index < held.end[0]) ||
+                        (index >= held.begin[1] && index < held.end[1]));
+  const T* from = present ? static_cast<const T*>(a.in) + index * a.width : nullptr;
   CopyRow<T, N, false>(from, static_cast<T*>(a.out) + int64_t{row} * a.width, a.width);
 }
 

@@ -31,7 +31,14 @@ struct EmbedRowsArgs {
 };
 cudaError_t EmbedRows(const Launch& launch, const EmbedRowsArgs& args);
 
-// out[i] = in[index[i]]; zeros where index[i] is -1.
+// Of rows that several ranks have dealt out among them, one rank's: each `of`th, and in one of two
+// ranges.
+struct HeldRows {
+  int of = 1, rank = 0;
+  int begin[2] = {0, 0}, end[2] = {INT32_MAX, 0};
+};
+
+// out[i] = in[index[i]]; zeros where index[i] is -1, or not held.
 struct GatherRowsArgs {
   Type type = Type::kBF16;
   const void* in = nullptr;        // [any, width]
@@ -39,6 +46,7 @@ struct GatherRowsArgs {
   int num_rows = 0;
   int width = 0;
   void* out = nullptr;  // [num_rows, width]
+  HeldRows held = {};
 };
 cudaError_t GatherRows(const Launch& launch, const GatherRowsArgs& args);
 

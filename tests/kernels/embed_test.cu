@@ -91,6 +91,40 @@ TEST(GatherRows, CopiesBitsOfEveryTypeByIndex) {
   }
 }
 
+TEST(GatherRows, LeavesZerosForRowsThatAreNotHeld) {
+  const int width = 24;
+  std::vector<float> values;
+  for (int i = 0; i < 10 * width; ++i) values.push_back(static_cast<float>(i + 1));
+  const DeviceRows<float> in(values);
+  const std::vector<int32_t> index = {9, 0, 3, 4, 5, 7, -1, 2};
+  const Ints device_index(index);
+  const struct {
+    HeldRows held;
+    std::vector<int32_t> rows;
+  } cases[] = {{{}, {0, 2, 3, 4, 5, 7, 9}},
+               {{.of = 3, .rank = 1}, {4, 7}},
+               {{.of = 1, .rank = 0, .begin = {2, 7}, .end = {5, 8}}, {2, 3, 4, 7}},
+               {{.of = 1, .rank = 0, .begin = {0, 0}, .end = {0, 0}}, {}}};
+  for (const auto& [held, rows] : cases) {
+    const DeviceRows<float> out(static_cast<int64_t>(index.size()) * width);
+    ASSERT_CUDA(GatherRows({}, {.type = Type::kF32,
+                                .in = in.get(),
+                                .index = device_index.get(),
+                                .num_rows = static_cast<int>(index.size()),
+                                .width = width,
+                                .out = out.get(),
+                                .held = held}));
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    out.ExpectGuards("gathered");
+    const std::vector<float> got = out.Values();
+    for (size_t i = 0; i < index.size(); ++i) {
+      const bool present = std::find(rows.begin(), rows.end(), index[i]) != rows.end();
+      for (int c = 0; c < width; ++c)
+        ASSERT_EQ(got[i * width + c], present ? values[index[i] * width + c] : 0.0f) << index[i];
+    }
+  }
+}
+
 TEST(AppendTokens, WritesAfterThePositionAndNowhereElse) {
   constexpr int kSlots = 200, kStride = 4;
   const Ints tokens(std::vector<int32_t>(kSlots * kStride, 7));
