@@ -149,6 +149,11 @@ kernels::DecodeAttentionArgs CudaBackend::DecodeArgs(int64_t layer) const {
   args.kv = Kv(layer);
   args.heads = static_cast<int>(plan_.local_heads);
   args.q = buffers_.qkv.get();
+  if (narrowed_) {
+    args.rows.slot = io_.arrays().logit_slot;
+    args.rows.position = io_.arrays().logit_position;
+    args.q = buffers_.up.get();
+  }
   args.q_stride = qkv_width_;
   args.out = buffers_.heads.get();
   args.out_stride = q_width_;
@@ -225,7 +230,7 @@ void CudaBackend::RunAttentionOutput(int64_t layer) {
 }
 
 void CudaBackend::ReduceResidualNorm(const ReduceOp& op) {
-  if (!status_.ok()) return;
+  if (!status_.ok() || NothingLeft()) return;
   if (halved_) return RunHalves(op);
   if (folded_) {
     pending_norm_ = model_.Find(op.next);
@@ -368,7 +373,7 @@ void CudaBackend::Logits(absl::Span<const LogitRow> rows) {
   }
   const int count = capturing_ ? rows_ : static_cast<int>(rows.size());
   const void* hidden = Normed();
-  if (!capturing_) {
+  if (!capturing_ && !narrowed_) {
     Check(kernels::GatherRows(launch(), {.type = type_,
                                          .in = hidden,
                                          .index = io_.arrays().logit_row + sampled_rows_,

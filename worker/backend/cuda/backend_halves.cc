@@ -138,7 +138,12 @@ void CudaBackend::JoinHalves() {
   }
   halved_ = false;
   stage_.clear();
-  part_ = {.first = 0, .rows = rows_};
+  part_ = {.first = 0,
+           .rows = rows_,
+           .decode_rows = halves_[0].decode_rows,
+           .first_span = 0,
+           .spans = halves_[0].spans + halves_[1].spans,
+           .max_count = std::max(halves_[0].max_count, halves_[1].max_count)};
 }
 
 }  // namespace lockstep::cuda

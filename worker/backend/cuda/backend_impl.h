@@ -7,6 +7,7 @@
 //   backend_fold.cc    one decoded row, whose all-reduces are part of its products
 //   backend_stack.cc   one decoded row, whose layers are one kernel
 //   backend_halves.cc  a long step, whose all-reduces go on behind its products
+//   backend_last_layer.cc what is left of a step with prompts once their keys are written
 //   backend_widen.cc   keys and values of one byte, for prompts
 //
 // Not thread-safe; see worker/backend/backend.h.
@@ -24,6 +25,7 @@
 
 #include "kernels/attention_decode.h"
 #include "kernels/attention_prefill.h"
+#include "kernels/embed.h"
 #include "kernels/gemv.h"
 #include "kernels/norm.h"
 #include "kernels/row_stack.h"
@@ -70,9 +72,11 @@ class CudaBackend final : public Backend {
   bool Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) override;
   void Embed(const EmbedOp& op) override;
   void Qkv(const QkvOp& op) override {
+    if (op.layer == config_.num_layers - 1) BeginLastLayer();
     Enqueue([this, op] { RunQkv(op); });
   }
   void Attention(const AttentionOp& op) override {
+    if (op.layer == config_.num_layers - 1) Narrow();
     Enqueue([this, op] { RunAttention(op); });
   }
   void AttentionOutput(int64_t layer) override {
@@ -134,7 +138,7 @@ class CudaBackend final : public Backend {
   // Where such a product of `linear` pushes its sums; of size 0: it stores them.
   kernels::ExchangePush PushOfPartial(const Linear& linear) const;
   void Enqueue(std::function<void()> operation) {
-    if (!status_.ok() || stacked_) return;
+    if (!status_.ok() || stacked_ || NothingLeft()) return;
     if (halved_) return stage_.push_back(std::move(operation));
     operation();
   }
@@ -149,6 +153,12 @@ class CudaBackend final : public Backend {
   int ProductsMultiprocessors() const;
   void RunHalves(const ReduceOp& op);
   void ReduceByRows(const ReduceOp& op);
+  // Of backend_last_layer.cc.
+  bool MayNarrow(absl::Span<const LogitRow> rows) const;
+  void BeginLastLayer();
+  void Narrow();
+  kernels::HeldRows HeldResidual() const;
+  bool NothingLeft() const { return narrowed_ && part_.rows == 0; }
   // For a step of so many rows that is not halved.
   bool MayDealResidual(int rows) const;
   void JoinHalves();
@@ -277,6 +287,8 @@ class CudaBackend final : public Backend {
   bool halved_ = false;
   Part halves_[2];
   std::vector<std::function<void()>> stage_;
+  // See backend_last_layer.cc. narrowed_: the step is of the rows whose logits are asked for.
+  bool narrows_ = false, narrowed_ = false;
   // Each rank has its share of the residual's rows (kernels/row_reduce.h), in all of a step.
   bool deals_residual_ = false;
   bool by_rows_ = false;     // the halves' sums, by Collectives::SumOwnRows

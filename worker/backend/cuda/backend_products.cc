@@ -150,7 +150,7 @@ void CudaBackend::Matmul(const void* x, int64_t x_stride, const Linear& linear, 
 // The ranks' sums are of what is scaled already, and whole.
 void CudaBackend::MatmulPartial(const void* x, int width, const Linear& linear) {
   push_ = PushOfPartial(linear);
-  // Nobody has anything in `up` between a layer's product into it and its activation's end.
+  // `up` holds something only from a layer's product into it to its activation's end.
   const size_t part_bytes = size_t(part_.rows) * hidden_ * sizeof(float);
   partial_left_.room = kernels::kProductParts * part_bytes <= buffers_.up.bytes()
                            ? reinterpret_cast<float*>(buffers_.up.get())

@@ -51,7 +51,7 @@ void CudaBackend::SetParts(int cut, int decode_rows) {
 
 bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
   replay_ = nullptr;
-  capturing_ = folded_ = stacked_ = false;
+  capturing_ = folded_ = stacked_ = narrowed_ = false;
   quantized_from_ = nullptr;
   if (!status_.ok()) return true;
   collectives_.ResetStats();
@@ -76,6 +76,7 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
   by_rows_ = halved_ && collectives_.deals_rows();
   dealt_e4m3_ = false;
   deals_residual_ = !halved_ && MayDealResidual(rows_);
+  narrows_ = MayNarrow(rows);
   stage_.clear();
   const int cut = halved_ ? CutOf(rows_) : rows_;
   io_.Write(spans, rows, cut);
@@ -106,6 +107,7 @@ void CudaBackend::RoundUpTo(const StepGraphs::Key& key) {
 
 void CudaBackend::BeginCapture() {
   capturing_ = true;
+  narrows_ = narrowed_ = false;
   deals_residual_ = MayDealResidual(rows_);
   folded_ = can_fold_ && rows_ == 1;
   stacked_ = can_stack_ && folded_;

@@ -234,8 +234,7 @@ absl::Status LtMatmul::Impl::TakeFastest(const MatmulArgs& args, Proposals from,
     plan->ms = *ms;
     best = plan->algorithm;
   }
-  absl::Status restored =
-      ToStatus(cudaThreadExchangeStreamCaptureMode(&mode), "timing a product");
+  absl::Status restored = ToStatus(cudaThreadExchangeStreamCaptureMode(&mode), "timing a product");
   if (!best.has_value()) return status;
   plan->algorithm = *best;
   return restored;
