@@ -70,7 +70,7 @@ bool TakesFast(const DecodeAttentionArgs& a) {
 cudaError_t Allow(Kernel kernel, size_t shared_bytes) {
   const cudaError_t status = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess || !HasClusters()) return status;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
@@ -96,6 +96,7 @@ Way WayOf(int pairs, int max_context, bool has_ring) {
 // room: blocks that the device holds.
 Shares Choose(int pairs, int max_context, int splits, Way way, int room) {
   Shares shares;
+  if (!HasClusters()) return shares;  // a row and KV head is one block's
   if (way == Way::kDeepRing && splits == 0 && pairs >= kMinHalvedPairs) {
     shares.cluster_size = 2;
     return shares;
