@@ -192,7 +192,8 @@ class CudaBackend final : public Backend {
     float* room = nullptr;   // for parts; null: they are not to be left
     float* parts = nullptr;  // what there is instead of `out`, or null
   };
-  // out = x . weights in the serving dtype, or the logits in fp32, by what is best.
+  // out = x . weights in the serving dtype, or the logits in fp32, by what is best. left: null:
+  // nothing is left to the reader.
   void Matmul(const void* x, int64_t x_stride, const Linear& linear, int m, void* out,
               int64_t out_stride, kernels::GemvEpilogue epilogue = kernels::GemvEpilogue::kStore,
               LeftToReader* left = nullptr);
