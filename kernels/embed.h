@@ -32,7 +32,7 @@ struct EmbedRowsArgs {
 cudaError_t EmbedRows(const Launch& launch, const EmbedRowsArgs& args);
 
 // Of rows that several ranks have dealt out among them, one rank's: each `of`th, and in one of two
-// ranges.
+// ranges. As it is: all.
 struct HeldRows {
   int of = 1, rank = 0;
   int begin[2] = {0, 0}, end[2] = {INT32_MAX, 0};

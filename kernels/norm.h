@@ -80,8 +80,8 @@ struct ReduceTailArgs {
   int hidden = 0;
   const int32_t* slot = nullptr;  // as above
   const void* x = nullptr;
-  const float* x_parts =
-      nullptr;                  // [kProductParts][num_rows, hidden], whose sum is read instead of x
+  // [kProductParts][num_rows, hidden], whose sum is read instead of x; or null.
+  const float* x_parts = nullptr;
   ProductScales x_scales = {};  // its rows may be quantized.scales
   const void* bias = nullptr;   // [hidden] of T, or null
   NormSpec post = {};           // before the add
