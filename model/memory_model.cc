@@ -7,6 +7,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "model/byte_size.h"
 #include "model/strings.h"
 
@@ -47,6 +48,8 @@ constexpr int64_t kCublasWorkspaceBytes = 64 * kMiB;
 constexpr int64_t kCudaResultBytes = 192;             // a row's token and log-probabilities
 constexpr int64_t kCudaSampleExchangeBytes = 41'168;  // a row's, of all phases of sampling
 constexpr int64_t kCudaSlotBytes = 9'312;             // 1,024 biases, 256 ending ids, parameters
+// Elements of e4m3 that cuBLASLt wants a row to be a multiple of.
+constexpr int64_t kQuantizedPiece = 16;
 
 struct Bound {
   const char* name;
@@ -239,6 +242,29 @@ void Judge(const ModelConfig& config, const ServingShape& shape, int64_t memory_
   }
 }
 
+// The first matrix of one byte whose rows no product of e4m3 can read, or nothing.
+const LocalTensor* FirstOddQuantized(const ShardPlan& plan) {
+  for (const LocalTensor& tensor : plan.tensors) {
+    if (IsQuantizedMatrix(tensor) && tensor.cols % kQuantizedPiece != 0) return &tensor;
+  }
+  return nullptr;
+}
+
+absl::Status CheckQuantizable(const ModelConfig& config, const ShardPlan& plan) {
+  const LocalTensor* odd = FirstOddQuantized(plan);
+  if (odd == nullptr) return absl::OkStatus();
+  std::vector<int64_t> sizes;
+  for (const int64_t size : ValidTpSizes(config, 64)) {
+    const absl::StatusOr<ShardPlan> other = MakeShardPlan(config, size, 0);
+    if (other.ok() && FirstOddQuantized(*other) == nullptr) sizes.push_back(size);
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "quantization fp8: ", odd->name, " would have ", odd->cols, " columns on a rank of tensor ",
+      "parallel size ", plan.tp_size, "; a multiple of ", kQuantizedPiece, " is needed; ",
+      sizes.empty() ? "no size gives that: serve without quantization"
+                    : absl::StrCat("sizes that work: ", absl::StrJoin(sizes, ", "))));
+}
+
 }  // namespace
 
 int64_t WidenedKvTokens(int64_t max_model_len, int64_t max_batched_tokens) {
@@ -274,6 +300,9 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
   const DType kv_dtype = shape.kv_dtype.value_or(shape.dtype);
   if (absl::Status status = CheckKvDType(kv_dtype, shape.dtype, backend); !status.ok()) {
     return status;
+  }
+  if (!shape.quantization.empty()) {
+    if (absl::Status status = CheckQuantizable(config, *plan); !status.ok()) return status;
   }
   RankMemory memory;
   memory.weight_bytes = WeightBytes(*plan, shape.dtype, shape.quantization, backend);

@@ -53,7 +53,8 @@ struct RankMemory {
   int64_t fixed_bytes() const { return weight_bytes + overhead_bytes(); }  // all but KV
 };
 
-// InvalidArgument: a tp_size that cannot work, or a shape out of bounds.
+// InvalidArgument: a tp_size that cannot work, with this quantization or at all, or a shape out of
+// bounds.
 absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const ServingShape& shape,
                                              int64_t tp_size, int64_t rank, BackendKind backend);
 

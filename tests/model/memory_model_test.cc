@@ -250,6 +250,24 @@ TEST(PredictRankMemoryTest, RankZeroNeedsMost) {
   }
 }
 
+TEST(PredictRankMemoryTest, RowsOfOneByteAreMultiplesOfSixteenOnEveryRank) {
+  ModelConfig config = Published("llama-3.2-1b");
+  ServingShape shape = PlanShape(config);
+  config.intermediate_size = 4 * 24;  // 96, 48 and 24 on a rank of 1, 2 and 4
+  const auto predict = [&](int64_t tp_size) {
+    return PredictRankMemory(config, shape, tp_size, 0, BackendKind::kCuda).status();
+  };
+  EXPECT_TRUE(predict(4).ok()) << "not quantized";
+  shape.quantization = "fp8";
+  EXPECT_TRUE(predict(2).ok()) << predict(2);
+  EXPECT_EQ(predict(4).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(predict(4).message()),
+              AllOf(HasSubstr("layers.0.down.weight would have 24 columns"),
+                    HasSubstr("sizes that work: 1, 2")));
+  config.intermediate_size = 24;
+  EXPECT_THAT(std::string(predict(1).message()), HasSubstr("serve without quantization"));
+}
+
 TEST(PredictRankMemoryTest, OneRankCommunicatesWithNobody) {
   const ModelConfig config = Published("llama-3.2-1b");
   const ServingShape shape = PlanShape(config);
