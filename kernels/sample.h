@@ -47,6 +47,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/peers.h"
 #include "kernels/types.h"
 
 namespace lockstep::kernels {
@@ -194,8 +195,10 @@ struct SampleArgs {
   void* gathered[kNumSamplePhases] = {};
 
   void* workspace = nullptr;  // SampleWorkspaceBytes, 256 byte aligned
-  // Unless null: when kMaximum began, by the device's globaltimer.
+  // Unless null: when kMaximum began, by the device's globaltimer, less what the step's
+  // collectives had taken until then; see StepStamp.
   uint64_t* begin_ns = nullptr;
+  const CollectiveClock* collectives = nullptr;  // wherever begin_ns is
 };
 
 // columns: the most any rank has. Kept between the phases of a batch only.

@@ -54,7 +54,8 @@ constexpr int kGreedyThreads = 256;
 
 __device__ __forceinline__ void MarkBegin(const SampleArgs& a) {
   if (a.begin_ns == nullptr || blockIdx.x + blockIdx.y + threadIdx.x != 0) return;
-  __stcg(a.begin_ns, DeviceClockNs());
+  const uint64_t taken = __ldcg(&a.collectives->wait_ns) + __ldcg(&a.collectives->transfer_ns);
+  __stcg(a.begin_ns, DeviceClockNs() - taken);
 }
 
 __global__ void __launch_bounds__(kGreedyThreads)

@@ -62,8 +62,10 @@ InboxLayout MakeInboxLayout(const StepCapacity& capacity);
 struct alignas(64) StepStamp {
   uint64_t sequence = 0;              // counted from 1; written last
   uint64_t begin_ns = 0, end_ns = 0;  // the device's globaltimer
-  uint64_t sampling_begin_ns = 0;     // likewise, of the last batch of logits; 0: none
-  CollectiveClock collectives;        // of the step
+  // Of the last batch of logits, less what collectives had taken until then; 0: none. So
+  // end_ns - sampling_begin_ns, less all that they took, is sampling without its exchanges.
+  uint64_t sampling_begin_ns = 0;
+  CollectiveClock collectives;  // of the step
 };
 
 // Of an outbox entry: the next one's stamp is aligned again, whatever the capacity.

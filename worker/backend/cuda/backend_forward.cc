@@ -402,6 +402,7 @@ void CudaBackend::Sample(absl::Span<const LogitRow> rows) {
   args.needs = needs_;
   args.rows = count;
   args.begin_ns = io_.io().sampling_begin_ns;
+  args.collectives = io_.io().collectives;
   args.slot = arrays.logit_slot + sampled_rows_;
   args.position = arrays.logit_position + sampled_rows_;
   args.scores = capturing_ ? nullptr : arrays.logit_scores + sampled_rows_;

@@ -220,7 +220,10 @@ absl::StatusOr<StepOutput> CudaBackend::Collect() {
   output.collectives = step.collectives;
   const kernels::StepStamp& stamp = io_.stamp(step.number);
   output.device_ns = stamp.end_ns - stamp.begin_ns;
-  if (stamp.sampling_begin_ns != 0) output.sampling_ns = stamp.end_ns - stamp.sampling_begin_ns;
+  const uint64_t exchanged = stamp.collectives.wait_ns + stamp.collectives.transfer_ns;
+  if (stamp.sampling_begin_ns != 0) {
+    output.sampling_ns = stamp.end_ns - std::min(stamp.end_ns, stamp.sampling_begin_ns + exchanged);
+  }
   output.collectives.wait_ns = stamp.collectives.wait_ns;
   output.collectives.transfer_ns = stamp.collectives.transfer_ns;
   output.collectives.aside_ns = stamp.collectives.aside_ns;
