@@ -43,6 +43,18 @@ inline Closeness ExpectCloseTokens(const std::vector<v1::TokenLogprobs>& wanted,
   return closeness;
 }
 
+// The tokens of an answer as far as they are the other's, and the first that is not: what comes
+// behind it is of another text.
+inline std::vector<v1::TokenLogprobs> UpToDifference(const v1::Completion& of,
+                                                     const v1::Completion& other) {
+  std::vector<v1::TokenLogprobs> tokens;
+  for (int i = 0; i < std::min(of.logprobs_size(), other.logprobs_size()); ++i) {
+    tokens.push_back(of.logprobs(i));
+    if (of.token_ids(i) != other.token_ids(i)) break;
+  }
+  return tokens;
+}
+
 }  // namespace lockstep
 
 #endif  // LOCKSTEP_TESTS_INTEGRATION_CLOSE_TOKENS_H_

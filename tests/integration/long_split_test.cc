@@ -1,4 +1,4 @@
-// Prompts of hundreds and thousands of tokens, split over two ranks: the next tokens are those of
+// Prompts of hundreds and thousands of tokens, split over ranks: the next tokens are those of
 // one rank. On GPUs the ranks deal such steps' rows out, hundreds by one kernel
 // (kernels/row_reduce.h) and thousands in two halves (worker/backend/cuda/backend_halves.cc),
 // which shorter prompts never see. And answers to a long prompt that are decoded together are those
@@ -6,7 +6,7 @@
 // (kernels/attention_decode.h).
 //
 // Dummy weights in the shapes of tests/golden. By default one family, whose chain of norms is the
-// longest; LOCKSTEP_GOLDEN_MODELS=all: every one.
+// longest, over two ranks; LOCKSTEP_GOLDEN_MODELS=all: every one, over four too.
 #include <unistd.h>
 
 #include <algorithm>
@@ -35,6 +35,11 @@ std::vector<std::string> Families() {
   if (asked == nullptr) return {"gemma3"};
   if (std::string(asked) != "all") return {asked};
   return {"gemma3", "llama", "mistral_window", "opt_post_norm_projected", "opt", "qwen2", "qwen3"};
+}
+
+std::vector<int> TpSizes() {
+  return std::getenv("LOCKSTEP_GOLDEN_MODELS") == nullptr ? std::vector<int>{2}
+                                                          : std::vector<int>{2, 4};
 }
 
 // The model's folder but for its weights, with room for long prompts.
@@ -108,12 +113,12 @@ std::vector<v1::TokenLogprobs> FirstTokens(const LongModel& model, int tp_size,
   return tokens;
 }
 
-void ExpectTheSameSplit(const std::string& family, const std::vector<std::string>& flags,
-                        double bound) {
+void ExpectTheSameSplit(const std::string& family, int tp_size,
+                        const std::vector<std::string>& flags, double bound) {
   SCOPED_TRACE(family);
   const LongModel model(family);
   const std::vector<v1::TokenLogprobs> wanted = FirstTokens(model, 1, flags);
-  const std::vector<v1::TokenLogprobs> got = FirstTokens(model, 2, flags);
+  const std::vector<v1::TokenLogprobs> got = FirstTokens(model, tp_size, flags);
   ASSERT_EQ(wanted.size(), 3u);
   ASSERT_EQ(got.size(), wanted.size());
   const Closeness closeness = ExpectCloseTokens(wanted, got, bound);
@@ -121,40 +126,37 @@ void ExpectTheSameSplit(const std::string& family, const std::vector<std::string
   std::printf("%s: log-probabilities within %g\n", family.c_str(), closeness.worst);
 }
 
-TEST(LongSplitTest, Float32IsTheSameOverTwoRanks) {
+class LongSplitTest : public ::testing::TestWithParam<int> {};
+
+TEST_P(LongSplitTest, Float32IsTheSame) {
   for (const std::string& family : Families()) {
-    ExpectTheSameSplit(family, {"--dtype", "float32"}, 2e-3);
+    ExpectTheSameSplit(family, GetParam(), {"--dtype", "float32"}, 2e-3);
   }
 }
 
-TEST(LongSplitTest, BFloat16IsCloseOverTwoRanks) {
+TEST_P(LongSplitTest, BFloat16IsClose) {
   for (const std::string& family : Families()) {
-    ExpectTheSameSplit(family, {"--dtype", "bfloat16"}, 0.5);
+    ExpectTheSameSplit(family, GetParam(), {"--dtype", "bfloat16"}, 0.5);
   }
 }
 
 // e4m3 rounds to three bits what differs in the last of sixteen.
-TEST(LongSplitTest, Fp8IsCloseOverTwoRanks) {
+TEST_P(LongSplitTest, Fp8IsClose) {
   if (!OnGpus()) GTEST_SKIP() << "the cpu backend has no FP8";
-  ExpectTheSameSplit("llama", {"--dtype", "bfloat16", "--quantization", "fp8"}, 0.5);
+  ExpectTheSameSplit("qwen3", GetParam(), {"--dtype", "bfloat16", "--quantization", "fp8"}, 0.5);
 }
 
-// The tokens of an answer as far as they are the other's, and the first that is not: what comes
-// behind it is of another text.
-std::vector<v1::TokenLogprobs> UpToDifference(const v1::Completion& of,
-                                              const v1::Completion& other) {
-  std::vector<v1::TokenLogprobs> tokens;
-  for (int i = 0; i < std::min(of.logprobs_size(), other.logprobs_size()); ++i) {
-    tokens.push_back(of.logprobs(i));
-    if (of.token_ids(i) != other.token_ids(i)) break;
-  }
-  return tokens;
-}
+std::string NameOf(const ::testing::TestParamInfo<int>& tp) { return absl::StrCat("tp", tp.param); }
+INSTANTIATE_TEST_SUITE_P(TpSizes, LongSplitTest, ::testing::ValuesIn(TpSizes()), NameOf);
 
-TEST(LongSplitTest, AnswersDecodedTogetherAreCloseToOneAlone) {
+class LongAnswersTest : public ::testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Whole, LongAnswersTest, ::testing::Values(1), NameOf);
+INSTANTIATE_TEST_SUITE_P(TpSizes, LongAnswersTest, ::testing::ValuesIn(TpSizes()), NameOf);
+
+TEST_P(LongAnswersTest, DecodedTogetherAreCloseToOneAlone) {
   constexpr uint32_t kAnswers = 16, kTokens = 8;
   const LongModel model("qwen3");  // of 4 KV heads
-  const auto served = Serve(model, 1, {"--dtype", "bfloat16"});
+  const auto served = Serve(model, GetParam(), {"--dtype", "bfloat16"});
   ASSERT_NE(served, nullptr);
   v1::GenerateRequest request = Greedy(model, 2'500, kTokens);
   const absl::StatusOr<v1::GenerateResponse> alone = served->client().Generate(request);

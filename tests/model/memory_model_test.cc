@@ -135,9 +135,9 @@ TEST(PlanForMemoryTest, KeysAndValuesOfOneByteLeaveRoomForTwiceTheTokens) {
     const int64_t room = of8.memory.fixed_bytes() - of16.memory.fixed_bytes();
     EXPECT_EQ(room, WidenedKvTokens(shape.max_model_len, shape.max_batched_tokens) *
                         of16.memory.kv_bytes_per_token / config.num_layers);
-    const auto lost = static_cast<double>(room / of8.memory.kv_bytes_per_token);
-    EXPECT_NEAR(static_cast<double>(of8.kv_tokens),
-                2.0 * static_cast<double>(of16.kv_tokens) - lost, 32);
+    const int64_t lost = room / of8.memory.kv_bytes_per_token;
+    EXPECT_NEAR(static_cast<double>(of8.kv_tokens), static_cast<double>(2 * of16.kv_tokens - lost),
+                32);
   }
 }
 

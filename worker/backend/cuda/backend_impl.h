@@ -209,7 +209,9 @@ class CudaBackend final : public Backend {
   // product takes it so.
   kernels::QuantizedRows TakesQuantized(const void* made, const Linear& next);
   kernels::Launch launch() const {
-    return {.stream = stream_, .pdl = !halved_, .brief = part_.rows <= kMaxBriefRows};
+    // A GPU whose next kernels have begun already, to wait there, gives no other rank its turn.
+    const bool pdl = !halved_ && !collectives_.shares_gpu();
+    return {.stream = stream_, .pdl = pdl, .brief = part_.rows <= kMaxBriefRows};
   }
   // Where the part's rows of [rows][width] begin.
   std::byte* Rows(const Buffer<std::byte>& buffer, int width) const {

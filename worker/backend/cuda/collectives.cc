@@ -48,6 +48,8 @@ absl::Status Collectives::Attach(Communicator* comm, int hidden, const SharedRow
 
 bool Collectives::has_peers() const { return comm_ != nullptr && comm_->peers() != nullptr; }
 
+bool Collectives::shares_gpu() const { return comm_ != nullptr && comm_->shares_gpu(); }
+
 bool Collectives::may_skip() const { return comm_ != nullptr && comm_->MaySkip(); }
 
 absl::Status Collectives::AllReduce(const kernels::Launch& launch,

@@ -32,7 +32,8 @@ class Collectives {
                       kernels::CollectiveClock* clock);
   int size() const { return size_; }
   bool has_peers() const;
-  bool may_skip() const;  // in tests: an all-reduce may be left out, so each is asked for anew
+  bool shares_gpu() const;  // with other ranks
+  bool may_skip() const;    // in tests: an all-reduce may be left out, so each is asked for anew
 
   // *fused: all that args asks for was done. Otherwise only the sum was made, in
   // place of args.in.

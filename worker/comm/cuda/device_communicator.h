@@ -51,6 +51,8 @@ class DeviceCommunicator final : public RankCommunicator {
 
   // Null where the GPUs cannot reach each other, and with one rank.
   const kernels::Peers* peers() const { return peers_ ? &peers_->peers() : nullptr; }
+  // Whether ranks of the group are on this one's GPU.
+  bool shares_gpu() const { return peers_ && peers_->shares_device(); }
   const kernels::ExchangeLayout& layout() const { return layout_; }
   size_t gemv_offset() const { return gemv_offset_; }
   // Of options.shared_bytes, if those are not 0; begins with a cleared RowExchange, the rest all

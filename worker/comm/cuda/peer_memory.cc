@@ -158,9 +158,10 @@ std::string PeerMemory::Map(int peer, const std::string& offer) {
   int device = 0, reachable = 1;
   if (cudaDeviceGetByPCIBusId(&device, words[1].c_str()) != cudaSuccess) {
     cudaGetLastError();
-  } else if (device != options_.device &&
-             (cudaDeviceCanAccessPeer(&reachable, options_.device, device) != cudaSuccess ||
-              reachable == 0)) {
+  } else if (device == options_.device) {
+    shares_device_ = true;
+  } else if (cudaDeviceCanAccessPeer(&reachable, options_.device, device) != cudaSuccess ||
+             reachable == 0) {
     cudaGetLastError();
     return absl::StrCat("its GPU ", words[1], " is out of this one's reach");
   }

@@ -54,6 +54,8 @@ class PeerMemory {
 
   // Valid as long as this object.
   const kernels::Peers& peers() const { return peers_; }
+  // Whether another rank's memory is of this one's GPU: they take turns on it.
+  bool shares_device() const { return shares_device_; }
 
   // From any thread, at once: kernels that wait for a peer stop waiting and end, and
   // so does every later one. What they compute is worthless, the context is not.
@@ -75,6 +77,7 @@ class PeerMemory {
   Mailbox* mailbox_ = nullptr;
   kernels::Peers peers_;
   bool mapped_[kernels::kMaxPeers] = {};
+  bool shares_device_ = false;
 };
 
 }  // namespace lockstep
