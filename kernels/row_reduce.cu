@@ -257,6 +257,11 @@ size_t SlotBytes(int max_rows, size_t row_bytes, int size) {
          ScalesBytes(max_rows);
 }
 
+// In whole turns of the ranks, so that a row's owner does not depend on the launch it is in.
+int RowsOfLaunch(const RowReduce& reduce) {
+  return reduce.max_rows - reduce.max_rows % reduce.peers.size;
+}
+
 }  // namespace
 
 size_t RowReduceBytes(int max_rows, size_t row_bytes, int size) {
@@ -282,8 +287,9 @@ cudaError_t InitRowReduce() {
 bool RowReduceTakes(const RowReduceArgs& args, const RowReduce& reduce) {
   if (args.type != Type::kBF16 && args.type != Type::kF16) return false;
   const size_t row_bytes = args.hidden * TypeBytes(args.type);
-  return reduce.peers.size > 1 && reduce.peers.size <= kMaxPeers && reduce.max_rows > 0 &&
-         row_bytes % 16 == 0 && row_bytes / 16 <= kMaxVectors && row_bytes <= reduce.row_bytes &&
+  return reduce.peers.size > 1 && reduce.peers.size <= kMaxPeers &&
+         reduce.max_rows >= reduce.peers.size && row_bytes % 16 == 0 &&
+         row_bytes / 16 <= kMaxVectors && row_bytes <= reduce.row_bytes &&
          args.norm_weight != nullptr && args.residual != nullptr &&
          (args.quantized.values == nullptr || args.hidden % 16 == 0);
 }
@@ -317,9 +323,10 @@ cudaError_t ReduceRows(const Launch& launch, const RowReduce& reduce, const RowR
   const unsigned threads = ((vectors + pieces - 1) / pieces + 31) / 32 * 32;
   const Pointer kernel = Find(args.type, peers.size, pieces, args.quantized.values != nullptr);
   const size_t row_bytes = args.hidden * TypeBytes(args.type);
-  for (int first = 0; first < args.rows; first += reduce.max_rows) {
+  const int most = RowsOfLaunch(reduce);
+  for (int first = 0; first < args.rows; first += most) {
     p.a = args;
-    p.a.rows = std::min(args.rows - first, reduce.max_rows);
+    p.a.rows = std::min(args.rows - first, most);
     p.a.in = Advance(args.in, first * row_bytes);
     p.a.residual = Advance(args.residual, first * row_bytes);
     p.a.normed = Advance(args.normed, first * row_bytes);

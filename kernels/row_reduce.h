@@ -1,5 +1,5 @@
 // All-reduce of [rows][hidden] with what follows it in a decoder layer, each row by the rank
-// that owns it (row % size):
+// that owns it (row % size, however many launches it takes):
 //
 //   residual = round(in of rank 0 + in of rank 1 + ... + bias + residual)     fp32, in rank order
 //   normed   = round(residual / rms(residual) * weight)                      or e4m3 of it
@@ -26,7 +26,7 @@ namespace lockstep::kernels {
 struct RowReduce {
   Peers peers;
   size_t offset = 0;            // of its part of every rank's region, a multiple of 256
-  int max_rows = 0;             // of one launch: more follow one another
+  int max_rows = 0;             // of one launch, `size` or more: more rows follow one another
   size_t row_bytes = 0;         // of the widest row
   uint64_t* counter = nullptr;  // in this device's memory, 0 before the first
 };

@@ -5,8 +5,9 @@
 
 Small models in shapes that the fast kernels take, with dummy weights, through `lockstep compare`:
 A serves in float32 and as by default, B with a setting. B's log-probabilities of A's answers may
-be off by what its types round away, and in float32 the answers are the same. Blocks, chunks and
-batches of all sizes, families, heads, windows, long contexts, tensor parallelism.
+be off by what its types round away, and in float32 the answers are the same. Where B's first
+token is another, its score of A's mostly says so too (scores come of other steps than answers).
+Blocks, chunks and batches of all sizes, families, heads, windows, long contexts, tensor parallelism.
 
 PROGRAMS: the folder of lockstep and its daemons.
 """
@@ -41,6 +42,8 @@ MODELS = {  # what differs from LLAMA; "golden": a family's config, with what is
     "gemma3": {"golden": "gemma3", "hidden_size": 512, "num_attention_heads": 4,
                "num_key_value_heads": 2, "head_dim": 256, "query_pre_attn_scalar": 256,
                "intermediate_size": 1408, "sliding_window": 300},
+    "rows of 5,120": {"hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8,
+                      "num_hidden_layers": 2},
     "qwen2": {"golden": "qwen2", "hidden_size": 896, "num_attention_heads": 14,
               "num_key_value_heads": 2, "intermediate_size": 4864},
 }
@@ -48,6 +51,7 @@ FP8 = ["--quantization", "fp8"]
 FP8_CACHE = ["--kv-cache-dtype", "fp8"]
 USUAL = {"prompts": 24, "tokens": 700, "answer": 24}
 MANY = {"prompts": 200, "tokens": 30, "answer": 8}
+FEW = {"prompts": 4, "tokens": 60, "answer": 8}
 LONG = {"prompts": 3, "tokens": 20_000, "answer": 8}
 
 
@@ -66,6 +70,9 @@ def settings():
         chunks = ["--max-num-batched-tokens", tokens, "--max-num-seqs", 24]
         yield "llama", "bfloat16", chunks, USUAL
         yield "gemma3", "float32", chunks, USUAL
+    for tokens in (1, 2):
+        least = ["--max-num-batched-tokens", tokens, "--max-num-seqs", tokens]
+        yield "llama", "bfloat16", least, FEW
     for seqs in (1, 3, 33, 700):
         yield "heads of 64", "bfloat16", ["--max-num-seqs", seqs], USUAL
     yield "llama", "float32", ["--block-size", 32, "--no-enable-prefix-caching"], USUAL
@@ -80,6 +87,9 @@ def settings():
             for model in ("8 kv heads", "llama"):
                 yield model, "bfloat16", split, traffic
                 yield model, "bfloat16", split + FP8, traffic
+        # More rows than a launch of kernels/row_reduce.h takes, and than the ranks divide.
+        wide = {"prompts": 4, "tokens": 1_100, "answer": 4}
+        yield "rows of 5,120", "bfloat16", split + ["--max-num-batched-tokens", 1_100], wide
         yield "8 kv heads", "float32", split, {"prompts": 3, "tokens": 3_000, "answer": 4}
 
 
@@ -123,10 +133,14 @@ def compare(programs, folder, dtype, flags, traffic):
     if not done.stdout.startswith("{"):
         return False, f"exit {done.returncode}: {done.stderr.strip()[-500:]}"
     seen = json.loads(done.stdout)
-    answers = f"{seen['same_answers']} of {seen['prompts']} answers the same"
-    right = done.returncode == 0 and (dtype != "float32" or
-                                      seen["same_answers"] == seen["prompts"])
-    return right, f"within {seen['max_logprob_error']:.2g}, {answers}"
+    prompts, divergences = seen["prompts"], seen["divergences"]
+    scored = {each["prompt"] for each in seen["disagreements"] if each["position"] == 0}
+    others = sum(at >= 0 for at in divergences)
+    alone = sum(at == 0 and f"random {i}" not in scored for i, at in enumerate(divergences))
+    right = (done.returncode == 0 and alone <= max(1, prompts // 2)
+             and not (dtype == "float32" and others))
+    return right, (f"within {seen['max_logprob_error']:.2g}, {others} of {prompts} answers differ, "
+                   f"{alone} from a first token that is not as scored")
 
 
 def main():

@@ -34,7 +34,7 @@ void Check(const Case& c, int exchanges) {
   SCOPED_TRACE(::testing::Message() << c.size << " ranks, " << c.rows << " x " << c.hidden
                                     << (c.e4m3 ? " e4m3" : "") << (c.padding ? " padding" : ""));
   const size_t row_bytes = size_t(c.hidden) * 2;
-  const int max_rows = std::max(1, (c.rows + 1) / 2 + 3);  // longer ones go in pieces
+  const int max_rows = std::max(c.size, (c.rows + 1) / 2 + 3);  // longer ones go in pieces
   const size_t bytes = (RowReduceBytes(max_rows, row_bytes, c.size) + 255) / 256 * 256;
   VirtualRanks ranks(c.size, ExchangeLayout{.offset = bytes});
   std::vector<Guarded> in, residual, normed, values, scales, weight, bias, slots, counter;
@@ -109,8 +109,7 @@ void Check(const Case& c, int exchanges) {
       const std::vector<B> first = normed[0].Get<B>();
       for (int row = 0; row < c.rows; ++row) {
         if (slot[row] < 0) continue;
-        // Of launches in pieces, rows count anew in each.
-        const bool owns = row % max_rows % c.size == r;
+        const bool owns = row % c.size == r;
         double squares = 0;
         for (int i = 0; i < c.hidden; ++i) {
           const size_t at = size_t(row) * c.hidden + i;
@@ -183,6 +182,9 @@ TEST(RowReduceTest, RefusesWhatItDoesNotTake) {
   int something = 0;
   args.norm_weight = args.residual = &something;
   EXPECT_TRUE(RowReduceTakes(args, reduce));
+  reduce.max_rows = 1;  // fewer than ranks
+  EXPECT_FALSE(RowReduceTakes(args, reduce));
+  reduce.max_rows = 4;
   args.hidden = 520;  // wider than the region's rows
   EXPECT_FALSE(RowReduceTakes(args, reduce));
   args.hidden = 508;
