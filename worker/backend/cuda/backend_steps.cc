@@ -76,7 +76,8 @@ bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const Logi
   by_rows_ = halved_ && collectives_.deals_rows();
   dealt_e4m3_ = false;
   deals_residual_ = !halved_ && MayDealResidual(rows_);
-  narrows_ = MayNarrow(rows);
+  // Of single rows alone attention also writes the keys and values: of all of them.
+  narrows_ = decode_rows < rows_ && MayNarrow(rows);
   stage_.clear();
   const int cut = halved_ ? CutOf(rows_) : rows_;
   io_.Write(spans, rows, cut);
@@ -139,7 +140,7 @@ absl::Status CudaBackend::EndCapture() {
 }
 
 bool CudaBackend::BeginRecording(std::vector<LogitRow>* rows) {
-  if (!status_.ok() || to_record_.empty()) return false;
+  if (!status_.ok() || to_record_.empty() || collectives_.given_up()) return false;
   RoundUpTo(to_record_.back());
   to_record_.pop_back();
   collectives_.ResetStats();
@@ -242,8 +243,13 @@ absl::StatusOr<StepOutput> CudaBackend::Collect() {
 bool CudaBackend::Drain() {
   in_flight_.clear();
   // A step that failed midway may not have joined its halves.
-  return cudaStreamSynchronize(exchange_stream_) == cudaSuccess &&
-         cudaStreamSynchronize(stream_) == cudaSuccess;
+  const bool drained = cudaStreamSynchronize(exchange_stream_) == cudaSuccess &&
+                       cudaStreamSynchronize(stream_) == cudaSuccess;
+  // They hold the epoch's peers, and NCCL does not end a communicator before the last of its
+  // graphs.
+  graphs_.Clear();
+  replay_ = nullptr;
+  return drained;
 }
 
 }  // namespace lockstep::cuda

@@ -50,6 +50,8 @@ bool Collectives::has_peers() const { return comm_ != nullptr && comm_->peers() 
 
 bool Collectives::shares_gpu() const { return comm_ != nullptr && comm_->shares_gpu(); }
 
+bool Collectives::given_up() const { return comm_ != nullptr && comm_->aborted(); }
+
 bool Collectives::may_skip() const { return comm_ != nullptr && comm_->MaySkip(); }
 
 absl::Status Collectives::AllReduce(const kernels::Launch& launch,

@@ -33,6 +33,7 @@ class Collectives {
   int size() const { return size_; }
   bool has_peers() const;
   bool shares_gpu() const;  // with other ranks
+  bool given_up() const;    // the group: nothing of this epoch will be used
   bool may_skip() const;    // in tests: an all-reduce may be left out, so each is asked for anew
 
   // *fused: all that args asks for was done. Otherwise only the sum was made, in

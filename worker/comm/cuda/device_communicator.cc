@@ -36,6 +36,11 @@ void DeviceCommunicator::Abort() {
   if (peers_ != nullptr) peers_->Abort();
 }
 
+bool DeviceCommunicator::aborted() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return aborted_;
+}
+
 absl::Status DeviceCommunicator::Join(AddressExchange& exchange) {
   buffer_bytes_.reset();
   if (options_.size == 1) {

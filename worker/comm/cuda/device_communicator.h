@@ -41,6 +41,7 @@ class DeviceCommunicator final : public RankCommunicator {
   int size() const override { return options_.size; }
   absl::Status Join(AddressExchange& exchange) override;
   void Abort() override;
+  bool aborted() const;
   DeviceCommunicator* device() override { return this; }
   std::string library() const override {
     return peers_ ? "peer memory" : nccl_ ? nccl_->version() : "";
@@ -83,7 +84,7 @@ class DeviceCommunicator final : public RankCommunicator {
   const int device_;
   kernels::ExchangeLayout layout_;
   size_t gemv_offset_ = 0, shared_offset_ = 0;
-  std::mutex mutex_;  // nccl_ and peers_ appear while another thread may abort
+  mutable std::mutex mutex_;  // nccl_ and peers_ appear while another thread may abort
   bool aborted_ = false;
   std::unique_ptr<NcclCommunicator> nccl_;
   std::unique_ptr<PeerMemory> peers_;

@@ -134,10 +134,21 @@ absl::Status NcclCommunicator::Join(AddressExchange& exchange) {
   return Settle(kWhat, result, deadline);
 }
 
+// Not locked: it is aborted. Whoever aborts holds the lock until NCCL has let go, which it may do
+// only once this thread has given up its step.
+std::unique_lock<std::mutex> NcclCommunicator::LockCalls() {
+  std::unique_lock<std::mutex> lock(state_->calls, std::try_to_lock);
+  while (!lock.owns_lock() && !state_->aborted) {
+    std::this_thread::sleep_for(std::chrono::microseconds(5));
+    (void)lock.try_lock();
+  }
+  return lock;
+}
+
 template <typename Call>
 absl::Status NcclCommunicator::Enqueue(const char* what, Call call) {
-  const std::lock_guard<std::mutex> lock(state_->calls);
-  if (state_->aborted) return Error(what, ncclSuccess);
+  const std::unique_lock<std::mutex> lock = LockCalls();
+  if (!lock.owns_lock() || state_->aborted) return Error(what, ncclSuccess);
   if (state_->comm == nullptr) {
     return absl::FailedPreconditionError(absl::StrCat(what, " of ", options_.id, ": not joined"));
   }
@@ -169,8 +180,8 @@ absl::Status NcclCommunicator::Broadcast(void* data, size_t bytes, int root, cud
 
 absl::Status NcclCommunicator::Check() {
   static constexpr char kWhat[] = "a collective";
-  const std::lock_guard<std::mutex> lock(state_->calls);
-  if (state_->aborted) return Error(kWhat, ncclSuccess);
+  const std::unique_lock<std::mutex> lock = LockCalls();
+  if (!lock.owns_lock() || state_->aborted) return Error(kWhat, ncclSuccess);
   if (state_->comm == nullptr) return absl::OkStatus();
   ncclResult_t result = ncclSuccess;
   const ncclResult_t asked = nccl_->CommGetAsyncError(state_->comm, &result);

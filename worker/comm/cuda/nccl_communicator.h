@@ -22,6 +22,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "absl/status/status.h"
@@ -75,6 +76,7 @@ class NcclCommunicator {
   struct State;
 
   NcclCommunicator(const CommunicatorOptions& options, int device, const NcclLibrary* nccl);
+  std::unique_lock<std::mutex> LockCalls();
   template <typename Call>
   absl::Status Enqueue(const char* what, Call call);
   // Waits for NCCL to be done with what a call began. The state's mutex is held.
