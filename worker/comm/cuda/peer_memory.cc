@@ -106,6 +106,20 @@ struct PeerMemory::Mailbox {
   std::atomic<uint32_t> abort{0};  // the kernels read it
 };
 
+// Of the first epoch nothing will change; later ones may be short of what the last one's region
+// holds until they have heard from every rank, and succeed when tried again.
+absl::Status PeerMemory::Shortage(size_t bytes) const {
+  cudaGetLastError();
+  size_t free_bytes = 0, total_bytes = 0;
+  (void)cudaMemGetInfo(&free_bytes, &total_bytes);
+  const std::string what =
+      absl::StrCat("device ", options_.device, ": the exchange region of tensor parallelism takes ",
+                   bytes >> 20, " MiB, but ", free_bytes >> 20, " MiB are free");
+  if (!Retired::Get().All().empty()) return absl::UnavailableError(what);
+  return absl::ResourceExhaustedError(
+      absl::StrCat(what, "; a smaller --num-kv-blocks or --gpu-memory-utilization leaves room"));
+}
+
 absl::Status PeerMemory::Allocate(const Clear& clear) {
   const std::string device = absl::StrCat("device ", options_.device);
   if (absl::Status status = CudaStatus(device, cudaSetDevice(options_.device)); !status.ok()) {
@@ -121,9 +135,10 @@ absl::Status PeerMemory::Allocate(const Clear& clear) {
   peers_.abort = reinterpret_cast<const uint32_t*>(&mailbox_->abort);
   void* own = nullptr;
   const size_t flag = (options_.bytes + 255) / 256 * 256;  // behind the region
-  status = CudaStatus(
-      absl::StrCat(device, ", an exchange region of ", options_.bytes, " bytes"),
-      cudaMalloc(&own, (flag + sizeof(uint32_t) + kPageBytes - 1) / kPageBytes * kPageBytes));
+  const size_t whole = (flag + sizeof(uint32_t) + kPageBytes - 1) / kPageBytes * kPageBytes;
+  const cudaError_t error = cudaMalloc(&own, whole);
+  if (error == cudaErrorMemoryAllocation) return Shortage(whole);
+  status = CudaStatus(absl::StrCat(device, ", an exchange region"), error);
   if (!status.ok()) return status;
   peers_.base[options_.rank] = static_cast<std::byte*>(own);
   peers_.aborted = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(own) + flag);
@@ -224,6 +239,7 @@ absl::StatusOr<std::unique_ptr<PeerMemory>> PeerMemory::Join(const Options& opti
 }
 
 PeerMemory::~PeerMemory() {
+  (void)cudaSetDevice(options_.device);  // whatever thread lets go of it
   for (int peer = 0; peer < options_.size; ++peer) {
     if (mapped_[peer]) cudaIpcCloseMemHandle(peers_.base[peer]);
   }

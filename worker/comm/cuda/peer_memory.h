@@ -45,6 +45,8 @@ class PeerMemory {
   // Blocks for the other ranks (Aborted once the exchange is cancelled).
   // Unimplemented, on every rank and with the first reason there is: more than
   // kMaxPeers ranks, several hosts, GPUs or containers out of each other's reach.
+  // ResourceExhausted, on that rank: there is no memory for the region, and no earlier epoch's to
+  // come free.
   static absl::StatusOr<std::unique_ptr<PeerMemory>> Join(const Options& options,
                                                           const Clear& clear,
                                                           AddressExchange& exchange);
@@ -68,6 +70,7 @@ class PeerMemory {
  private:
   explicit PeerMemory(const Options& options) : options_(options) {}
   absl::Status Allocate(const Clear& clear);
+  absl::Status Shortage(size_t bytes) const;
   // "" or why rank `peer`'s region cannot be mapped.
   std::string Map(int peer, const std::string& offer);
 
