@@ -103,6 +103,7 @@ struct Session::Impl {
   std::atomic<bool> heard_any{false};  // on this stream
   int64_t pause_ms = 0;                // Run's thread alone, as what follows
   bool attached = false;               // once
+  uint64_t free_before_loading = 0;    // bytes, as last said with no model loaded
   Clock::time_point complained;
   std::minstd_rand jitter{std::random_device{}()};
   std::string silence;  // why Watch gave up on a stream that is still there
@@ -237,10 +238,13 @@ std::optional<SessionEnd> Session::Impl::Attach() {
   *hello.mutable_hello() = options.hello;
   if (runner.loaded_rank() >= 0) hello.mutable_hello()->set_preferred_rank(runner.loaded_rank());
   if (options.read_memory) {
-    // What is held now is free for the next model, or the same one.
+    // What is held now is free for the next model, or the same one, which is kept only if it is
+    // planned as before: so not weights and keys alone are counted, but all that was free then.
     const auto [total, free] = options.read_memory();
+    if (runner.loaded_rank() < 0) free_before_loading = free;
     hello.mutable_hello()->set_memory_total_bytes(total);
-    hello.mutable_hello()->set_memory_free_bytes(free + runner.held_bytes());
+    hello.mutable_hello()->set_memory_free_bytes(
+        std::max(free + runner.held_bytes(), free_before_loading));
   }
   heard_ns = NowNs();
   heard_any = false;

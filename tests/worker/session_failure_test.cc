@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -86,10 +87,17 @@ TEST(Session, DialsAgainWhenTheCoordinatorIsRestarted) {
       (std::filesystem::temp_directory_path() / ("lockstep_session_" + std::to_string(getpid())))
           .string();
   const std::string address = "unix:" + path;
-  TestWorker worker(address);  // dials before there is anybody
+  std::atomic<uint64_t> free_bytes{900};
+  SessionOptions options = TestWorker::Quick();
+  options.read_memory = [&] { return std::pair<uint64_t, uint64_t>(1'000, free_bytes); };
+  TestWorker worker(address, options);  // dials before there is anybody
   for (int life = 0; life < 3; ++life) {
     FakeCoordinator coordinator(address);
-    ASSERT_TRUE(coordinator.AwaitHello(0)) << "life " << life;
+    const auto hello = coordinator.AwaitHello(0);
+    ASSERT_TRUE(hello) << "life " << life;
+    // Whatever the model takes: a coordinator that plans with as much plans the same.
+    EXPECT_EQ(hello->memory_free_bytes(), 900u);
+    free_bytes = 100;
     // The same epoch number again: nothing of the last life is in the way.
     coordinator.Send(0, Configure(1, 0, 1));
     ASSERT_TRUE(IsReady(coordinator.AwaitCase(0, WorkerMessage::kReady), 1));
