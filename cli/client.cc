@@ -119,6 +119,14 @@ absl::StatusOr<v1::GenerateResponse> Client::Generate(const v1::GenerateRequest&
   return response;
 }
 
+absl::StatusOr<v1::TokenizeResponse> Client::Tokenize(const v1::TokenizeRequest& request) {
+  grpc::ClientContext context;
+  v1::TokenizeResponse response;
+  const grpc::Status status = impl_->stub->Tokenize(&context, request, &response);
+  if (!status.ok()) return ToAbsl(status, context);
+  return response;
+}
+
 absl::Status Client::GenerateStream(const v1::GenerateRequest& request,
                                     const std::function<void(const v1::GenerateEvent&)>& on_event,
                                     CallHandle* handle) {

@@ -42,13 +42,14 @@ class Client {
   absl::StatusOr<v1::GetModelInfoResponse> GetModelInfo();
   absl::StatusOr<v1::GenerateResponse> Generate(const v1::GenerateRequest& request,
                                                 CallHandle* handle = nullptr);
+  absl::StatusOr<v1::TokenizeResponse> Tokenize(const v1::TokenizeRequest& request);
   // on_event is called for every event in order. A refusal for want of room
   // comes back as ResourceExhausted; see RetryDelayMs.
   absl::Status GenerateStream(const v1::GenerateRequest& request,
                               const std::function<void(const v1::GenerateEvent&)>& on_event,
                               CallHandle* handle = nullptr);
 
-  // What a ResourceExhausted status asks to wait; nothing when it does not say.
+  // What a refusal for want of room asks to wait; nothing when the status does not say.
   static std::optional<int64_t> RetryDelayMs(const absl::Status& status);
 
  private:

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
 #include "cli/commands.h"
 #include "cli/compare/compare_run.h"
 
@@ -51,8 +52,15 @@ void AddCompareCommand(CLI::App* app, Command* chosen) {
       ->check(CLI::Range(2u, 20u))
       ->capture_default_str();
   group = "Report";
-  command->add_option("--max-error", flags->max_error, "Fail when a log-probability is further off")
-      ->group(group);
+  command
+      ->add_option("--max-error", flags->max_error,
+                   "Fail when a log-probability is further off; 0: at any difference")
+      ->group(group)
+      ->check([](const std::string& text) -> std::string {
+        double bound = 0;
+        if (absl::SimpleAtod(text, &bound) && bound >= 0) return "";
+        return text + ": expected a number of 0 or more";
+      });
   command->add_flag("--json", flags->json, "Print JSON instead of the table")->group(group);
   command->add_option("--output", flags->output, "Write the JSON to this file as well")
       ->group(group);

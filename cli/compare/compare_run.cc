@@ -1,5 +1,6 @@
 #include "cli/compare/compare_run.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -110,11 +111,48 @@ class Comparison {
     return absl::InvalidArgumentError(absl::StrCat("--prompts ", flags_.prompts, ": no prompts"));
   }
 
-  // A's answers, with its view of every token.
-  absl::Status AskA(const OpenSide& a) {
+  // The prompts as both sides are asked them: the token ids that A makes of them.
+  absl::Status Tokenize(const OpenSide& a) {
     if (requests_.empty()) MakeRandom(a.info.vocab_size());
     prompts_.resize(requests_.size());
-    prompt_ids_.resize(requests_.size());
+    return ForEach(requests_.size(), [&](size_t i) -> absl::Status {
+      prompts_[i].name = names_[i];
+      v1::GenerateRequest& request = requests_[i];
+      if (request.has_token_ids()) return absl::OkStatus();
+      v1::TokenizeRequest ask;
+      if (request.has_chat()) {
+        *ask.mutable_chat() = request.chat();
+      } else {
+        ask.set_text(request.text());
+      }
+      const absl::StatusOr<v1::TokenizeResponse> ids = a.client->Tokenize(ask);
+      if (!ids.ok()) return Prefix(names_[i], ids.status());
+      *request.mutable_token_ids()->mutable_ids() = ids->token_ids();
+      return absl::OkStatus();
+    });
+  }
+
+  // B is asked to score prompt and answer as a prompt, which may not fill the context:
+  // to be found before A has done its work.
+  absl::Status CheckRoom(const OpenSide& side) const {
+    const int64_t room = int64_t{side.info.max_model_len()} - 1;
+    const auto shorter = [](const v1::GenerateRequest& a, const v1::GenerateRequest& b) {
+      return a.token_ids().ids_size() < b.token_ids().ids_size();
+    };
+    const auto longest = std::max_element(requests_.begin(), requests_.end(), shorter);
+    const int64_t tokens = longest->token_ids().ids_size();
+    if (tokens + flags_.max_tokens <= room) return absl::OkStatus();
+    const std::string what = absl::StrFormat(
+        "%s: a prompt of %d tokens and its answer are scored together, at most %d tokens with "
+        "max_model_len %d",
+        names_[static_cast<size_t>(longest - requests_.begin())], tokens, room, room + 1);
+    if (tokens >= room) return absl::InvalidArgumentError(what + "; it leaves no room for one");
+    return absl::InvalidArgumentError(absl::StrFormat("--max-tokens %u: %s; at most %d would work",
+                                                      flags_.max_tokens, what, room - tokens));
+  }
+
+  // A's answers, with its view of every token.
+  absl::Status AskA(const OpenSide& a) {
     return ForEach(requests_.size(), [&](size_t i) -> absl::Status {
       v1::GenerateRequest request = requests_[i];
       SetGreedy(&request);
@@ -122,44 +160,40 @@ class Comparison {
       const absl::StatusOr<v1::GenerateResponse> response = a.client->Generate(request);
       if (!response.ok()) return Prefix(names_[i], response.status());
       const v1::Completion& answer = response->completions(0);
-      prompts_[i].name = names_[i];
       prompts_[i].tokens_a.assign(answer.token_ids().begin(), answer.token_ids().end());
       for (const v1::TokenLogprobs& each : answer.logprobs()) {
         prompts_[i].view_a.push_back(View(each));
       }
-      const auto& ids = response->prompt().prompt_token_ids();
-      prompt_ids_[i].assign(ids.begin(), ids.end());
       return absl::OkStatus();
     });
   }
 
-  // B's answers to the same token ids, then its view of A's answers.
+  // B's answers to the same prompts, then its view of A's answers.
   absl::Status AskB(const OpenSide& b) {
     return ForEach(prompts_.size(), [&](size_t i) -> absl::Status {
       ComparedPrompt& prompt = prompts_[i];
       v1::GenerateRequest request = requests_[i];
       SetGreedy(&request);
-      SetIds(prompt_ids_[i], &request);
       const absl::StatusOr<v1::GenerateResponse> answer = b.client->Generate(request);
       if (!answer.ok()) return Prefix(prompt.name, answer.status());
       const auto& ids = answer->completions(0).token_ids();
       prompt.tokens_b.assign(ids.begin(), ids.end());
 
-      std::vector<uint32_t> whole = prompt_ids_[i];
-      whole.insert(whole.end(), prompt.tokens_a.begin(), prompt.tokens_a.end());
       v1::GenerateRequest score;
-      SetIds(whole, &score);
+      *score.mutable_token_ids() = requests_[i].token_ids();
+      auto* whole = score.mutable_token_ids()->mutable_ids();
+      whole->Add(prompt.tokens_a.begin(), prompt.tokens_a.end());
       score.mutable_sampling()->set_max_tokens(0);
       score.mutable_sampling()->set_prompt_logprobs(flags_.top);
       const absl::StatusOr<v1::GenerateResponse> scored = b.client->Generate(score);
       if (!scored.ok()) return Prefix(prompt.name, scored.status());
       const auto& views = scored->prompt().prompt_logprobs();
-      for (size_t at = prompt_ids_[i].size(); at < whole.size(); ++at) {
-        if (at >= static_cast<size_t>(views.size())) {
-          return absl::DataLossError(absl::StrCat(prompt.name, ": B scored ", views.size(), " of ",
-                                                  whole.size(), " tokens"));
-        }
-        prompt.view_b.push_back(View(views[static_cast<int>(at)]));
+      if (views.size() != whole->size()) {
+        return absl::DataLossError(absl::StrCat(prompt.name, ": B scored ", views.size(), " of ",
+                                                whole->size(), " tokens"));
+      }
+      for (int at = requests_[i].token_ids().ids_size(); at < views.size(); ++at) {
+        prompt.view_b.push_back(View(views[at]));
       }
       return absl::OkStatus();
     });
@@ -186,14 +220,9 @@ class Comparison {
     *request->mutable_sampling() = sampling;
   }
 
-  static void SetIds(const std::vector<uint32_t>& ids, v1::GenerateRequest* request) {
-    request->mutable_token_ids()->mutable_ids()->Assign(ids.begin(), ids.end());
-  }
-
   const CompareFlags& flags_;
   std::vector<v1::GenerateRequest> requests_;
   std::vector<std::string> names_;
-  std::vector<std::vector<uint32_t>> prompt_ids_;
   std::vector<ComparedPrompt> prompts_;
 };
 
@@ -219,10 +248,10 @@ absl::Status Report(const CompareFlags& flags, const std::string& a, const std::
       return absl::UnavailableError(absl::StrCat("--output ", flags.output, ": cannot be written"));
     }
   }
-  if (flags.max_error > 0 && !(figures.max_error <= flags.max_error)) {
+  if (flags.max_error && !(figures.max_error <= *flags.max_error)) {
     return absl::FailedPreconditionError(
         absl::StrFormat("the largest log-probability error is %.4g, above --max-error %g",
-                        figures.max_error, flags.max_error));
+                        figures.max_error, *flags.max_error));
   }
   return absl::OkStatus();
 }
@@ -248,19 +277,36 @@ absl::Status RunCompare(const CompareFlags& flags) {
   }
   Comparison comparison(flags);
   if (absl::Status status = comparison.ReadPrompts(); !status.ok()) return status;
+  // One that runs already is met before A does its work, which may be for nothing.
+  OpenSide b;
+  const auto open_b = [&]() -> absl::Status {
+    absl::StatusOr<OpenSide> side = Open(flags.b, flags);
+    if (!side.ok()) return Prefix("B", side.status());
+    b = *std::move(side);
+    return absl::OkStatus();
+  };
+  if (!flags.b.server.empty()) {
+    if (absl::Status status = open_b(); !status.ok()) return status;
+  }
   std::string described_a;
   {
     std::fprintf(stderr, "A: answering\n");
     absl::StatusOr<OpenSide> a = Open(flags.a, flags);
     if (!a.ok()) return Prefix("A", a.status());
     described_a = Describe(flags.a, a->info);
+    if (absl::Status status = comparison.Tokenize(*a); !status.ok()) return Prefix("A", status);
+    // Where B is yet to be started, A's limit stands for its own.
+    const OpenSide& scorer = b.client != nullptr ? b : *a;
+    if (absl::Status status = comparison.CheckRoom(scorer); !status.ok()) return status;
     if (absl::Status status = comparison.AskA(*a); !status.ok()) return Prefix("A", status);
   }
   std::fprintf(stderr, "B: answering, and scoring A's answers\n");
-  absl::StatusOr<OpenSide> b = Open(flags.b, flags);
-  if (!b.ok()) return Prefix("B", b.status());
-  if (absl::Status status = comparison.AskB(*b); !status.ok()) return Prefix("B", status);
-  return Report(flags, described_a, Describe(flags.b, b->info), Compare(comparison.prompts()));
+  if (b.client == nullptr) {
+    if (absl::Status status = open_b(); !status.ok()) return status;
+  }
+  if (absl::Status status = comparison.CheckRoom(b); !status.ok()) return Prefix("B", status);
+  if (absl::Status status = comparison.AskB(b); !status.ok()) return Prefix("B", status);
+  return Report(flags, described_a, Describe(flags.b, b.info), Compare(comparison.prompts()));
 }
 
 }  // namespace lockstep

@@ -5,6 +5,7 @@
 #define LOCKSTEP_CLI_COMPARE_COMPARE_RUN_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -23,10 +24,10 @@ struct CompareFlags {
   std::string model;    // for the sides that are started and name none of their own
   std::string prompts;  // JSON lines as `lockstep batch` reads them; empty: random tokens
   uint32_t random_prompts = 16, random_tokens = 64;
-  uint32_t max_tokens = 32;  // of an answer
-  uint32_t top = 20;         // log-probabilities a position
-  double max_error = 0;      // 0: report only; else an error beyond it fails
-  uint64_t seed = 1;         // of the random prompts
+  uint32_t max_tokens = 32;         // of an answer
+  uint32_t top = 20;                // log-probabilities a position
+  std::optional<double> max_error;  // an error beyond it fails; without: report only
+  uint64_t seed = 1;                // of the random prompts
   bool json = false;
   std::string output;
 };

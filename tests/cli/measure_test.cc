@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
@@ -195,6 +196,37 @@ TEST_F(MeasureTest, CompareSeesAnotherPrecisionAndFailsBeyondTheBound) {
   EXPECT_EQ(shell.code, 1);
   EXPECT_THAT(shell.out, HasSubstr("above --max-error"));
   EXPECT_THAT(shell.out, HasSubstr("same answers         1 of 1 prompts"));
+}
+
+// Found before anything is asked: B would refuse what it is to score.
+TEST_F(MeasureTest, CompareSaysHowManyTokensAnAnswerMayHave) {
+  const std::string prompts = ::testing::TempDir() + "/compare-room.jsonl";
+  const auto write = [&](int tokens) {
+    std::ofstream(prompts, std::ios::trunc)
+        << "{\"prompt\":\"Once\"}\n"
+        << json{{"prompt", std::vector<int>(static_cast<size_t>(tokens), 9)}} << "\n";
+  };
+  const std::string at = served_->server().address();
+  const std::string command =
+      "compare --server-a " + at + " --server-b " + at + " --prompts " + prompts + " --max-tokens ";
+  write(2000);  // of 2,048
+  const Shell full = Lockstep(command + "48");
+  EXPECT_EQ(full.code, 1);
+  EXPECT_THAT(full.out, HasSubstr("--max-tokens 48: line-2: a prompt of 2000 tokens"));
+  EXPECT_THAT(full.out, HasSubstr("at most 47 would work"));
+  EXPECT_EQ(Lockstep(command + "47").code, 0);
+  write(2047);
+  EXPECT_THAT(Lockstep(command + "1").out, HasSubstr("leaves no room"));
+}
+
+TEST_F(MeasureTest, CompareTakesZeroForABoundLikeAnyOther) {
+  const std::string same = "compare --server-a " + served_->server().address() +
+                           " --random-prompts 2 --max-tokens 4 --model " + DemoModel();
+  EXPECT_EQ(Lockstep(same + " --max-error 0 --server-b " + served_->server().address()).code, 0);
+  const Shell other = Lockstep(same + " --max-error 0 --flags-b='--dtype float32'");
+  EXPECT_EQ(other.code, 1);
+  EXPECT_THAT(other.out, HasSubstr("above --max-error 0"));
+  EXPECT_THAT(Lockstep(same + " --max-error -1").out, HasSubstr("expected a number of 0 or more"));
 }
 
 TEST_F(MeasureTest, TopPrintsOneFrameOfAWorkingServer) {
