@@ -141,6 +141,8 @@ class Supervisor {
       };
       if (note == static_cast<char>(SupervisorNote::kOpen)) {
         service_.Ready();
+        // `ready` stands on stdout once: the lives to come say it elsewhere.
+        coordinator_.options.stdout_to_stderr = true;
         continue;
       }
       apply(coordinator_);
@@ -238,8 +240,6 @@ class Supervisor {
       End(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
       return;
     }
-    // `ready` stands on stdout once, whatever happens later.
-    coordinator_.options.stdout_to_stderr = true;
     ScheduleRestart(coordinator_, status);
   }
 

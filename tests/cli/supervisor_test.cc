@@ -6,9 +6,11 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <string>
 #include <thread>
 
@@ -54,10 +56,12 @@ class SupervisorTest : public ::testing::Test {
   void Touch(const std::string& name) { std::ofstream(dir_ + "/" + name).close(); }
   static bool Alive(pid_t pid) { return kill(pid, 0) == 0; }
 
-  void Launch(const SupervisorOptions& options) {
+  void Launch(const SupervisorOptions& options, const std::string& stdout_path = "") {
     pid_ = fork();
     ASSERT_GE(pid_, 0);
-    if (pid_ == 0) _exit(RunSupervisor(options));
+    if (pid_ != 0) return;
+    if (!stdout_path.empty() && freopen(stdout_path.c_str(), "w", stdout) == nullptr) _exit(1);
+    _exit(RunSupervisor(options));
   }
   int Wait() {
     int status = 0;
@@ -196,6 +200,28 @@ TEST_F(SupervisorTest, StartsAKilledCoordinatorAgain) {
   ASSERT_TRUE(Eventually([&] { return Starts("c").size() == 1; }));
   kill(Starts("c")[0], SIGKILL);
   EXPECT_TRUE(Eventually([&] { return Starts("c").size() == 2; }));
+}
+
+// Each life says `ready` when it is told to, as the coordinator does it.
+TEST_F(SupervisorTest, ReadyStandsOnStdoutOnceHoweverManyLivesThereWere) {
+  SupervisorOptions options;
+  options.coordinator = Shell(Note("c") + "while [ ! -e " + dir_ +
+                              "/open ]; do sleep 0.01; done; echo ready; printf o > "
+                              "/proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; echo $$ >> " +
+                              dir_ + "/said; exec sleep 60");
+  options.workers = {Shell("exec sleep 60")};
+  Launch(options, dir_ + "/stdout");
+  const auto killed_after = [&](const std::string& name, size_t times) {
+    if (!Eventually([&] { return Starts(name).size() == times; })) return false;
+    return kill(Starts("c").back(), SIGKILL) == 0;
+  };
+  ASSERT_TRUE(killed_after("c", 1)) << "before it was ready";
+  ASSERT_TRUE(Eventually([&] { return Starts("c").size() == 2; }));
+  Touch("open");
+  ASSERT_TRUE(killed_after("said", 1));
+  ASSERT_TRUE(Eventually([&] { return Starts("said").size() == 2; }));
+  std::ifstream said(dir_ + "/stdout");
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(said), {}), "ready\n");
 }
 
 TEST_F(SupervisorTest, SigtermDrainsThroughTheCoordinator) {
