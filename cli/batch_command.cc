@@ -33,13 +33,17 @@ constexpr int64_t kUnavailablePauseMs = 1'000;
 
 class BatchRun {
  public:
-  BatchRun(std::vector<BatchItem> items, Client* client, std::ofstream* out)
-      : items_(std::move(items)), client_(client), out_(out), bar_("requests", items_.size()) {}
+  BatchRun(std::vector<BatchItem> items, uint32_t concurrency, Client* client, std::ofstream* out)
+      : items_(std::move(items)),
+        client_(client),
+        out_(out),
+        calls_(concurrency),
+        bar_("requests", items_.size()) {}
 
-  void Run(uint32_t concurrency) {
-    InterruptGuard interrupt([this] { stopping_ = true; });
+  void Run() {
+    InterruptGuard interrupt([this] { Interrupt(); });
     std::vector<std::thread> threads;
-    for (uint32_t i = 0; i < concurrency; ++i) threads.emplace_back([this] { Work(); });
+    for (CallHandle& call : calls_) threads.emplace_back([this, &call] { Work(&call); });
     for (std::thread& thread : threads) thread.join();
   }
 
@@ -48,7 +52,17 @@ class BatchRun {
   size_t written() const { return written_; }
 
  private:
-  void Work() {
+  // The first time ends what has not begun, the second what is under way.
+  void Interrupt() {
+    if (!stopping_.exchange(true)) {
+      std::fprintf(stderr, "%sfinishing the requests under way; Ctrl-C again ends at once\n",
+                   StderrIsTerminal() ? "\n" : "");  // a bar stands on the line
+      return;
+    }
+    for (CallHandle& call : calls_) call.Cancel();
+  }
+
+  void Work(CallHandle* call) {
     for (;;) {
       const size_t i = next_++;
       if (i >= items_.size() || stopping_) return;
@@ -57,7 +71,7 @@ class BatchRun {
         Write(ErrorLine(item.custom_id, item.error), true);
         continue;
       }
-      absl::StatusOr<v1::GenerateResponse> response = Ask(item.request);
+      absl::StatusOr<v1::GenerateResponse> response = Ask(item.request, call);
       if (stopping_ && !response.ok()) return;
       if (response.ok()) {
         Write(AnswerLine(item.custom_id, *response), false);
@@ -67,12 +81,13 @@ class BatchRun {
     }
   }
 
-  absl::StatusOr<v1::GenerateResponse> Ask(const v1::GenerateRequest& request) {
+  absl::StatusOr<v1::GenerateResponse> Ask(const v1::GenerateRequest& request, CallHandle* call) {
     for (int away = 0;;) {
-      absl::StatusOr<v1::GenerateResponse> response = client_->Generate(request);
+      absl::StatusOr<v1::GenerateResponse> response = client_->Generate(request, call);
       int64_t pause_ms = kUnavailablePauseMs;
-      if (absl::IsResourceExhausted(response.status())) {
-        pause_ms = Client::RetryDelayMs(response.status()).value_or(kUnavailablePauseMs);
+      // Lockstep's own refusals say when to come back; gRPC's (a message too large) are for good.
+      if (const auto asked = Client::RetryDelayMs(response.status())) {
+        pause_ms = *asked;
       } else if (!absl::IsUnavailable(response.status()) || ++away > kMaxUnavailableTries) {
         return response;
       }
@@ -94,6 +109,7 @@ class BatchRun {
   const std::vector<BatchItem> items_;
   Client* const client_;
   std::ofstream* const out_;
+  std::vector<CallHandle> calls_;  // one a thread
   std::atomic<size_t> next_ = 0;
   std::atomic<bool> stopping_ = false;
   std::mutex mutex_;  // guards the output and the counts below
@@ -109,22 +125,31 @@ int RunBatch(const BatchFlags& flags) {
   };
   absl::StatusOr<std::vector<BatchItem>> items = ReadBatch(flags.input);
   if (!items.ok()) return fail(items.status());
-  absl::StatusOr<std::unordered_set<std::string>> answered = ResumeOutput(flags.output);
-  if (!answered.ok()) return fail(answered.status());
+  absl::StatusOr<BatchOutput> output = ReadOutput(flags.output);
+  if (!output.ok()) return fail(output.status());
   const size_t total = items->size();
-  std::erase_if(*items, [&](const BatchItem& item) { return answered->contains(item.custom_id); });
+  std::erase_if(*items,
+                [&](const BatchItem& item) { return output->answered.contains(item.custom_id); });
   if (items->size() < total) {
     std::fprintf(stderr, "%zu of %zu requests are answered already\n", total - items->size(),
                  total);
   }
   if (items->empty()) return 0;
+  const absl::Status unwritable =
+      absl::UnavailableError(absl::StrCat(flags.output, ": cannot be written"));
   std::ofstream out(flags.output, std::ios::app);
-  if (!out) return fail(absl::UnavailableError(absl::StrCat(flags.output, ": cannot be written")));
+  if (!out) return fail(unwritable);
   absl::StatusOr<Connection> connection = Connect(flags.connection);
   if (!connection.ok()) return fail(connection.status());
+  if (!output->stale.empty()) {
+    absl::Status dropped = DropLines(flags.output, output->stale);
+    if (!dropped.ok()) return fail(dropped);
+    out = std::ofstream(flags.output, std::ios::app);  // the name is another file's now
+    if (!out) return fail(unwritable);
+  }
 
-  BatchRun run(*std::move(items), connection->client.get(), &out);
-  run.Run(flags.concurrency);
+  BatchRun run(*std::move(items), flags.concurrency, connection->client.get(), &out);
+  run.Run();
   if (!out) return fail(absl::DataLossError(absl::StrCat(flags.output, ": writing failed")));
   if (!run.complete()) {
     std::fprintf(stderr, "stopped; the same command goes on from here\n");

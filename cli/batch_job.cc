@@ -1,8 +1,12 @@
 #include "cli/batch_job.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -240,29 +244,71 @@ absl::StatusOr<std::vector<BatchItem>> ReadBatch(const std::string& path) {
   return items;
 }
 
-absl::StatusOr<std::unordered_set<std::string>> ResumeOutput(const std::string& path) {
-  std::unordered_set<std::string> answered;
+absl::StatusOr<BatchOutput> ReadOutput(const std::string& path) {
+  namespace fs = std::filesystem;
+  BatchOutput output;
+  std::error_code error;
+  const fs::file_status status = fs::status(path, error);
+  if (fs::is_directory(status)) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": is a folder; name a file"));
+  }
+  if (fs::status_known(status) && !fs::is_regular_file(status)) return output;
   std::ifstream file(path);
-  if (!file) return answered;
-  const std::string kept_path = path + ".resume";
-  std::ofstream kept(kept_path, std::ios::trunc);
+  if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be read"));
   std::string line;
-  while (std::getline(file, line)) {
-    if (file.eof()) break;  // no newline: the line was cut off
+  for (size_t number = 0; std::getline(file, line); ++number) {
+    if (file.eof()) {  // no newline: the line was cut off
+      output.stale.push_back(number);
+      break;
+    }
     const json object = ParseLine(line);
     if (!object.is_object() || !object.contains("custom_id") || !object["custom_id"].is_string()) {
       return absl::InvalidArgumentError(
           absl::StrCat(path, ": holds a line that is not an answer; name another output"));
     }
-    if (object.contains("error")) continue;
-    answered.insert(object["custom_id"].get<std::string>());
-    kept << line << '\n';
+    if (object.contains("error")) {
+      output.stale.push_back(number);
+    } else {
+      output.answered.insert(object["custom_id"].get<std::string>());
+    }
+  }
+  return output;
+}
+
+absl::Status DropLines(const std::string& path, const std::vector<size_t>& lines) {
+  const auto failed = [&] {
+    return absl::UnavailableError(absl::StrCat(path, ": cannot be rewritten: ", strerror(errno)));
+  };
+  std::error_code error;
+  const std::string target = std::filesystem::canonical(path, error);  // of a symbolic link
+  struct stat old {};
+  if (error || stat(target.c_str(), &old) != 0) return failed();
+  std::string kept_path = target + ".XXXXXX";
+  const int fd = mkstemp(kept_path.data());
+  if (fd < 0) return failed();
+  close(fd);
+
+  std::ifstream file(target);
+  std::ofstream kept(kept_path);
+  std::string line;
+  auto next = lines.begin();
+  for (size_t number = 0; std::getline(file, line); ++number) {
+    if (next != lines.end() && *next == number) {
+      ++next;
+    } else {
+      kept << line << '\n';
+    }
   }
   kept.close();
-  if (!kept || std::rename(kept_path.c_str(), path.c_str()) != 0) {
-    return absl::UnavailableError(absl::StrCat(path, ": cannot be rewritten"));
+  // Only root gives files away: who goes on with another's file makes it theirs.
+  const bool given = chown(kept_path.c_str(), old.st_uid, old.st_gid) == 0 || errno == EPERM;
+  if (!given || file.bad() || !kept || chmod(kept_path.c_str(), old.st_mode & 07777) != 0 ||
+      std::rename(kept_path.c_str(), target.c_str()) != 0) {
+    absl::Status status = failed();
+    unlink(kept_path.c_str());
+    return status;
   }
-  return answered;
+  return absl::OkStatus();
 }
 
 std::string AnswerLine(const std::string& custom_id, const v1::GenerateResponse& response) {

@@ -10,7 +10,8 @@
 // three single fields.
 //
 // Resumable: a custom_id (default: "line-N") that stands in the output with an
-// answer is not asked again; a last line that was cut off is dropped first.
+// answer is not asked again; lines with an error and a last line that was cut off
+// are dropped first.
 #ifndef LOCKSTEP_CLI_BATCH_JOB_H_
 #define LOCKSTEP_CLI_BATCH_JOB_H_
 
@@ -36,10 +37,20 @@ BatchItem ParseBatchLine(const std::string& line, size_t line_number);
 // Every request of the input in order. InvalidArgument on a custom_id that stands twice.
 absl::StatusOr<std::vector<BatchItem>> ReadBatch(const std::string& path);
 
-// The ids already answered in an output file (none when it does not exist).
-// Cuts off a last line without its newline, and drops lines that hold an error,
-// so that those requests are tried again.
-absl::StatusOr<std::unordered_set<std::string>> ResumeOutput(const std::string& path);
+// What stands in an output file already.
+struct BatchOutput {
+  std::unordered_set<std::string> answered;
+  // Lines that a job which goes on does without, counted from 0, ascending.
+  std::vector<size_t> stale;
+};
+
+// Changes nothing. Empty when nothing stands there, and for what is no regular
+// file: a device or a pipe is written to as it is.
+absl::StatusOr<BatchOutput> ReadOutput(const std::string& path);
+
+// Drops those lines of a regular file, or leaves it as it is and says why. A
+// symbolic link stays one, the mode stays, and so does the owner where we may.
+absl::Status DropLines(const std::string& path, const std::vector<size_t>& lines);
 
 // Output lines, without the newline.
 std::string AnswerLine(const std::string& custom_id, const v1::GenerateResponse& response);

@@ -93,6 +93,14 @@ void CheckSharedMemory(Report* report) {
   }
 }
 
+void SayBackends(Report* report) {
+#ifdef LOCKSTEP_CUDA
+  report->Good("backends", "cpu and cuda");
+#else
+  report->Good("backends", "cpu alone: this build was configured without LOCKSTEP_CUDA");
+#endif
+}
+
 void CheckDaemons(Report* report) {
   for (const char* name : {"lockstep-coordinator", "lockstep-worker"}) {
     const absl::StatusOr<std::string> path = SiblingProgram(name);
@@ -119,7 +127,7 @@ void CheckGpus(Report* report) {
     report->Bad("GPUs", "the NVIDIA driver's library does not start");
   } else {
     if (count(&devices) == 0) {
-      report->Note("GPUs", std::to_string(devices) + " found; this build has the cpu backend only");
+      report->Note("GPUs", std::to_string(devices) + " found");
     }
     shutdown();
   }
@@ -133,6 +141,7 @@ int RunDoctor() {
   CheckDescriptors(&report);
   CheckSharedMemory(&report);
   CheckDaemons(&report);
+  SayBackends(&report);
   CheckGpus(&report);
   if (report.problems() > 0) std::printf("%d to look at\n", report.problems());
   return report.problems() == 0 ? 0 : 1;

@@ -1,5 +1,7 @@
 #include "cli/batch_job.h"
 
+#include <sys/stat.h>
+
 #include <filesystem>
 #include <fstream>
 
@@ -104,28 +106,59 @@ TEST_F(BatchJobTest, RefusesACustomIdThatStandsTwice) {
               HasSubstr("line 2: custom_id 'x' stands twice"));
 }
 
+constexpr char kHalfDone[] =
+    "{\"custom_id\":\"a\",\"text\":\"1\"}\n"
+    "{\"custom_id\":\"b\",\"error\":{}}\n"
+    "{\"custom_id\":\"c\",\"text\":\"3\"}\n"
+    "{\"custom_id\":\"d\",\"te";
+constexpr char kHalfDoneKept[] =
+    "{\"custom_id\":\"a\",\"text\":\"1\"}\n"
+    "{\"custom_id\":\"c\",\"text\":\"3\"}\n";
+
 TEST_F(BatchJobTest, ResumeKeepsAnswersAndDropsErrorsAndTheCutLine) {
-  const std::string path = Write("out1.jsonl",
-                                 "{\"custom_id\":\"a\",\"text\":\"1\"}\n"
-                                 "{\"custom_id\":\"b\",\"error\":{}}\n"
-                                 "{\"custom_id\":\"c\",\"te");
-  const auto answered = ResumeOutput(path);
-  ASSERT_TRUE(answered.ok()) << answered.status();
-  EXPECT_THAT(*answered, UnorderedElementsAre("a"));
-  EXPECT_EQ(Read(path), "{\"custom_id\":\"a\",\"text\":\"1\"}\n");
+  const std::string path = Write("out1.jsonl", kHalfDone);
+  const auto output = ReadOutput(path);
+  ASSERT_TRUE(output.ok()) << output.status();
+  EXPECT_THAT(output->answered, UnorderedElementsAre("a", "c"));
+  EXPECT_THAT(output->stale, ElementsAre(1, 3));
+  EXPECT_EQ(Read(path), kHalfDone);
+  ASSERT_TRUE(DropLines(path, output->stale).ok());
+  EXPECT_EQ(Read(path), kHalfDoneKept);
+}
+
+TEST_F(BatchJobTest, ARewrittenFileKeepsItsModeAndItsSymbolicLink) {
+  const std::string path = Write("out3.jsonl", kHalfDone);
+  const std::string link = ::testing::TempDir() + "/out3-link.jsonl";
+  std::filesystem::remove(link);
+  std::filesystem::create_symlink("out3.jsonl", link);
+  const auto mode = std::filesystem::perms(0640);
+  std::filesystem::permissions(path, mode);
+  ASSERT_TRUE(DropLines(link, {1, 3}).ok());
+  EXPECT_TRUE(std::filesystem::is_symlink(link));
+  EXPECT_FALSE(std::filesystem::is_symlink(path));
+  EXPECT_EQ(Read(path), kHalfDoneKept);
+  EXPECT_EQ(std::filesystem::status(path).permissions(), mode);
 }
 
 TEST_F(BatchJobTest, ResumeRefusesAFileThatIsNotAnAnswerFile) {
-  const std::string text = "precious notes\n";
-  const std::string path = Write("out2.jsonl", text);
-  EXPECT_FALSE(ResumeOutput(path).ok());
-  EXPECT_EQ(Read(path), text);
+  EXPECT_THAT(std::string(ReadOutput(Write("out2.jsonl", "precious notes\n")).status().message()),
+              HasSubstr("not an answer; name another output"));
+  EXPECT_THAT(std::string(ReadOutput(::testing::TempDir()).status().message()),
+              HasSubstr("is a folder"));
 }
 
-TEST_F(BatchJobTest, ResumeOfNothingIsEmpty) {
-  const auto answered = ResumeOutput(::testing::TempDir() + "/no-such-file.jsonl");
-  ASSERT_TRUE(answered.ok());
-  EXPECT_TRUE(answered->empty());
+// A pipe, which would not be read without waiting, stands for devices as well.
+TEST_F(BatchJobTest, ResumeOfNothingAndOfWhatIsNoFileIsEmpty) {
+  const std::string pipe = ::testing::TempDir() + "/out4.pipe";
+  std::filesystem::remove(pipe);
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  for (const std::string& path : {::testing::TempDir() + "/no-such-file.jsonl", pipe}) {
+    const auto output = ReadOutput(path);
+    ASSERT_TRUE(output.ok()) << output.status();
+    EXPECT_TRUE(output->answered.empty());
+    EXPECT_TRUE(output->stale.empty());
+  }
+  EXPECT_TRUE(std::filesystem::is_fifo(pipe));
 }
 
 }  // namespace

@@ -1,10 +1,15 @@
 // The commands as a user types them, against the demo model.
+#include <signal.h>
+#include <sys/wait.h>
+
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "cli/child_process.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
@@ -116,6 +121,67 @@ TEST_F(CliTest, BatchWritesAnErrorLineForABadRequestAndAnswersTheRest) {
   EXPECT_THAT(Read(out), HasSubstr("temperature"));
 }
 
+TEST_F(CliTest, BatchWritesToADeviceAsItIs) {
+  const std::string in = File("device.jsonl", "{\"prompt\":\"Once\",\"max_tokens\":2}\n");
+  const std::string link = ::testing::TempDir() + "/device-out";
+  std::filesystem::remove(link);
+  std::filesystem::create_symlink("/dev/null", link);
+  const Shell shell = Lockstep("batch " + At() + " " + in + " " + link);
+  EXPECT_EQ(shell.code, 0) << shell.out;
+  EXPECT_TRUE(std::filesystem::is_symlink(link));
+  EXPECT_TRUE(std::filesystem::is_character_file("/dev/null"));
+  EXPECT_THAT(Lockstep("batch " + At() + " " + in + " /dev/stdout").out,
+              HasSubstr("\"completion_tokens\":2"));
+}
+
+TEST_F(CliTest, BatchDropsErrorLinesOnlyWhereAServerAnswers) {
+  const std::string in = File("again.jsonl", "{\"prompt\":\"Once\",\"max_tokens\":2}\n");
+  const std::string failed = "{\"custom_id\":\"line-1\",\"error\":{}}\n";
+  const std::string out = File("again-out.jsonl", failed);
+  EXPECT_EQ(Lockstep("batch --address 127.0.0.1:1 " + in + " " + out).code, 1);
+  EXPECT_EQ(Read(out), failed);
+  EXPECT_EQ(Lockstep("batch " + At() + " " + in + " " + out).code, 0);
+  EXPECT_EQ(json::parse(Read(out))["completion_tokens"], 2);
+}
+
+// gRPC refuses it with the code of a full queue, but it never fits.
+TEST_F(CliTest, BatchGivesUpOnARequestAboveTheMessageLimit) {
+  const std::string in = File("large.jsonl", "{\"prompt\":\"" + std::string(9 << 20, 'x') +
+                                                 "\"}\n{\"prompt\":\"Once\",\"max_tokens\":2}\n");
+  const std::string out = ::testing::TempDir() + "/large-out.jsonl";
+  std::remove(out.c_str());
+  const Shell shell = Lockstep("batch " + At() + " " + in + " " + out);
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("1 of 2 requests failed"));
+  EXPECT_THAT(Read(out), HasSubstr("larger than max"));
+  EXPECT_THAT(Read(out), HasSubstr("\"completion_tokens\":2"));
+}
+
+TEST_F(CliTest, BatchEndsAtOnceAtTheSecondInterrupt) {
+  std::string input = "{\"prompt\":\"Once\",\"max_tokens\":2}\n";
+  for (int i = 0; i < 64; ++i) {
+    input += "{\"prompt\":\"Once\",\"max_tokens\":2000,\"ignore_eos\":true}\n";
+  }
+  const std::string in = File("long.jsonl", input);
+  const std::string out = File("long-out.jsonl", ""), log = File("long.log", "");
+  ChildOptions options;
+  options.log_path = log;
+  const auto batch = StartChild({absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin/lockstep"), "batch",
+                                 "--address", served_->server().address(), in, out},
+                                options);
+  ASSERT_TRUE(batch.ok()) << batch.status();
+  EXPECT_TRUE(Eventually([&] { return !Read(out).empty(); }));
+  kill(*batch, SIGINT);
+  EXPECT_TRUE(Eventually([&] { return Read(log).find("Ctrl-C again") != std::string::npos; }));
+  int status = 0;
+  EXPECT_EQ(waitpid(*batch, &status, WNOHANG), 0) << "it waits for what is under way";
+  kill(*batch, SIGINT);
+  waitpid(*batch, &status, 0);
+  EXPECT_EQ(WEXITSTATUS(status), 130) << Read(log);
+  // Nothing of those that were under way, and no half line.
+  EXPECT_EQ(json::parse(Read(out), nullptr, false)["custom_id"], "line-1") << Read(out);
+}
+
 TEST_F(CliTest, BatchRunsOfflineWithAModelOfItsOwn) {
   const std::string in = File("offline.jsonl", "{\"prompt\":\"Once\",\"max_tokens\":4}\n");
   const std::string out = ::testing::TempDir() + "/offline-out.jsonl";
@@ -134,7 +200,13 @@ TEST_F(CliTest, PlanAnswersFromTheConfigAlone) {
 }
 
 TEST_F(CliTest, DoctorLooksAtTheHost) {
-  EXPECT_THAT(Lockstep("doctor").out, HasSubstr("processor"));
+  const std::string said = Lockstep("doctor").out;
+  EXPECT_THAT(said, HasSubstr("processor"));
+  const bool cuda =
+      Read(absl::StrCat(LOCKSTEP_BINARY_DIR, "/CMakeCache.txt")).find("LOCKSTEP_CUDA:BOOL=ON") !=
+      std::string::npos;
+  EXPECT_THAT(
+      said, HasSubstr(cuda ? "backends           cpu and cuda\n" : "backends           cpu alone"));
 }
 
 TEST_F(CliTest, HelpGroupsTheCommands) {
