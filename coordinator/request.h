@@ -48,7 +48,8 @@ struct Request {
   int32_t priority = 0;               // lower runs first; equal: first come
   int64_t arrival_ms = 0;             // on the engine's clock
   int64_t deadline_ms = kNoDeadline;  // on the engine's clock
-  uint64_t cache_salt = 0;            // prefix-cache sharing is within one salt
+  // Prefix-cache sharing is within one salt: that of an API key, 0 without keys.
+  uint64_t cache_salt = 0;
 };
 
 enum class FinishReason {

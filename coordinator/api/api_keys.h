@@ -10,6 +10,7 @@
 #define LOCKSTEP_COORDINATOR_API_API_KEYS_H_
 
 #include <array>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -30,8 +31,9 @@ class ApiKeys {
 
   // Unauthenticated unless `authorization`, the header or metadata of that name,
   // is "Bearer KEY" with a key of the file. The time taken tells nothing of how
-  // much of a key was right.
-  absl::Status Check(std::string_view authorization);
+  // much of a key was right. With OK, *cache_salt is that key's alone, so that no
+  // key can tell from times or cached tokens what another one asked.
+  absl::Status Check(std::string_view authorization, uint64_t* cache_salt = nullptr);
 
  private:
   using Digest = std::array<unsigned char, 32>;
@@ -43,6 +45,7 @@ class ApiKeys {
   explicit ApiKeys(const std::string& path) : path_(path), files_({path}) {}
   static absl::StatusOr<std::vector<Key>> Read(const std::string& path);
   static Digest Hash(std::string_view key);
+  static uint64_t Salt(const Digest& digest);
 
   const std::string path_;
   std::mutex mutex_;

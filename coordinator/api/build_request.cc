@@ -178,6 +178,7 @@ absl::StatusOr<Request> BuildRequest(const ClientRequest& client, const ServedMo
   request.priority = client.priority;
   request.arrival_ms = now_ms;
   request.deadline_ms = client.deadline_ms;
+  request.cache_salt = client.cache_salt;
   status = FitContext(client.sampling, defaults, model, field, &request);
   if (!status.ok()) return status;
   request.ending_ids = EndingIds(request.sampling, model);

@@ -51,6 +51,7 @@ struct ClientRequest {
   int32_t priority = 0;
   std::string model;                  // "" : the served one
   int64_t deadline_ms = kNoDeadline;  // on the engine's clock
+  uint64_t cache_salt = 0;            // of the caller's API key
 };
 
 // How the doors differ, and nothing else does.

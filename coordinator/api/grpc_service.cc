@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -35,6 +36,7 @@ int64_t DeadlineMs(const grpc::CallbackServerContext& context, const EngineClien
 struct Caller {
   absl::Status allowed;
   std::string request_id;
+  uint64_t cache_salt = 0;  // of its API key
 };
 
 // What streaming and unary generation share. The call owns itself from Begin
@@ -52,6 +54,7 @@ class GenerateCall : public Reactor, public std::enable_shared_from_this<Generat
     if (allowed_.ok()) held_ = path->HoldMessage(request.ByteSizeLong());
     if (allowed_.ok() && held_.ok()) client_ = FromProto(request);
     client_.request_id = caller.request_id;
+    client_.cache_salt = caller.cache_salt;
     client_.deadline_ms = DeadlineMs(*context, path->engine());
   }
 
@@ -285,8 +288,9 @@ class InferenceService final : public v1::Inference::CallbackService {
       if (found == metadata.end()) return std::string_view();
       return std::string_view(found->second.data(), found->second.size());
     };
+    uint64_t cache_salt = 0;
     if (keys_ != nullptr) {
-      absl::Status allowed = path_->Refuse(keys_->Check(value("authorization")));
+      absl::Status allowed = path_->Refuse(keys_->Check(value("authorization"), &cache_salt));
       if (!allowed.ok()) return {std::move(allowed), ""};
     }
     std::string id = id_of_message;
@@ -300,7 +304,7 @@ class InferenceService final : public v1::Inference::CallbackService {
       context->AddInitialMetadata("x-request-id", id);
       LogTrace(id, value("traceparent"));
     }
-    return {absl::OkStatus(), std::move(id)};
+    return {absl::OkStatus(), std::move(id), cache_salt};
   }
 
   // Runs `work` on a message of `bytes` on an intake thread and finishes with what

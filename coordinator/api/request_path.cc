@@ -55,6 +55,17 @@ absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldMessage(size_t bytes) {
   return Refuse(Full("too many large messages at once"));
 }
 
+absl::Status RequestPath::CheckBatch(size_t prompts) {
+  const EngineInfo info = Info();
+  // Admission counts requests, one a prompt, whatever their n.
+  const uint64_t most = uint64_t{info.max_num_seqs} + info.max_queued_requests;
+  if (prompts <= most) return absl::OkStatus();
+  return Refuse(FieldError(
+      "prompt", absl::StrCat(prompts, " prompts are more than this server takes at once; allowed: ",
+                             most, " (--max-num-seqs ", info.max_num_seqs,
+                             " + --max-queued-requests ", info.max_queued_requests, ")")));
+}
+
 absl::StatusOr<Request> RequestPath::Build(const ClientRequest& client,
                                            const DoorDefaults& defaults) {
   absl::StatusOr<Request> request = BuildRequest(client, *model_, defaults, engine_->NowMs());

@@ -40,6 +40,9 @@ class RequestPath {
   // A place for a message of `bytes` that waits to be read; given back with the
   // last copy. ResourceExhausted when large ones fill theirs already.
   absl::StatusOr<std::shared_ptr<void>> HoldMessage(size_t bytes);
+  // InvalidArgument for a batch of more prompts than an idle group could admit:
+  // those that start and those that wait. A later attempt would end alike.
+  absl::Status CheckBatch(size_t prompts);
   absl::StatusOr<Request> Build(const ClientRequest& client, const DoorDefaults& defaults);
   absl::StatusOr<std::shared_ptr<Answer>> Submit(Request request);
   // Counts a refusal that a door made by itself, and returns it.

@@ -55,10 +55,13 @@ absl::Status CompletionExchange::Start(std::vector<std::shared_ptr<Answer>>* ans
   absl::StatusOr<CompletionRequest> read = api_.read(http_.body);
   if (!read.ok()) return path_->Refuse(read.status());
   request_ = *std::move(read);
+  absl::Status fits = path_->CheckBatch(request_.prompts.size());
+  if (!fits.ok()) return fits;
   std::vector<Request> requests;
   for (size_t i = 0; i < request_.prompts.size(); ++i) {
     ClientRequest& client = request_.prompts[i];
     client.request_id = request_id_;
+    client.cache_salt = http_.cache_salt;
     absl::StatusOr<Request> request = path_->Build(client, api_.defaults);
     if (!request.ok()) return request.status();
     if (request_.prompts.size() > 1) absl::StrAppend(&request->external_id, "-", i);

@@ -313,7 +313,7 @@ asio::awaitable<Connection::Received> Connection::ReadRequest() {
       deadline = Clock::now() + Ms(state_->options.body_timeout_ms);
       out.FillHead(parser.get());
       // Before the body is waited for: who may not ask fills no memory.
-      out.refusal = state_->handler->Screen(out.request);
+      out.refusal = state_->handler->Screen(&out.request);
       if (out.refusal) {
         out.kind = Received::Kind::kMalformed;
         co_return out;

@@ -7,6 +7,7 @@
 #ifndef LOCKSTEP_COORDINATOR_API_HTTP_EXCHANGE_H_
 #define LOCKSTEP_COORDINATOR_API_HTTP_EXCHANGE_H_
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -22,6 +23,7 @@ struct HttpRequest {
   std::string content_type;
   std::string request_id;  // x-request-id as it came; "" when there was none
   std::string authorization, traceparent, origin;  // likewise
+  uint64_t cache_salt = 0;                         // of its API key, set by Screen
   std::string body;
   // Counts the body's bytes against the server's budget until dropped.
   std::shared_ptr<void> body_lease;
@@ -67,8 +69,12 @@ class HttpHandler {
  public:
   virtual ~HttpHandler() = default;
   virtual std::shared_ptr<Exchange> Handle(HttpRequest request) = 0;
-  // A refusal that needs no body, asked when the header has come.
-  virtual std::optional<HttpReply> Screen(const HttpRequest&) { return {}; }
+  // A refusal that needs no body, asked when the header has come; otherwise *head
+  // learns who asks.
+  virtual std::optional<HttpReply> Screen(HttpRequest* head) {
+    (void)head;
+    return {};
+  }
   // The reply to what never became a request: a malformed or oversized one.
   virtual HttpReply RefuseMalformed(int status, const std::string& message) = 0;
 };

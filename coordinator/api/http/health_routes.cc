@@ -10,9 +10,9 @@ std::shared_ptr<Exchange> HealthRoutes::Handle(HttpRequest request) {
   return routes_->Handle(std::move(request));
 }
 
-std::optional<HttpReply> HealthRoutes::Screen(const HttpRequest& head) {
-  const bool asks = head.method == "GET" || head.method == "HEAD";
-  if (asks && (head.path == "/health" || head.path == "/ready")) return {};
+std::optional<HttpReply> HealthRoutes::Screen(HttpRequest* head) {
+  const bool asks = head->method == "GET" || head->method == "HEAD";
+  if (asks && (head->path == "/health" || head->path == "/ready")) return {};
   return routes_->RefuseMalformed(404, "this port answers GET /health and GET /ready alone");
 }
 

@@ -18,7 +18,7 @@ class HealthRoutes : public HttpHandler {
   explicit HealthRoutes(Routes* routes);  // the door's, which answer; they outlive this
 
   std::shared_ptr<Exchange> Handle(HttpRequest request) override;
-  std::optional<HttpReply> Screen(const HttpRequest& head) override;
+  std::optional<HttpReply> Screen(HttpRequest* head) override;
   HttpReply RefuseMalformed(int status, const std::string& message) override;
 
  private:

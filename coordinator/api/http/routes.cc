@@ -128,17 +128,17 @@ HttpReply Routes::Preflight() {
   return reply;
 }
 
-std::optional<HttpReply> Routes::Screen(const HttpRequest& head) {
+std::optional<HttpReply> Routes::Screen(HttpRequest* head) {
   if (keys_ == nullptr) return {};
-  const bool open = head.method == "GET" || head.method == "HEAD";
+  const bool open = head->method == "GET" || head->method == "HEAD";
   for (const std::string_view path : {"/health", "/ready", "/metrics"}) {
-    if (open && head.path == path) return {};
+    if (open && head->path == path) return {};
   }
   // A browser sends no key with its question, and learns nothing from the answer.
-  if (IsPreflight(head)) return {};
-  const absl::Status allowed = path_->Refuse(keys_->Check(head.authorization));
+  if (IsPreflight(*head)) return {};
+  const absl::Status allowed = path_->Refuse(keys_->Check(head->authorization, &head->cache_salt));
   if (allowed.ok()) return {};
-  return FinishHead(ErrorReply(allowed), CallerOf(head));
+  return FinishHead(ErrorReply(allowed), CallerOf(*head));
 }
 
 std::shared_ptr<Exchange> Routes::Handle(HttpRequest request) {

@@ -29,7 +29,7 @@ class Routes : public HttpHandler {
   Routes(RequestPath* path, ApiKeys* keys, std::vector<std::string> allowed_origins);
 
   std::shared_ptr<Exchange> Handle(HttpRequest request) override;
-  std::optional<HttpReply> Screen(const HttpRequest& head) override;
+  std::optional<HttpReply> Screen(HttpRequest* head) override;
   HttpReply RefuseMalformed(int status, const std::string& message) override;
 
  private:

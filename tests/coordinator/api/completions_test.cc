@@ -411,6 +411,23 @@ TEST_F(Completions, AFailureAfterTheFirstByteEndsTheStream) {
   EXPECT_EQ(client.ReadToEnd(), "");  // and closes
 }
 
+// 429 would send the client to try the same again, for ever.
+TEST_F(Completions, ABatchThatCanNeverFitIsInvalid) {
+  engine_.SetRoom(/*max_num_seqs=*/4, /*max_queued_requests=*/64);
+  json prompts = json::array();
+  for (int i = 0; i < 68; ++i) prompts.push_back({i + 5});
+  EXPECT_EQ(Complete({{"prompt", prompts}, {"max_tokens", 1}, {"n", 2}}).status, 200);
+  ASSERT_EQ(engine_.submitted().size(), 68u);
+  prompts.push_back({5});
+  const RawResponse response = Complete({{"prompt", prompts}, {"max_tokens", 1}});
+  EXPECT_EQ(response.status, 400);
+  EXPECT_EQ(response.error()["param"], "prompt");
+  EXPECT_EQ(response.error()["message"],
+            "prompt: 69 prompts are more than this server takes at once; allowed: 68 "
+            "(--max-num-seqs 4 + --max-queued-requests 64)");
+  EXPECT_EQ(engine_.submitted().size(), 68u);
+}
+
 TEST_F(Completions, OneFailingPromptFailsTheBatchAndCancelsTheRest) {
   engine_.script = [](const Request& request) {
     if (request.prompt[0] == 9) {

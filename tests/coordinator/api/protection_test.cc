@@ -350,6 +350,47 @@ TEST_F(Protection, GrpcCallsNeedAKeyAsWell) {
   EXPECT_TRUE(stub->Generate(&context, request, &response).ok());
 }
 
+// A request that is fast, or says that tokens were cached, would tell one key what
+// another one had asked.
+TEST_F(Protection, EachKeySharesThePrefixCacheWithItselfAlone) {
+  UseKeys(std::string(kHashA) + " a\n" + kHashB + " b\n");
+  Open();
+  const auto salt_of_http = [&](const std::string& key, const std::string& path) {
+    const char* const body = path == "/v1/completions"
+                                 ? R"({"prompt":"x"})"
+                                 : R"({"messages":[{"role":"user","content":"x"}]})";
+    EXPECT_EQ(Post(http(), path, body,
+                   "Content-Type: application/json\r\nAuthorization: Bearer " + key + "\r\n")
+                  .status,
+              200);
+    return engine_.submitted().back().cache_salt;
+  };
+  const auto stub = Grpc();
+  const auto salt_of_grpc = [&](const std::string& key) {
+    grpc::ClientContext context;
+    context.AddMetadata("authorization", "Bearer " + key);
+    v1::GenerateRequest request;
+    request.set_text("x");
+    v1::GenerateResponse response;
+    EXPECT_TRUE(stub->Generate(&context, request, &response).ok());
+    return engine_.submitted().back().cache_salt;
+  };
+  const uint64_t a = salt_of_http("secret-a", "/v1/completions");
+  const uint64_t b = salt_of_http("secret-b", "/v1/completions");
+  EXPECT_NE(a, b);
+  EXPECT_NE(a, 0u);
+  EXPECT_NE(b, 0u);
+  EXPECT_EQ(salt_of_http("secret-a", "/v1/chat/completions"), a);
+  EXPECT_EQ(salt_of_grpc("secret-a"), a);
+  EXPECT_EQ(salt_of_grpc("secret-b"), b);
+}
+
+TEST_F(Protection, WithoutKeysAllShareThePrefixCache) {
+  Open();
+  EXPECT_EQ(Complete({{"prompt", "x"}}).status, 200);
+  EXPECT_EQ(engine_.submitted().back().cache_salt, 0u);
+}
+
 TEST_F(Protection, ABadKeyFileIsNamed) {
   const auto error = [&](const std::string& text) {
     UseKeys(text);
