@@ -123,6 +123,23 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* o) {
 
 namespace {
 
+// The default port of the admin door is easily given to another one, whose own error
+// would send people after some other server.
+absl::Status CheckAdminPort(const CoordinatorOptions& o) {
+  const std::string admin = AdminAddress(o);
+  const bool same_host = IsOneOf(o.host, {"", "127.0.0.1", "localhost", "0.0.0.0", "::", "[::]"});
+  if (!same_host) return absl::OkStatus();
+  for (const auto& [name, port] :
+       {std::pair("--http-port", o.http_port), std::pair("--grpc-port", o.grpc_port),
+        std::pair("--health-port", o.health_port)}) {
+    if (port == 0 || admin != absl::StrCat("127.0.0.1:", port)) continue;
+    return Bad(absl::StrCat(name, " ", port, " is --admin-address, too",
+                            o.admin_address.empty() ? " (by default two above --grpc-port)" : "",
+                            "; give another ", name, " or --admin-address"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Check(const CoordinatorOptions& o) {
   if (o.model.empty()) return Bad("--model: a model directory is needed");
   const absl::Status checks[] = {
@@ -173,6 +190,7 @@ absl::Status Check(const CoordinatorOptions& o) {
     if (o.health_port == 0 || o.health_port != port) continue;
     return Bad(absl::StrCat("--health-port ", port, " is ", name, ", too"));
   }
+  if (absl::Status admin = CheckAdminPort(o); !admin.ok()) return admin;
   if (const std::string admin = AdminAddress(o); !IsLocalAddress(admin)) {
     return Bad(absl::StrCat("--admin-address ", admin,
                             ": never leaves this host; use 127.0.0.1:PORT or unix:PATH"));

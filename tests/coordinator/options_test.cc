@@ -147,6 +147,14 @@ TEST_F(OptionsTest, BadInputIsOneLineThatNamesIt) {
             "--health-port 8000 is --http-port, too");
   EXPECT_EQ(Error({"--health-port", "50051", "--model", "m"}),
             "--health-port 50051 is --grpc-port, too");
+  EXPECT_EQ(Error({"--grpc-port", "19000", "--health-port", "19002", "--model", "m"}),
+            "--health-port 19002 is --admin-address, too (by default two above --grpc-port); "
+            "give another --health-port or --admin-address");
+  EXPECT_THAT(Error({"--http-port", "50053", "--model", "m", "--host", "0.0.0.0", "--insecure"}),
+              HasSubstr("--http-port 50053 is --admin-address, too"));
+  EXPECT_EQ(Error({"--admin-address", "127.0.0.1:8000", "--model", "m"}),
+            "--http-port 8000 is --admin-address, too; give another --http-port or "
+            "--admin-address");
   EXPECT_THAT(Error({"--http-port", "99999", "--model", "m"}),
               AllOf(HasSubstr("--http-port"), HasSubstr("65535")));
   EXPECT_THAT(Error({}), HasSubstr("--model"));
@@ -190,6 +198,16 @@ TEST_F(OptionsTest, PlainTextBeyondThisHostNeedsSayingSo) {
   for (const char* far :
        {"0.0.0.0", "0.0.0.0:5", "example.org", "[2001:db8::1]:5", "::", "", "128.0.0.1"}) {
     EXPECT_FALSE(IsLocalAddress(far)) << far;
+  }
+}
+
+TEST_F(OptionsTest, PortsOfOtherAddressesAreNotTheAdminDoors) {
+  for (const std::vector<std::string>& more : std::vector<std::vector<std::string>>{
+           {"--admin-address", "unix:/run/admin"}, {"--host", "10.0.0.1", "--insecure"}}) {
+    std::vector<std::string> args = {"--model", "m", "--http-port", "50053"};
+    args.insert(args.end(), more.begin(), more.end());
+    ASSERT_TRUE(Parse(args).ok());
+    EXPECT_EQ(ValidateOptions(options_), absl::OkStatus());
   }
 }
 
