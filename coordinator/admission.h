@@ -31,6 +31,10 @@ class Admission {
   // A request left the queue for a slot, `still_waiting` others did not.
   void NoteStarted(int64_t now_ms, uint32_t still_waiting);
 
+  // Nobody waits, or nobody is served: the time until the next start says nothing
+  // of the queue's pace.
+  void NoteIdle() { queue_was_busy_ = false; }
+
   // Whole seconds until half of the queue has left, in [1, 60].
   int RetryDelaySeconds(uint32_t waiting) const;
 

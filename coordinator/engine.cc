@@ -59,6 +59,7 @@ struct Engine::Impl {
   // The engine thread.
   void Run();
   void Handle(Submission& submission);
+  absl::Status Admit(Request request);
   void Handle(const CancelCommand& cancel);
   void Handle(const StopCommand& stop);
   void Handle(const DrainCommand& drain);
@@ -107,6 +108,7 @@ struct Engine::Impl {
   bool busy = false;
   int64_t check_books_ms = kNoDeadline;  // when, if still idle
   int64_t recovery_deadline_ms = kNoDeadline;
+  absl::Status given_up;  // why, from the end of that deadline until a group forms
   std::mt19937_64 seeds{std::random_device{}()};
 
   // What other threads read.
@@ -147,16 +149,22 @@ void Engine::Impl::Handle(Submission& submission) {
   SamplingParams& sampling = submission.request.sampling;
   if (!sampling.seed) sampling.seed = static_cast<int64_t>(seeds());
   const uint32_t n = sampling.n;
-  const absl::Status admitted =
-      scheduler == nullptr || state == EngineState::kFailed
-          ? absl::UnavailableError(absl::StrCat("not serving: ", info.failure.message()))
-          : scheduler->Add(std::move(submission.request), ToMs(Clock::now()));
+  const absl::Status admitted = Admit(std::move(submission.request));
   if (!admitted.ok()) {
     observer->OnRejected(admitted);
-    submission.sink->OnFailed(admitted);
+    submission.sink->OnRejected(admitted);
     return;
   }
   live[id] = {std::move(submission.sink), n};
+}
+
+// The inbox refuses too, but not what it had taken before it was told to.
+absl::Status Engine::Impl::Admit(Request request) {
+  if (scheduler == nullptr || state == EngineState::kFailed) {
+    return absl::UnavailableError(absl::StrCat("not serving: ", info.failure.message()));
+  }
+  if (!given_up.ok()) return given_up;
+  return scheduler->Add(std::move(request), ToMs(Clock::now()));
 }
 
 void Engine::Impl::Handle(const CancelCommand& cancel) {
@@ -195,13 +203,15 @@ void Engine::Impl::Handle(GroupFormed& formed) {
   info.epoch = formed.epoch;
   info.num_kv_blocks = formed.num_kv_blocks;
   info.max_num_seqs = formed.max_num_seqs;
+  info.max_queued_requests = options.scheduler.max_queued_requests;
   info.ranks = std::move(formed.ranks);
   scheduler->BeginEpoch(formed.epoch);
   epoch_open = stepping = true;
   in_flight.clear();
   last_result = Clock::now();
   recovery_deadline_ms = kNoDeadline;
-  inbox.Refuse(absl::OkStatus());
+  given_up = absl::OkStatus();
+  inbox.Refuse(given_up);
   ChangeState(EngineState::kReady, absl::OkStatus());
 }
 
@@ -251,13 +261,13 @@ void Engine::Impl::Handle(const GroupFailed& failed) {
 void Engine::Impl::GiveUpRecovery(int64_t now_ms) {
   if (now_ms < recovery_deadline_ms) return;
   recovery_deadline_ms = kNoDeadline;
-  const absl::Status reason =
+  given_up =
       absl::UnavailableError(absl::StrCat("not whole again within ", options.recovery_timeout_ms,
                                           " ms (--recovery-timeout): ", info.failure.message()));
-  LogError(std::string(reason.message()));
-  FailEverything(reason);
-  inbox.Refuse(reason);
-  ChangeState(state, reason);
+  LogError(std::string(given_up.message()));
+  FailEverything(given_up);
+  inbox.Refuse(given_up);
+  ChangeState(state, given_up);
 }
 
 void Engine::Impl::FailEverything(const absl::Status& reason) {
@@ -349,6 +359,7 @@ void Engine::Impl::CheckBooks() {
 
 void Engine::Impl::ChangeState(EngineState next, const absl::Status& failure) {
   state = next;
+  info.whole = next == EngineState::kReady;
   info.state = draining && next != EngineState::kFailed ? EngineState::kDraining : next;
   info.failure = failure;
   {

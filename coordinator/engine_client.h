@@ -23,8 +23,8 @@
 
 namespace lockstep {
 
-// Exactly one terminal call per request: OnFinished for its last sequence, or
-// OnFailed; nothing after it. A sequence ended by Stop, and a request ended by
+// Exactly one terminal call per request: OnFinished for its last sequence,
+// OnFailed or OnRejected; nothing after it. A sequence ended by Stop, and a request ended by
 // Cancel, is over without a call; because both travel to the engine thread, a
 // sink must tolerate calls that were under way.
 class RequestSink {
@@ -35,9 +35,11 @@ class RequestSink {
   virtual void OnToken(uint32_t index, TokenId token, std::optional<TokenLogprobs> logprobs) = 0;
   virtual void OnFinished(uint32_t index, FinishReason reason, std::optional<TokenId> ending_token,
                           uint32_t completion_tokens) = 0;
-  // Refused by admission (InvalidArgument, ResourceExhausted) or ended early
-  // (DeadlineExceeded, Unavailable, Internal).
+  // Ended early (DeadlineExceeded, Unavailable, Internal).
   virtual void OnFailed(const absl::Status& status) = 0;
+  // Never admitted (InvalidArgument, ResourceExhausted, Unavailable); the engine has
+  // counted it as a rejection.
+  virtual void OnRejected(const absl::Status& status) { OnFailed(status); }
 };
 
 enum class EngineState { kLoading, kReady, kRecovering, kDraining, kFailed };
@@ -45,9 +47,11 @@ enum class EngineState { kLoading, kReady, kRecovering, kDraining, kFailed };
 // A snapshot for readiness, GetModelInfo and logs.
 struct EngineInfo {
   EngineState state = EngineState::kLoading;
+  bool whole = false;  // the group, which draining hides
   uint64_t epoch = 0;
   uint32_t num_kv_blocks = 0;
   uint32_t max_num_seqs = 0;
+  uint32_t max_queued_requests = 0;
   std::vector<RankReport> ranks;  // of the current or last epoch
   int64_t last_step_ms = 0;       // engine clock
   absl::Status failure;           // why kFailed / what is being recovered from

@@ -98,6 +98,7 @@ void Scheduler::Impl::Forget(LiveRequest* r) {
   }
   deadlines.erase({r->request.deadline_ms, r->request.id});
   requests.erase(r->request.id);
+  if (num_waiting_requests() == 0) admission.NoteIdle();
 }
 
 void Scheduler::Impl::Enqueue(Sequence* s) {

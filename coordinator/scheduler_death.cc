@@ -109,6 +109,7 @@ void Scheduler::Impl::SuspendAll() {
       }
     }
   }
+  admission.NoteIdle();
   finished_slots.clear();
   in_flight.clear();
   allocator.Reset();

@@ -299,7 +299,10 @@ void Scheduler::Impl::NoteStarted(Sequence* s, int64_t now_ms,
     totals.prefix_cache_queries += s->num_prompt();
     totals.prefix_cache_hits += s->num_computed;
   }
-  if (std::exchange(r->started, true)) return;
+  if (std::exchange(r->started, true)) {
+    if (num_waiting_requests() == 0) admission.NoteIdle();
+    return;
+  }
   totals.prompt_tokens += s->num_prompt();
   admission.NoteStarted(now_ms, num_waiting_requests());
   events->push_back(StartedEvent{r->request.id, s->num_computed});

@@ -27,7 +27,7 @@ double Seconds(int64_t from_ns, int64_t to_ns) {
 
 // A call of the engine's, as it was made.
 struct Answer::Raw {
-  enum class Kind { kStarted, kPromptLogprobs, kToken, kFinished, kFailed, kCancelled };
+  enum class Kind { kStarted, kPromptLogprobs, kToken, kFinished, kFailed, kRejected, kCancelled };
   Kind kind;
   int64_t at_ns = NowNs();
   uint32_t index = 0;
@@ -171,6 +171,10 @@ void Answer::OnFailed(const absl::Status& status) {
   Push({.kind = Raw::Kind::kFailed, .status = status});
 }
 
+void Answer::OnRejected(const absl::Status& status) {
+  Push({.kind = Raw::Kind::kRejected, .status = status});
+}
+
 void Answer::Push(Raw raw) {
   {
     const std::lock_guard lock(mutex_);
@@ -231,6 +235,10 @@ void Answer::Handle(Raw& raw, Output* out) {
     case Raw::Kind::kFailed:
       out->terminal = raw.status;
       return GiveUp(RequestOutcome::kError);
+    case Raw::Kind::kRejected:  // counted as that, by whoever refused it
+      out->terminal = raw.status;
+      over_ = true;
+      return;
     case Raw::Kind::kCancelled:
       return GiveUp(RequestOutcome::kAbort);
   }
@@ -353,8 +361,6 @@ void Answer::EndSequence(Sequence* sequence, SequenceEnd end, Output* out) {
 
 void Answer::GiveUp(RequestOutcome outcome) {
   over_ = true;
-  // What was refused before it started is a rejection, and counted as one.
-  if (!prompt_info_ && outcome == RequestOutcome::kError) return;
   for (const Sequence& sequence : sequences_) {
     if (!sequence.ended) context_.metrics->SequenceFinished(outcome, 0, 0);
   }

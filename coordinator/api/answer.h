@@ -93,6 +93,7 @@ class Answer : public RequestSink, public std::enable_shared_from_this<Answer> {
   void OnFinished(uint32_t index, FinishReason reason, std::optional<TokenId> ending_token,
                   uint32_t completion_tokens) override;
   void OnFailed(const absl::Status& status) override;
+  void OnRejected(const absl::Status& status) override;
 
   ~Answer() override;
 

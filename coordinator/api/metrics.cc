@@ -74,8 +74,6 @@ const char* RejectionReason(const absl::Status& status) {
       return "unavailable";
     case absl::StatusCode::kNotFound:
       return "not_found";
-    case absl::StatusCode::kDeadlineExceeded:
-      return "deadline";
     default:
       return "other";
   }
@@ -386,10 +384,9 @@ void Metrics::Impl::ExposeEngine(const EngineInfo& info, const SchedulerStats& s
 }
 
 void Metrics::Impl::ExposeRanks(const EngineInfo& info) {
-  const bool whole = info.state == EngineState::kReady || info.state == EngineState::kDraining;
   for (const RankReport& report : info.ranks) {
     const std::string rank = absl::StrCat(report.rank);
-    worker_up.Add({{"rank", rank}}).Set(whole ? 1 : 0);
+    worker_up.Add({{"rank", rank}}).Set(info.whole ? 1 : 0);
     weight_bytes.Add({{"rank", rank}}).Set(static_cast<double>(report.memory.weights));
     kv_bytes.Add({{"rank", rank}}).Set(static_cast<double>(report.memory.kv));
     SetParts(rank, report.memory, &memory_bytes);

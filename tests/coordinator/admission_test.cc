@@ -96,6 +96,14 @@ TEST_F(AdmissionTest, IdleTimeDoesNotCountAsASlowQueue) {
   EXPECT_EQ(admission_.RetryDelaySeconds(10), 1);
 }
 
+TEST_F(AdmissionTest, AQueueThatEmptiesWithoutAStartIsIdleToo) {
+  int64_t now_ms = 0;
+  for (int i = 0; i < 100; ++i) admission_.NoteStarted(now_ms += 100, /*still_waiting=*/5);
+  admission_.NoteIdle();
+  admission_.NoteStarted(now_ms += 3'600'000, /*still_waiting=*/5);
+  EXPECT_EQ(admission_.RetryDelaySeconds(10), 1);
+}
+
 TEST(RetryDelayTest, TravelsInsideTheStatus) {
   absl::Status status = absl::ResourceExhaustedError("full");
   EXPECT_EQ(GetRetryDelay(status), std::nullopt);

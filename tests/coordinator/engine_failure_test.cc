@@ -77,6 +77,35 @@ TEST_F(EngineTest, GivesUpOnRequestsWhenRecoveryTakesTooLong) {
   ExpectAnswer(*later, {8, 8}, 6);
 }
 
+// What the inbox took before it was told to refuse is seen a round later.
+TEST_F(EngineTest, RefusesWhatComesWhileRecoveryIsGivenUp) {
+  options_.recovery_timeout_ms = 0;
+  std::shared_ptr<RecordingSink> late;
+  on_change_ = [&](const EngineInfo& info) {  // given up in the round that brings the news
+    if (info.state == EngineState::kRecovering && late == nullptr) late = Submit(Prompt({1}, 1));
+  };
+  StartWhole();
+  control_->Hold(true);
+  auto running = Submit(Prompt({1, 2, 3}, 25));
+  ASSERT_TRUE(control_->WaitForHeldPlans(1));
+  control_->Fail("rank 1 (h:7): connection lost");
+  ASSERT_TRUE(WaitForInfo([](const EngineInfo& info) {
+    return info.failure.message().find("--recovery-timeout") != absl::string_view::npos;
+  }));
+  ASSERT_TRUE(running->WaitForTerminal());
+  ASSERT_TRUE(late->WaitForTerminal());
+  // Each is counted once: what had been admitted has failed, the other was refused.
+  EXPECT_FALSE(running->rejected());
+  EXPECT_TRUE(late->rejected());
+  EXPECT_EQ(observer_->rejections, 1);
+  EXPECT_EQ(late->failure().code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(late->failure().message()), HasSubstr("--recovery-timeout"));
+  control_->Hold(false);
+  Form();
+  auto later = Submit(Prompt({8, 8}, 6));
+  ExpectAnswer(*later, {8, 8}, 6);
+}
+
 TEST_F(EngineTest, FailureDuringRecoveryDoesNotStartTheTimeoutAgain) {
   options_.recovery_timeout_ms = 200;
   StartWhole();
@@ -191,7 +220,10 @@ TEST_F(EngineTest, DrainSurvivesAGroupFailure) {
   ASSERT_TRUE(control_->WaitForHeldPlans(1));
   std::thread drain([this] { engine_->Drain(20'000); });
   ASSERT_TRUE(WaitForState(EngineState::kDraining));
+  EXPECT_TRUE(engine_->Info().whole);
   control_->Fail("rank 1 (h:7): connection lost");
+  EXPECT_TRUE(WaitForInfo(
+      [](const EngineInfo& info) { return info.state == EngineState::kDraining && !info.whole; }));
   control_->Hold(false);
   control_->Form();
   drain.join();

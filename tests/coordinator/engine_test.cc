@@ -103,6 +103,24 @@ TEST_F(EngineTest, KeepsTwoPlansInFlightAndNoMore) {
   ExpectAnswer(*sink, {1, 2, 3}, 10);
 }
 
+// What the doors take a batch for that can never fit.
+TEST_F(EngineTest, AnIdleGroupAdmitsAsManyAsItSays) {
+  StartWhole();
+  control_->Hold(true);
+  const EngineInfo info = engine_->Info();
+  EXPECT_EQ(info.max_num_seqs, control_->max_num_seqs);
+  std::vector<std::shared_ptr<RecordingSink>> admitted;
+  for (uint32_t i = 0; i < info.max_num_seqs + info.max_queued_requests; ++i) {
+    admitted.push_back(Submit(Prompt({1, i}, 2)));
+  }
+  auto refused = Submit(Prompt({1}, 2));
+  ASSERT_TRUE(refused->WaitForTerminal());
+  EXPECT_EQ(refused->failure().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(refused->rejected());
+  control_->Hold(false);
+  for (uint32_t i = 0; i < admitted.size(); ++i) ExpectAnswer(*admitted[i], {1, i}, 2);
+}
+
 TEST_F(EngineTest, BoundsItsInboxButAlwaysTakesCancels) {
   options_.inbox_capacity = 3;
   StartWhole();

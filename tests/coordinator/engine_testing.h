@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -31,7 +32,9 @@ class CheckingObserver final : public EngineObserver {
     ++steps;
   }
   std::atomic<bool> mismatch = false;
+  void OnRejected(const absl::Status&) override { ++rejections; }
   std::atomic<int> steps = 0;
+  std::atomic<int> rejections = 0;
 };
 
 class EngineTest : public ::testing::Test {
@@ -49,6 +52,7 @@ class EngineTest : public ::testing::Test {
     options_.scheduler.vocab_size = kFakeVocab;
     options_.scheduler.max_queued_requests = 0;
     options_.on_change = [this](const EngineInfo& info) {
+      if (on_change_) on_change_(info);
       const std::lock_guard lock(mutex_);
       info_ = info;
       changed_.notify_all();
@@ -109,6 +113,7 @@ class EngineTest : public ::testing::Test {
   std::shared_ptr<FakeGroupControl> control_ = std::make_shared<FakeGroupControl>();
   std::shared_ptr<CheckingObserver> observer_ = std::make_shared<CheckingObserver>();
   EngineOptions options_;
+  std::function<void(const EngineInfo&)> on_change_;  // first, on the engine thread
   std::unique_ptr<Engine> engine_;
   std::mutex mutex_;
   std::condition_variable changed_;

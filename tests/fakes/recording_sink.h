@@ -42,6 +42,12 @@ class RecordingSink final : public RequestSink {
       terminal_ = true;
     });
   }
+  void OnRejected(const absl::Status& status) override {
+    Note([&] {
+      failure_ = status;
+      terminal_ = rejected_ = true;
+    });
+  }
 
   bool WaitForTerminal() {
     return Wait([this] { return terminal_; });
@@ -61,6 +67,10 @@ class RecordingSink final : public RequestSink {
   absl::Status failure() {
     const std::lock_guard lock(mutex_);
     return failure_;
+  }
+  bool rejected() {  // never admitted
+    const std::lock_guard lock(mutex_);
+    return rejected_;
   }
   bool terminal() {
     const std::lock_guard lock(mutex_);
@@ -94,6 +104,7 @@ class RecordingSink final : public RequestSink {
   uint32_t sequences_left_;
   int starts_ = 0;
   bool terminal_ = false;
+  bool rejected_ = false;
   std::map<uint32_t, std::vector<TokenId>> tokens_;
   std::map<uint32_t, FinishReason> reasons_;
   absl::Status failure_;

@@ -114,6 +114,27 @@ TEST_F(MetricsTest, RejectionsAreCountedOnceByReason) {
   }
 }
 
+// A request that waited when its group was given up, say: admitted, never started.
+TEST_F(MetricsTest, WhatFailsBeforeItStartsIsAnError) {
+  engine_.script = [](const Request& request) {
+    return Script{.fail_after = 0,
+                  .failure = absl::UnavailableError("gone"),
+                  .rejected = request.prompt[0] == 9};
+  };
+  EXPECT_EQ(Complete({{"prompt", {5}}, {"n", 2}}).status, 503);
+  EXPECT_EQ(Complete({{"prompt", {9}}}).status, 503);  // the engine counts this one
+  EXPECT_EQ(Scrape()[Finished("error")], 2);
+}
+
+TEST_F(MetricsTest, DrainingDoesNotHideThatTheGroupIsBroken) {
+  engine_.SetRanks({RankReport{}});
+  const auto up = [this] { return Scrape()["lockstep_worker_up{rank=\"0\"}"]; };
+  server_->BeginDrain();
+  EXPECT_EQ(up(), 1);
+  engine_.SetState(EngineState::kRecovering);
+  EXPECT_EQ(up(), 0);
+}
+
 TEST_F(MetricsTest, GaugesAreOfNow) {
   SchedulerStats stats;
   stats.waiting = 3, stats.running = 2, stats.preemptions = 4;

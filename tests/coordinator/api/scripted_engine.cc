@@ -21,9 +21,11 @@ TokenLogprobs ScriptedLogprobs(TokenId token, int32_t alternatives) {
 
 ScriptedEngine::ScriptedEngine() {
   info_.state = EngineState::kReady;
+  info_.whole = true;
   info_.epoch = 1;
   info_.num_kv_blocks = 100;
   info_.max_num_seqs = 16;
+  info_.max_queued_requests = 1000;
   thread_ = std::thread([this] { Run(); });
 }
 
@@ -60,7 +62,15 @@ void ScriptedEngine::Release() {
 void ScriptedEngine::SetState(EngineState state, absl::Status failure) {
   const std::lock_guard lock(mutex_);
   info_.state = state;
+  // As with the real one, what draining hides is as it was.
+  if (state != EngineState::kDraining) info_.whole = state == EngineState::kReady;
   info_.failure = std::move(failure);
+}
+
+void ScriptedEngine::SetRoom(uint32_t max_num_seqs, uint32_t max_queued_requests) {
+  const std::lock_guard lock(mutex_);
+  info_.max_num_seqs = max_num_seqs;
+  info_.max_queued_requests = max_queued_requests;
 }
 
 void ScriptedEngine::SetStats(const SchedulerStats& stats) {
@@ -210,7 +220,11 @@ void ScriptedEngine::Run() {
 bool ScriptedEngine::Advance(Live* live) {
   const SamplingParams& sampling = live->request.sampling;
   if (live->script.fail_after == live->ticks) {
-    live->sink->OnFailed(live->script.failure);
+    if (live->script.rejected) {
+      live->sink->OnRejected(live->script.failure);
+    } else {
+      live->sink->OnFailed(live->script.failure);
+    }
     return false;
   }
   ++live->ticks;

@@ -31,6 +31,7 @@ struct Script {
   // After so many ticks the request fails with `failure`.
   std::optional<uint32_t> fail_after = {};
   absl::Status failure = {};
+  bool rejected = false;  // ... and was never admitted
 };
 
 class ScriptedEngine : public EngineClient {
@@ -46,6 +47,7 @@ class ScriptedEngine : public EngineClient {
   void Tick(uint32_t count);  // gives ticks to every request
   void Release();             // ticks without end
   void SetState(EngineState state, absl::Status failure = absl::OkStatus());
+  void SetRoom(uint32_t max_num_seqs, uint32_t max_queued_requests);
   void SetStats(const SchedulerStats& stats);
   void SetRanks(std::vector<RankReport> ranks);
 
