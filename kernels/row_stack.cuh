@@ -20,7 +20,8 @@ __device__ __forceinline__ void ClearBehind(const Params& p, int step, int layer
     ClearWords(p, p.words.qkv[slot], 2 * (p.heads + 2 * p.kv_heads) * p.head_dim);
     ClearWords(p, p.words.heads[slot], 2 * group_width);
     ClearWords(p, p.words.partials[slot], 4 * p.max_shares * group_width);
-    ClearWords(p, p.words.statistics[slot], 8 * p.max_shares * p.heads);
+    // Of an odd number the last vector is half of what lies behind, which is nobody's.
+    ClearWords(p, p.words.statistics[slot], 16 * ((p.max_shares * p.heads + 1) / 2));
   } else {
     ClearWords(p, p.words.activated[(layer - 1) & 1], 2 * p.intermediate);
   }

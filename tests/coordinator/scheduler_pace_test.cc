@@ -51,8 +51,7 @@ TEST_F(PaceTest, NoIdleTimeSlowsTheDelay) {
          h_->now_ms += 1'000;
          EXPECT_FALSE(h_->Plan().has_value());
        }},
-      {"failure",
-       [this] { h_->scheduler.FailAll(absl::UnavailableError("gone"), &h_->events); }},
+      {"failure", [this] { h_->scheduler.FailAll(absl::UnavailableError("gone"), &h_->events); }},
   };
   for (const auto& [name, empty] : ways) {
     Reset(SmallSchedulerConfig());
