@@ -51,10 +51,6 @@ std::vector<std::string> ModelOfEachFamily() {
   return {"gemma3", "llama", "mistral_window", "opt", "qwen2", "qwen3"};
 }
 
-std::vector<int> TpSizes() {
-  return Variable("LOCKSTEP_GOLDEN_MODELS").empty() ? std::vector<int>{2} : std::vector<int>{2, 4};
-}
-
 struct Case {
   std::vector<uint32_t> prompt, greedy;
 };
@@ -179,8 +175,7 @@ TEST_P(GoldenSplitTest, EveryRankTellsWhatItsTimeWentOn) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(TpSizes, GoldenSplitTest, ::testing::ValuesIn(TpSizes()),
-                         [](const auto& tp) { return absl::StrCat("tp", tp.param); });
+INSTANTIATE_TEST_SUITE_P(TpSizes, GoldenSplitTest, ::testing::ValuesIn(SplitSizes()), SplitName);
 
 }  // namespace
 }  // namespace lockstep

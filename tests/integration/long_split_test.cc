@@ -39,11 +39,6 @@ std::vector<std::string> Families() {
   return {"gemma3", "llama", "mistral_window", "opt_post_norm_projected", "opt", "qwen2", "qwen3"};
 }
 
-std::vector<int> TpSizes() {
-  return std::getenv("LOCKSTEP_GOLDEN_MODELS") == nullptr ? std::vector<int>{2}
-                                                          : std::vector<int>{2, 4};
-}
-
 // The model's folder but for its weights, with room for long prompts and rows of `hidden`
 // elements (0: as it is).
 class LongModel {
@@ -160,12 +155,11 @@ TEST_P(LongSplitTest, Fp8IsClose) {
   ExpectTheSameSplit("qwen3", GetParam(), {"--dtype", "bfloat16", "--quantization", "fp8"}, 0.5);
 }
 
-std::string NameOf(const ::testing::TestParamInfo<int>& tp) { return absl::StrCat("tp", tp.param); }
-INSTANTIATE_TEST_SUITE_P(TpSizes, LongSplitTest, ::testing::ValuesIn(TpSizes()), NameOf);
+INSTANTIATE_TEST_SUITE_P(TpSizes, LongSplitTest, ::testing::ValuesIn(SplitSizes()), SplitName);
 
 class LongAnswersTest : public ::testing::TestWithParam<int> {};
-INSTANTIATE_TEST_SUITE_P(Whole, LongAnswersTest, ::testing::Values(1), NameOf);
-INSTANTIATE_TEST_SUITE_P(TpSizes, LongAnswersTest, ::testing::ValuesIn(TpSizes()), NameOf);
+INSTANTIATE_TEST_SUITE_P(Whole, LongAnswersTest, ::testing::Values(1), SplitName);
+INSTANTIATE_TEST_SUITE_P(TpSizes, LongAnswersTest, ::testing::ValuesIn(SplitSizes()), SplitName);
 
 TEST_P(LongAnswersTest, DecodedTogetherAreCloseToOneAlone) {
   constexpr uint32_t kAnswers = 16, kTokens = 8;

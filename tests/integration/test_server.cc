@@ -27,6 +27,15 @@ std::string GoldenModel(const std::string& name) {
   return std::string(LOCKSTEP_SOURCE_DIR) + "/tests/golden/" + name;
 }
 
+std::vector<int> SplitSizes() {
+  const char* const models = std::getenv("LOCKSTEP_GOLDEN_MODELS");
+  return models == nullptr || *models == '\0' ? std::vector<int>{2} : std::vector<int>{2, 4};
+}
+
+std::string SplitName(const ::testing::TestParamInfo<int>& tp_size) {
+  return absl::StrCat("tp", tp_size.param);
+}
+
 bool OnGpus() {
   const char* const backend = std::getenv("LOCKSTEP_BACKEND");
   return backend != nullptr && std::string(backend) == "cuda";

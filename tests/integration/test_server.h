@@ -12,6 +12,7 @@
 
 #include "cli/client.h"
 #include "cli/local_server.h"
+#include "gtest/gtest.h"
 #include "proto/inference.pb.h"
 #include "tests/integration/sanitizer_reports.h"
 
@@ -20,6 +21,10 @@ namespace lockstep {
 // The demo model's folder and a golden model's.
 std::string DemoModel();
 std::string GoldenModel(const std::string& name);
+// The tensor-parallel sizes of tests that split models: two, and four where LOCKSTEP_GOLDEN_MODELS
+// asks for more than the cpu backend's tests do; and such a test's name.
+std::vector<int> SplitSizes();
+std::string SplitName(const ::testing::TestParamInfo<int>& tp_size);
 // Whether the servers of this run have the cuda backend (LOCKSTEP_BACKEND).
 bool OnGpus();
 // LOCKSTEP_PROGRAMS for everything this test starts, whose sanitizer reports
