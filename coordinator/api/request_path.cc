@@ -56,6 +56,7 @@ absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldMessage(size_t bytes) {
 }
 
 absl::Status RequestPath::CheckBatch(size_t prompts) {
+  if (prompts <= 1) return absl::OkStatus();  // as most are: one is always taken
   const EngineInfo info = Info();
   // Admission counts requests, one a prompt, whatever their n.
   const uint64_t most = uint64_t{info.max_num_seqs} + info.max_queued_requests;
