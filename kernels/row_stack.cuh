@@ -20,7 +20,7 @@ __device__ __forceinline__ void ClearBehind(const Params& p, int step, int layer
     ClearWords(p, p.words.qkv[slot], 2 * (p.heads + 2 * p.kv_heads) * p.head_dim);
     ClearWords(p, p.words.heads[slot], 2 * group_width);
     ClearWords(p, p.words.partials[slot], 4 * p.max_shares * group_width);
-    // Of an odd number the last vector is half of what lies behind, which is nobody's.
+    // In whole vectors: half of an odd number's last one lies in the gap to the next part.
     ClearWords(p, p.words.statistics[slot], 16 * ((p.max_shares * p.heads + 1) / 2));
   } else {
     ClearWords(p, p.words.activated[(layer - 1) & 1], 2 * p.intermediate);

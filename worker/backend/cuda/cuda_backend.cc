@@ -137,7 +137,7 @@ std::optional<int64_t> CudaBackend::MeasureRuntime() const {
 absl::Status CudaBackend::Attach(Communicator* comm) {
   in_flight_.clear();
   last_end_ns_ = 0;
-  graphs_.Clear();
+  graphs_.Clear();  // of an epoch that was not drained
   status_ = collectives_.Attach(comm, hidden_, shared_rows_, io_.io().collectives);
   if (status_.ok()) status_ = PrepareExchange();
   if (status_.ok()) status_ = PrepareStack();
