@@ -20,6 +20,7 @@
 #include "common/check.h"
 #include "coordinator/scheduler_impl.h"
 #include "wire/plan_digest.h"
+#include "wire/protocol.h"
 
 namespace lockstep {
 namespace {
@@ -51,8 +52,9 @@ SlotSampling MakeSampling(const Sequence& s, bool wants_prompt_logprobs) {
 
 struct Scheduler::Impl::Draft {
   StepPlan plan;
-  uint32_t budget = 0;    // tokens
-  uint32_t promised = 0;  // coming blocks that somebody is waiting for
+  uint32_t budget = 0;      // tokens
+  uint64_t new_tokens = 0;  // known ones of new sequences, cached or not
+  uint32_t promised = 0;    // coming blocks that somebody is waiting for
   bool short_of_blocks = false;
   std::optional<GrowthForecast> forecast;  // of all that run; made when first asked for
   std::vector<PlannedSpan> spans;
@@ -136,7 +138,10 @@ void Scheduler::Impl::PlanNewcomers(Draft* draft, int64_t now_ms,
                                     std::vector<SchedulerEvent>* events) {
   while (draft->budget > 0 && !free_slots.empty() && !waiting.empty()) {
     Sequence* const s = *waiting.begin();
+    // Cached tokens cost no budget, but room in the plan.
+    if (draft->new_tokens + s->num_known() > wire::kMaxNewTokens) return;
     if (!TryStart(s, draft)) return;
+    draft->new_tokens += s->num_known();
     NoteStarted(s, now_ms, events);
     draft->spans.push_back(MakeSpan(s, std::min(draft->budget, s->num_to_compute()), draft));
   }

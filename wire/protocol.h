@@ -29,8 +29,10 @@ inline constexpr uint32_t kMaxProfileSteps = 1'000;
 inline constexpr int kMaxProfileEvents = 8'192;
 inline constexpr int kMaxProfileEventsPerRank = 4'000'000;
 
-// One message of the private plane: a prompt of a million tokens fits.
+// One message of the private plane. Its largest is a plan of new sequences: their tokens and
+// blocks of one position each, 5 bytes apiece, are 40 MiB.
 inline constexpr int kMaxMessageBytes = 64 << 20;
+inline constexpr uint32_t kMaxNewTokens = 1 << 22;  // of new sequences in a plan; also of one
 
 }  // namespace lockstep::wire
 

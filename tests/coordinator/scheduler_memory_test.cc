@@ -6,6 +6,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/fakes/scheduler_harness.h"
+#include "wire/protocol.h"
 
 namespace lockstep {
 namespace {
@@ -238,6 +239,22 @@ TEST(SchedulerMemoryTest, CachedBlocksGiveWayToNewOnes) {
   h.RunAll();
   EXPECT_EQ(h.scheduler.Stats().completed, 2u);
   EXPECT_EQ(h.EventsOf<StartedEvent>().back().cached_tokens, 0u);
+}
+
+// Cached tokens cost a step nothing, but they travel: a plan is bounded by them too.
+TEST(SchedulerMemoryTest, ManyWhoShareALongPrefixDoNotComeInOnePlan) {
+  constexpr uint32_t kPrompt = wire::kMaxNewTokens / 5 * 2;
+  SchedulerConfig config = SmallSchedulerConfig();
+  config.block_size = 1'024;
+  config.num_kv_blocks = 8'192;
+  config.max_model_len = config.max_batched_tokens = wire::kMaxNewTokens;
+  SchedulerHarness h(config);
+  ASSERT_TRUE(h.Add(RequestBuilder(1).Prompt(kPrompt).MaxTokens(3).N(4)).ok());
+  EXPECT_EQ(h.Step().new_sequences.size(), 1u);
+  EXPECT_EQ(h.Step().new_sequences.size(), 2u);
+  EXPECT_EQ(h.Step().new_sequences.size(), 1u);
+  h.RunAll();
+  EXPECT_EQ(h.EventsOf<FinishedEvent>().size(), 4u);
 }
 
 TEST(SchedulerMemoryTest, WithoutPrefixCachingSiblingsStillShareAndNothingStays) {
