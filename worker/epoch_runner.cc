@@ -193,6 +193,11 @@ uint64_t EpochRunner::epoch() const {
   return current_ == nullptr ? 0 : current_->number;
 }
 
+bool EpochRunner::loading() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return loading_;
+}
+
 uint64_t EpochRunner::last_step() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return last_step_;

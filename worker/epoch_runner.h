@@ -77,6 +77,7 @@ class EpochRunner {
   std::optional<Clock::time_point> release_deadline() const;
   uint64_t epoch() const;  // 0: none
   uint64_t last_step() const;
+  bool loading() const;
   int loaded_rank() const { return host_->loaded_rank(); }
   uint64_t held_bytes() const { return host_->held_bytes(); }
 

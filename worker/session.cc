@@ -240,8 +240,9 @@ std::optional<SessionEnd> Session::Impl::Attach() {
   if (options.read_memory) {
     // What is held now is free for the next model, or the same one, which is kept only if it is
     // planned as before: so not weights and keys alone are counted, but all that was free then.
+    // In this order: a load that ends meanwhile has its rank before it is no longer under way.
     const auto [total, free] = options.read_memory();
-    if (runner.loaded_rank() < 0) free_before_loading = free;
+    if (!runner.loading() && runner.loaded_rank() < 0) free_before_loading = free;
     hello.mutable_hello()->set_memory_total_bytes(total);
     hello.mutable_hello()->set_memory_free_bytes(
         std::max(free + runner.held_bytes(), free_before_loading));

@@ -82,6 +82,39 @@ TEST(Session, FencesItselfWhenTheCoordinatorFallsSilentAndComesBack) {
   EXPECT_EQ(worker.control->Get().runs, 0);
 }
 
+// What a load has taken so far is neither free nor held.
+TEST(Session, SaysDuringALoadWhatWasFreeBefore) {
+  const std::string address = "unix:" + (std::filesystem::temp_directory_path() /
+                                         ("lockstep_loading_" + std::to_string(getpid())))
+                                            .string();
+  std::atomic<uint64_t> free_bytes{900};
+  SessionOptions options = TestWorker::Quick();
+  options.read_memory = [&] { return std::pair<uint64_t, uint64_t>(1'000, free_bytes); };
+  TestWorker worker(address, options);
+  worker.control->Set([](auto& s) { s.hold_load = true; });
+  const auto free_said = [](FakeCoordinator& coordinator) {
+    const auto hello = coordinator.AwaitHello(0);
+    return hello ? hello->memory_free_bytes() : 0;
+  };
+  {
+    FakeCoordinator coordinator(address);
+    EXPECT_EQ(free_said(coordinator), 900u);
+    coordinator.Send(0, Configure(1, 0, 1));
+    ASSERT_TRUE(worker.control->Await([](auto& s) { return s.in_load; }));
+  }
+  free_bytes = 400;
+  {
+    FakeCoordinator coordinator(address);
+    EXPECT_EQ(free_said(coordinator), 900u);
+    free_bytes = 100;
+    worker.control->Set([](auto& s) { s.hold_load = false; });
+    coordinator.Send(0, Configure(1, 0, 1));
+    ASSERT_TRUE(IsReady(coordinator.AwaitCase(0, WorkerMessage::kReady), 1));
+  }
+  FakeCoordinator coordinator(address);
+  EXPECT_EQ(free_said(coordinator), 900u);
+}
+
 TEST(Session, DialsAgainWhenTheCoordinatorIsRestarted) {
   const std::string path =
       (std::filesystem::temp_directory_path() / ("lockstep_session_" + std::to_string(getpid())))
