@@ -44,7 +44,7 @@ struct ApiOptions {
   TlsFiles tls;                              // of both doors
   std::string api_key_file;                  // "": everybody may ask
   std::vector<std::string> allowed_origins;  // of pages in browsers; "*" is all of them
-  uint32_t max_http_connections = 1024;
+  uint32_t max_http_connections = limits::kHttpConnections;
   // Where lockstep.v1.Admin answers: loopback or unix:PATH; "" for nowhere.
   std::string admin_address;
   int64_t ping_interval_ms = limits::kSsePingSeconds * 1000;

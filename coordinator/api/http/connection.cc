@@ -209,6 +209,26 @@ class Connection::BusyGuard {
   const std::shared_ptr<ServerState> state_;
 };
 
+// In the list of those that a newcomer may take the place of.
+class Connection::IdleMark {
+ public:
+  explicit IdleMark(Connection* connection) : state_(connection->state_) {
+    const std::lock_guard lock(state_->mutex);
+    number_ = state_->times_idle++;
+    state_->idle.emplace(number_, connection);
+  }
+  ~IdleMark() {
+    const std::lock_guard lock(state_->mutex);
+    state_->idle.erase(number_);
+  }
+  IdleMark(const IdleMark&) = delete;
+  IdleMark& operator=(const IdleMark&) = delete;
+
+ private:
+  const std::shared_ptr<ServerState> state_;
+  uint64_t number_;
+};
+
 Connection::Connection(tcp::socket socket, std::shared_ptr<ServerState> state,
                        std::shared_ptr<asio::ssl::context> tls)
     : socket_(std::move(socket)),
@@ -290,10 +310,12 @@ asio::awaitable<Connection::Received> Connection::ReadRequest() {
   parser.eager(true);
   auto lease = std::make_shared<BodyLease>(state_);
   bool began = false, header_done = false;
+  std::optional<IdleMark> idle(this);
   Clock::time_point deadline = Clock::now() + Ms(state_->options.idle_timeout_ms);
   for (;;) {
     if (!in_.empty() && !began) {
       began = true;
+      idle.reset();
       deadline = Clock::now() + Ms(state_->options.header_timeout_ms);
     }
     while (!in_.empty() && !parser.is_done()) {

@@ -14,6 +14,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -38,8 +40,10 @@ struct ServerState {
   std::atomic<bool> stopping = false;
   std::mutex mutex;
   std::condition_variable changed;
-  std::set<Connection*> connections;  // guarded by mutex, as what follows
-  size_t most_connections = 0;        // since memory was last given back
+  std::set<Connection*> connections;     // guarded by mutex, as what follows
+  std::map<uint64_t, Connection*> idle;  // between requests, the longest first
+  uint64_t times_idle = 0;
+  size_t most_connections = 0;  // since memory was last given back
   size_t exchanges = 0;
 };
 
@@ -64,6 +68,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   struct Received;
   class BodyLease;
   class BusyGuard;
+  class IdleMark;
 
   Awaitable<void> Run();
   Awaitable<bool> Handshake();

@@ -41,6 +41,7 @@ struct HttpServer::Impl {
   }
 
   asio::awaitable<void> Accept();
+  bool MakeRoom();
   void TurnAway(tcp::socket socket);
 
   const std::shared_ptr<ServerState> state;
@@ -66,18 +67,25 @@ asio::awaitable<void> HttpServer::Impl::Accept() {
       co_await pause.async_wait(asio::redirect_error(asio::use_awaitable, ec));
       continue;
     }
-    bool full;
-    {
-      const std::lock_guard lock(state->mutex);
-      full = state->connections.size() >= state->options.max_connections;
-    }
-    if (full) {
+    if (!MakeRoom()) {
       TurnAway(std::move(socket));
     } else {
       std::make_shared<Connection>(std::move(socket), state, tls ? tls->Current() : nullptr)
           ->Start();
     }
   }
+}
+
+// Where there is none, who has asked nothing for longest goes: clients keep far more connections
+// than they use.
+bool HttpServer::Impl::MakeRoom() {
+  const std::lock_guard lock(state->mutex);
+  if (state->connections.size() < state->options.max_connections) return true;
+  const auto longest = state->idle.begin();
+  if (longest == state->idle.end()) return false;
+  longest->second->CloseSoon();
+  state->idle.erase(longest);
+  return true;
 }
 
 void HttpServer::Impl::TurnAway(tcp::socket socket) {

@@ -23,7 +23,7 @@ struct HttpServerOptions {
   std::string host = "127.0.0.1";
   int port = 8000;                   // 0 picks one
   const char* flag = "--http-port";  // that said so, for errors
-  uint32_t max_connections = 1024;
+  uint32_t max_connections = limits::kHttpConnections;
   int threads = 2;
   int64_t header_timeout_ms = limits::kHttpHeaderSeconds * 1000;
   int64_t body_timeout_ms = limits::kHttpBodySeconds * 1000;

@@ -399,8 +399,8 @@ TEST_F(SlowClients, ConnectionsBeyondTheCapAreTurnedAway) {
   Open({.max_connections = 2});
   RawClient one(port()), two(port());
   for (RawClient* client : {&one, &two}) {
-    client->Send("GET / HTTP/1.1\r\n\r\n");
-    EXPECT_EQ(client->Read().status, 200);
+    client->Send("GET /endless HTTP/1.1\r\n\r\n");
+    EXPECT_TRUE(client->WaitFor("xxx"));
   }
   RawClient three(port());
   EXPECT_EQ(three.Read().status, 503);
@@ -410,6 +410,22 @@ TEST_F(SlowClients, ConnectionsBeyondTheCapAreTurnedAway) {
   int status = 503;
   while (status != 200 && Clock::now() < deadline) status = Get(port(), "/").status;
   EXPECT_EQ(status, 200);
+}
+
+TEST_F(SlowClients, WhoIsIdleGivesUpItsPlace) {
+  Open({.max_connections = 2});
+  RawClient busy(port()), idle(port());
+  busy.Send("GET /endless HTTP/1.1\r\n\r\n");
+  ASSERT_TRUE(busy.WaitFor("xxx"));
+  idle.Send("GET / HTTP/1.1\r\n\r\n");
+  EXPECT_EQ(idle.Read().status, 200);
+  // It is idle as soon as the server has seen that it asks nothing more.
+  const Clock::time_point deadline = Clock::now() + std::chrono::seconds(20);
+  int status = 503;
+  while (status != 200 && Clock::now() < deadline) status = Get(port(), "/").status;
+  EXPECT_EQ(status, 200);
+  EXPECT_EQ(idle.ReadToEnd(), "");
+  EXPECT_EQ(abandoned_, 0);
 }
 
 TEST_F(SlowClients, StopEndsEverything) {
