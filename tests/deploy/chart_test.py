@@ -159,7 +159,7 @@ class ManifestTest(EveryValueSet):
                     return word.split("=", 1)[1]
         raise AssertionError(f"no {flag}")
 
-    def test_probes_ask_the_doors(self):
+    def test_probes_have_a_port_that_clients_do_not_fill(self):
         for _, documents in self.sets():
             for name, template in templates(documents):
                 for container in template["spec"]["containers"]:
@@ -169,42 +169,58 @@ class ManifestTest(EveryValueSet):
                     paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"]
                              for kind in ("startup", "liveness", "readiness")}
                     first = "/ready" if container["name"] == "serve" else "/health"
-                    schemes = {container[f"{kind}Probe"]["httpGet"]["scheme"]
-                               for kind in ("startup", "liveness", "readiness")}
-                    tls = any(word.startswith("--ssl-certfile=") for word in container["args"])
-                    # The kubelet has no certificate to show.
-                    mutual = any(word.startswith("--ssl-ca-certs=") for word in container["args"])
-                    ports = {container[f"{kind}Probe"]["httpGet"]["port"]
-                             for kind in ("startup", "liveness", "readiness")}
-                    self.assertEqual(ports, {"health" if mutual else "http"}, name)
-                    self.assertEqual(schemes, {"HTTPS" if tls and not mutual else "HTTP"}, name)
+                    asked = [container[f"{kind}Probe"]["httpGet"]
+                             for kind in ("startup", "liveness", "readiness")]
+                    # In plain text: the kubelet has no certificate to show.
+                    self.assertEqual([(each["port"], each.get("scheme", "HTTP")) for each in asked],
+                                     [("health", "HTTP")] * 3, name)
+                    port = {port["name"]: port["containerPort"]
+                            for port in container["ports"]}["health"]
+                    self.assertIn(f"--health-port={port}", container["args"], name)
                     self.assertEqual(paths, {"startup": first, "liveness": "/health",
                                              "readiness": "/ready"}, name)
                     startup = container["startupProbe"]
                     self.assertGreaterEqual(
                         startup["failureThreshold"] * startup["periodSeconds"], 1800, name)
 
-    def test_the_probers_port_is_open_only_where_clients_show_certificates(self):
+    def test_the_authority_of_clients_is_mounted_without_its_key(self):
         seen = 0
         for value_set, documents in self.sets():
             for name, template in templates(documents):
                 container = template["spec"]["containers"][0]
-                ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
-                mutual = "--ssl-ca-certs=/etc/lockstep/client-ca/ca.crt" in container["args"]
-                self.assertEqual("health" in ports, mutual, name)
-                if not mutual:
-                    continue
-                seen += 1
-                self.assertIn(f"--health-port={ports['health']}", container["args"], name)
                 ca = [v["secret"] for v in template["spec"]["volumes"] if v["name"] == "client-ca"]
-                self.assertEqual([item["key"] for item in ca[0]["items"]], ["ca.crt"],
-                                 "an authority's Secret also has its key")
-            # It speaks plain text: nobody but the kubelet is let to it.
+                mutual = "--ssl-ca-certs=/etc/lockstep/client-ca/ca.crt" in container["args"]
+                self.assertEqual(len(ca), mutual, name)
+                for secret in ca:
+                    seen += 1
+                    self.assertEqual([item["key"] for item in secret["items"]], ["ca.crt"], name)
+        self.assertEqual(seen, 1)
+
+    def test_nobody_but_the_kubelet_is_let_to_the_probers_port(self):
+        for value_set, documents in self.sets():
             text = yaml.safe_dump_all(of_kind(documents, "Service") + of_kind(
                 documents, "NetworkPolicy") + of_kind(documents, "ServiceMonitor"))
             self.assertNotIn("health", text, value_set)
             self.assertNotIn("8001", text, value_set)
-        self.assertEqual(seen, 1)
+
+    def test_an_upgrade_of_several_servers_leaves_some(self):
+        for value_set, expected in (("host", "RollingUpdate"), ("single", "Recreate"),
+                                    ("split", "Recreate"), ("cpu", "Recreate")):
+            server = of_kind(chart.committed(value_set), "Deployment")[0]
+            self.assertEqual(server["spec"]["strategy"]["type"], expected, value_set)
+
+    def test_what_fetches_may_ask_for_names(self):
+        policy = of_kind(chart.committed("host"), "NetworkPolicy")[0]
+        ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
+        self.assertEqual(ports, [53, 53, 443])
+
+    def test_what_is_scraped_has_the_name_that_alerts_look_for(self):
+        rules = (harness.ROOT / "deploy/prometheus/lockstep.rules.yaml").read_text()
+        self.assertIn('up{job=~".*lockstep.*"}', rules)
+        for value_set in ("host", "multinode"):
+            relabelings = of_kind(chart.committed(value_set), "ServiceMonitor")[0]["spec"][
+                "endpoints"][0]["relabelings"]
+            self.assertIn({"targetLabel": "job", "replacement": "lockstep"}, relabelings)
 
     def test_prometheus_shows_a_certificate_where_one_is_asked_for(self):
         for value_set, expected in (("host", {"insecureSkipVerify"}),
@@ -404,6 +420,34 @@ class HelmTest(EveryValueSet):
             self.assertEqual(rule["spec"]["groups"], rules["groups"])
             validate(rule)
 
+    def test_words_that_yaml_would_read_as_something_else_stay_what_they_are(self):
+        if not self.helm:
+            return
+        documents = chart.render(self.helm, "single", "--set-string", "model.servedName=a # b: c",
+                                 "--set-string", "apiKeys.existingSecret=0123",
+                                 "--set-string", "apiKeys.key=a #b",
+                                 "--set-string", "persistence.existingClaim=1e5")
+        for document in documents:
+            validate(document)
+        spec = dict(templates(documents))["Deployment/demo-lockstep"]["spec"]
+        args = spec["containers"][0]["args"]
+        self.assertIn("--served-model-name=a # b: c", args)
+        self.assertIn("--api-key-file=/etc/lockstep/api-keys/a #b", args)
+        for name in ("0123", "1e5"):
+            self.assertIn(name, [volume.get("secret", {}).get("secretName") or volume.get(
+                "persistentVolumeClaim", {}).get("claimName") for volume in spec["volumes"]])
+
+    def test_a_long_name_leaves_room_for_what_is_added(self):
+        if not self.helm:
+            return
+        for value_set, _ in self.sets():
+            documents = chart.render(self.helm, value_set, "--set",
+                                     f"fullnameOverride={'name-' * 12}")
+            for document in documents:
+                # Of a set of groups: its pods' revision is a label of 63 characters at most.
+                most = {"LeaderWorkerSet": 49, "ConfigMap": 253}.get(document["kind"], 63)
+                self.assertLessEqual(len(document["metadata"]["name"]), most, document["kind"])
+
     def test_refuses_what_cannot_work_and_says_why(self):
         if not self.helm:
             return
@@ -417,6 +461,8 @@ class HelmTest(EveryValueSet):
                 ("host", "tls.clientCaSecret=clients", "serviceMonitor.tlsConfig"),
                 ("single", "fetch.enabled=true", "image and command"),
                 ("cpu", "replicaCount=2", "ReadWriteMany"),
+                ("single", "ingress.enabled=true", "ingress.hosts"),
+                ("host", "serviceMonitor.enabled=false", "serviceMonitor.enabled"),
                 ("single", "engine.maxNumSeq=2", "maxNumSeq"),
                 ("single", "topology=host", "topology")):
             with self.assertRaises(RuntimeError, msg=setting) as raised:

@@ -89,7 +89,7 @@ class ProbesTest(unittest.TestCase):
 
         def probe(kind):
             asked = container[f"{kind}Probe"]["httpGet"]
-            self.assertEqual(asked["scheme"], "HTTP")
+            self.assertEqual(asked.get("scheme", "HTTP"), "HTTP")
             port = here[declared[asked["port"]]]
             return harness.request(port, "GET", asked["path"])[0]
 

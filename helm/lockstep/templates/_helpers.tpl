@@ -13,14 +13,16 @@
 {{- end }}
 {{- end }}
 
-{{/* A LeaderWorkerSet makes a headless Service of its own name: it must not be ours. */}}
+{{/* A LeaderWorkerSet makes a headless Service of its own name: it must not be ours. To that name,
+   49 characters at most, it adds a group's number and a revision of 10, and what comes of it is
+   a label's value. */}}
 {{- define "lockstep.setName" -}}
-{{- include "lockstep.fullname" . }}-group
+{{- include "lockstep.fullname" . | trunc 43 | trimSuffix "-" }}-group
 {{- end }}
 
 {{- define "lockstep.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "lockstep.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "lockstep.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "lockstep.labels" -}}
@@ -45,6 +47,10 @@ labels:
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end }}
+
+{{- define "lockstep.dnsEgress" -}}
+- {{- toYaml .Values.networkPolicy.dns | nindent 2 }}
 {{- end }}
 
 {{- define "lockstep.serviceAccountName" -}}
@@ -119,6 +125,12 @@ annotations:
 {{- if and $v.fetch.enabled (or (not $v.fetch.image) (not (concat $v.fetch.command $v.fetch.args))) }}
 {{- fail "fetch: image and command (or args) are needed: what fills /models" }}
 {{- end }}
+{{- if and $v.ingress.enabled (not $v.ingress.hosts) }}
+{{- fail "ingress.hosts: at least one is needed, {host: ..., paths: [{path: /}]}" }}
+{{- end }}
+{{- if and $v.autoscaling.enabled (eq $v.autoscaling.type "keda") (not $v.serviceMonitor.enabled) }}
+{{- fail "serviceMonitor.enabled: autoscaling.type keda asks Prometheus for this Service's waiting requests; true scrapes them" }}
+{{- end }}
 {{- $pods := or (gt (int $v.replicaCount) 1) $v.autoscaling.enabled (ne $v.topology "pod") }}
 {{- if and $pods (not $v.persistence.existingClaim) (not (has "ReadWriteMany" $v.persistence.accessModes)) }}
 {{- fail "persistence.accessModes: several pods read the weights: ReadWriteMany, or an existingClaim that several nodes can mount" }}
@@ -130,7 +142,7 @@ annotations:
 {{- $v := .Values -}}
 - --model={{ include "lockstep.modelPath" . }}
 {{- with $v.model.servedName }}
-- --served-model-name={{ . }}
+- {{ printf "--served-model-name=%s" . | quote }}
 {{- end }}
 - --backend={{ $v.backend }}
 - --tensor-parallel-size={{ int $v.tensorParallelSize }}
@@ -160,13 +172,13 @@ annotations:
 {{- end }}
 {{- if $v.tls.clientCaSecret }}
 - --ssl-ca-certs=/etc/lockstep/client-ca/ca.crt
-- --health-port=8001
 {{- end }}
+- --health-port=8001
 {{- if $v.apiKeys.existingSecret }}
-- --api-key-file=/etc/lockstep/api-keys/{{ $v.apiKeys.key }}
+- {{ printf "--api-key-file=/etc/lockstep/api-keys/%s" $v.apiKeys.key | quote }}
 {{- end }}
 {{- with $v.cors.allowedOrigins }}
-- --allowed-origins={{ join "," . }}
+- {{ printf "--allowed-origins=%s" (join "," .) | quote }}
 {{- end }}
 {{- if or (not $v.tls.existingSecret) (and (ne $v.topology "pod") (not $v.privatePlane.tls.coordinatorSecret)) }}
 # What has no certificate of its own speaks plain text.
@@ -204,28 +216,23 @@ annotations:
 {{- define "lockstep.doorPorts" -}}
 - {name: http, containerPort: 8000}
 - {name: grpc, containerPort: 50051}
-{{- if .Values.tls.clientCaSecret }}
 - {name: health, containerPort: 8001}
 {{- end }}
-{{- end }}
 
-{{/* startup asks the path given: /ready where the pod itself loads the weights. The
-   kubelet has no certificate to show. */}}
+{{/* startup asks the path given: /ready where the pod itself loads the weights. At a port of their
+   own: clients may fill the door, or need a certificate that the kubelet has not. */}}
 {{- define "lockstep.probes" -}}
 {{- $p := .root.Values.probes -}}
-{{- $tls := .root.Values.tls -}}
-{{- $port := ternary "health" "http" (ne $tls.clientCaSecret "") -}}
-{{- $scheme := ternary "HTTPS" "HTTP" (and (ne $tls.existingSecret "") (empty $tls.clientCaSecret)) -}}
 startupProbe:
-  httpGet: {path: {{ .startup }}, port: {{ $port }}, scheme: {{ $scheme }}}
+  httpGet: {path: {{ .startup }}, port: health}
   periodSeconds: {{ $p.startup.periodSeconds }}
   timeoutSeconds: 5
   failureThreshold: {{ divf $p.startup.loadTimeoutSeconds $p.startup.periodSeconds | ceil | int }}
 livenessProbe:
-  httpGet: {path: /health, port: {{ $port }}, scheme: {{ $scheme }}}
+  httpGet: {path: /health, port: health}
   {{- toYaml $p.liveness | nindent 2 }}
 readinessProbe:
-  httpGet: {path: /ready, port: {{ $port }}, scheme: {{ $scheme }}}
+  httpGet: {path: /ready, port: health}
   {{- toYaml $p.readiness | nindent 2 }}
 {{- end }}
 
@@ -367,7 +374,7 @@ volumeMounts:
 {{- define "lockstep.podSpec" -}}
 {{- $v := .root.Values -}}
 {{- $placed := ternary $v $v.coordinator .computes -}}
-serviceAccountName: {{ include "lockstep.serviceAccountName" .root }}
+serviceAccountName: {{ include "lockstep.serviceAccountName" .root | quote }}
 automountServiceAccountToken: false
 # Variables of Services would be read as flags: LOCKSTEP_HTTP_PORT is --http-port.
 enableServiceLinks: false
@@ -381,7 +388,7 @@ imagePullSecrets:
 {{- if and $v.fetch.enabled .answers }}
 initContainers:
   - name: fetch
-    image: {{ $v.fetch.image }}
+    image: {{ $v.fetch.image | quote }}
     {{- with $v.fetch.command }}
     command:
       {{- toYaml . | nindent 6 }}
@@ -393,9 +400,9 @@ initContainers:
     env:
       - {name: HOME, value: /tmp}
       {{- if $v.fetch.tokenSecretRef.name }}
-      - name: {{ $v.fetch.tokenEnv }}
+      - name: {{ $v.fetch.tokenEnv | quote }}
         valueFrom:
-          secretKeyRef: {name: {{ $v.fetch.tokenSecretRef.name }}, key: {{ $v.fetch.tokenSecretRef.key }}}
+          secretKeyRef: {name: {{ $v.fetch.tokenSecretRef.name | quote }}, key: {{ $v.fetch.tokenSecretRef.key | quote }}}
       {{- end }}
       {{- with $v.fetch.env }}
       {{- toYaml . | nindent 6 }}
@@ -412,7 +419,7 @@ containers:
   - {{- .container | nindent 4 }}
 volumes:
   - name: model
-    persistentVolumeClaim: {claimName: {{ include "lockstep.claimName" .root }}}
+    persistentVolumeClaim: {claimName: {{ include "lockstep.claimName" .root | quote }}}
   - name: tmp
     emptyDir: {sizeLimit: {{ $v.tmp.sizeLimit }}}
   {{- if .computes }}
@@ -421,20 +428,20 @@ volumes:
   {{- end }}
   {{- if and .answers $v.tls.existingSecret }}
   - name: tls
-    secret: {secretName: {{ $v.tls.existingSecret }}, defaultMode: 0440}
+    secret: {secretName: {{ $v.tls.existingSecret | quote }}, defaultMode: 0440}
   {{- end }}
   {{- if and .answers $v.tls.clientCaSecret }}
   # Not the rest of it: an authority's Secret also has its key.
   - name: client-ca
-    secret: {secretName: {{ $v.tls.clientCaSecret }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}
+    secret: {secretName: {{ $v.tls.clientCaSecret | quote }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}
   {{- end }}
   {{- if and .answers $v.apiKeys.existingSecret }}
   - name: api-keys
-    secret: {secretName: {{ $v.apiKeys.existingSecret }}, defaultMode: 0440}
+    secret: {secretName: {{ $v.apiKeys.existingSecret | quote }}, defaultMode: 0440}
   {{- end }}
   {{- if and (ne $v.topology "pod") $v.privatePlane.tls.workerSecret }}
   - name: plane
-    secret: {secretName: {{ ternary $v.privatePlane.tls.coordinatorSecret $v.privatePlane.tls.workerSecret .answers }}, defaultMode: 0440}
+    secret: {secretName: {{ ternary $v.privatePlane.tls.coordinatorSecret $v.privatePlane.tls.workerSecret .answers | quote }}, defaultMode: 0440}
   {{- end }}
   {{- with $v.extraVolumes }}
   {{- toYaml . | nindent 2 }}
@@ -457,13 +464,13 @@ topologySpreadConstraints:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with $v.runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- with $v.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $v.schedulerName }}
-schedulerName: {{ . }}
+schedulerName: {{ . | quote }}
 {{- end }}
 {{- end }}
