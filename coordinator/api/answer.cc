@@ -234,7 +234,9 @@ void Answer::Handle(Raw& raw, Output* out) {
       return HandleFinished(raw, out);
     case Raw::Kind::kFailed:
       out->terminal = raw.status;
-      return GiveUp(RequestOutcome::kError);
+      // The client's own deadline is no fault of ours.
+      return GiveUp(absl::IsDeadlineExceeded(raw.status) ? RequestOutcome::kAbort
+                                                         : RequestOutcome::kError);
     case Raw::Kind::kRejected:  // counted as that, by whoever refused it
       out->terminal = raw.status;
       over_ = true;

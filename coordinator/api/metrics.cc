@@ -29,7 +29,7 @@ using Labels = std::map<std::string, std::string>;
 const Buckets kStepBuckets = {0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
                               0.05,   0.1,     0.25,   0.5,   1.0,    2.5,   5.0,  10.0};
 const Buckets kDeviceBuckets = {2e-6, 3e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3};
-const Buckets kPlanBuckets = {5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2};
+const Buckets kPlanBuckets = {5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 2e-2};
 const Buckets kTokenBuckets = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15,
                                0.2,   0.3,    0.4,   0.5,  0.75,  1.0,  2.5,   5.0, 10.0};
 const Buckets kFirstTokenBuckets = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,  0.25, 0.5,

@@ -40,7 +40,7 @@ class Dashboard:
         self.add("row", title, "", [], None, 24, 1, collapsed=False, panels=[])
 
     def add(self, kind, title, description, queries, unit, width=8, height=8, options=None,
-            custom=None, thresholds=None, query_format="time_series", **more):
+            custom=None, thresholds=None, query_format="time_series", now_alone=False, **more):
         defaults = {"custom": custom or {}}
         if unit:
             defaults["unit"] = unit
@@ -58,7 +58,8 @@ class Dashboard:
                 "options": options or {},
                 "targets": [{
                     "refId": chr(ord("A") + i), "datasource": SOURCE, "expr": over(expression),
-                    "legendFormat": legend, "format": query_format, "range": True,
+                    "legendFormat": legend, "format": query_format, "instant": now_alone,
+                    "range": not now_alone,
                 } for i, (expression, legend) in enumerate(queries)],
             })
         self.panels.append(panel)
@@ -71,8 +72,8 @@ class Dashboard:
                           "tooltip": {"mode": "multi", "sort": "desc"}})
 
     def number(self, title, description, unit, query, thresholds=None, width=4,
-               legend="{{instance}}"):
-        self.add("stat", title, description, [(query, legend)], unit, width, 4,
+               legend="{{instance}}", **more):
+        self.add("stat", title, description, [(query, legend)], unit, width, 4, **more,
                  thresholds=thresholds or [{"color": "blue", "value": None}],
                  options={"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "area",
                           "textMode": "value_and_name"})
@@ -91,7 +92,8 @@ class Dashboard:
                           "color": {"mode": "scheme", "scheme": "Blues", "steps": 64}})
 
     def table(self, title, description, query, width=12):
-        self.add("table", title, description, [(query, "")], None, width, 8, query_format="table")
+        self.add("table", title, description, [(query, "")], None, width, 8, query_format="table",
+                 now_alone=True)
 
     def json(self):
         def chooser(name, label, of):
@@ -219,7 +221,7 @@ def step():
              [GOOD, {"color": "orange", "value": 0.1}, {"color": "red", "value": 0.2}], width=6)
     d.number("Straggler", "The wait of the rank that waits least: the others wait for it.", "s",
              "bottomk by (instance) (1, lockstep:collective_wait_seconds:mean5m{SELECT})", width=6,
-             legend="{{instance}} rank {{rank}}")
+             legend="{{instance}} rank {{rank}}", now_alone=True)  # not whoever was it before
 
     d.row("The group")
     d.lines("Steps by kind", "Prompts, single tokens, or both in one step.", "short",

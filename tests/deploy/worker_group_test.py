@@ -90,6 +90,18 @@ class WorkerGroupTest(unittest.TestCase):
         return harness.request(port, "POST", "/v1/completions", {
             "model": "demo", "prompt": "A rope", "max_tokens": 4})[0]
 
+    def test_a_worker_that_was_told_to_end_ends_the_group(self):
+        fake = self.folder / "bin" / "lockstep-worker"
+        fake.parent.mkdir()
+        runs = self.folder / "runs"
+        # As the coordinator tells all of them, worker 0 hears it first.
+        fake.write_text(f'#!/bin/sh\necho run >>{runs}\n'
+                        'case "$*" in *"--device 0"*) exit 0 ;; esac\nexec sleep 1000\n')
+        fake.chmod(0o755)
+        group, log = self.start("group", SCRIPT, "--count", "3", "--", path=str(fake.parent))
+        self.assertEqual(group.wait(30), 0, log.read_text())
+        self.assertLessEqual(len(runs.read_text().split()), 3)
+
     def test_a_bad_worker_flag_ends_the_group(self):
         group, log = self.start("group", SCRIPT, "--count", "2", "--", "--no-such-flag")
         self.assertEqual(group.wait(20), 2)

@@ -126,6 +126,15 @@ TEST_F(MetricsTest, WhatFailsBeforeItStartsIsAnError) {
   EXPECT_EQ(Scrape()[Finished("error")], 2);
 }
 
+TEST_F(MetricsTest, ARequestWhoseDeadlinePassedIsAnAbort) {
+  engine_.script = [](const Request&) {
+    return Script{.fail_after = 0, .failure = absl::DeadlineExceededError("late")};
+  };
+  EXPECT_EQ(Complete({{"prompt", {5}}}).status, 504);
+  EXPECT_EQ(Scrape()[Finished("abort")], 1);
+  EXPECT_EQ(Scrape()[Finished("error")], 0);
+}
+
 TEST_F(MetricsTest, DrainingDoesNotHideThatTheGroupIsBroken) {
   engine_.SetRanks({RankReport{}});
   const auto up = [this] { return Scrape()["lockstep_worker_up{rank=\"0\"}"]; };
