@@ -64,7 +64,9 @@ absl::Status CheckSampling(const std::string& field, const worker::v1::SlotSampl
   if (s.temperature() < 0) return Bad(field + ".temperature", "negative");
   if (s.top_p() <= 0 || s.top_p() > 1) return Bad(field + ".top_p", "outside (0, 1]");
   if (s.min_p() < 0 || s.min_p() > 1) return Bad(field + ".min_p", "outside [0, 1]");
-  if (s.repetition_penalty() <= 0) return Bad(field + ".repetition_penalty", "not positive");
+  if (s.repetition_penalty() < kMinRepetitionPenalty) {
+    return Bad(field + ".repetition_penalty", "not positive");
+  }
   LOCKSTEP_RETURN_IF_ERROR(
       CheckBeside(field + ".bias_values", s.bias_values_size(), "bias_ids", s.bias_ids_size()));
   LOCKSTEP_RETURN_IF_ERROR(CheckAtMost(field + ".bias_ids", s.bias_ids_size(), kMaxBiases));

@@ -17,12 +17,15 @@ namespace lockstep {
 
 // How one slot samples, validated and defaulted. Applied in this order:
 // logit_bias, penalties, min_tokens mask, temperature, top_k, top_p, min_p.
+// A logit divided by less may not be finite any more.
+inline constexpr float kMinRepetitionPenalty = 1e-9f;
+
 struct SlotSampling {
   float temperature = 1.0f;  // 0: greedy, ties to the lowest id
   float top_p = 1.0f;
   uint32_t top_k = 0;  // 0: off
   float min_p = 0.0f;
-  float repetition_penalty = 1.0f;  // over prompt and generated tokens
+  float repetition_penalty = 1.0f;  // over prompt and generated tokens; see kMinRepetitionPenalty
   float presence_penalty = 0.0f;    // over generated tokens
   float frequency_penalty = 0.0f;   // over generated tokens
   int64_t seed = 0;                 // of this sequence, already distinct per index of n

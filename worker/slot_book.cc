@@ -23,7 +23,7 @@ std::string BadSampling(const SlotSampling& s, uint32_t vocab_size) {
   if (!InRange(s.temperature, 0.0f, kAny)) return "temperature";
   if (!InRange(s.top_p, 0.0f, 1.0f) || s.top_p == 0.0f) return "top_p";
   if (!InRange(s.min_p, 0.0f, 1.0f)) return "min_p";
-  if (!InRange(s.repetition_penalty, 1e-9f, kAny)) return "repetition_penalty";
+  if (!InRange(s.repetition_penalty, kMinRepetitionPenalty, kAny)) return "repetition_penalty";
   if (!InRange(s.presence_penalty, -kAny, kAny)) return "presence_penalty";
   if (!InRange(s.frequency_penalty, -kAny, kAny)) return "frequency_penalty";
   for (const auto& [id, bias] : s.logit_bias) {

@@ -156,6 +156,8 @@ absl::StatusOr<SamplingParams> BuildSampling(const ClientSampling& in, uint32_t 
   if (status.ok()) status = SetStops(in, &out);
   if (status.ok()) status = SetTokenLists(in, vocab_size, &out);
   if (!status.ok()) return status;
+  // Of any two so small the effect is the same, and the workers take none smaller.
+  out.repetition_penalty = std::max(out.repetition_penalty, kMinRepetitionPenalty);
   // As many as there are is the same as no limit, and cheaper.
   if (out.top_k >= vocab_size) out.top_k = 0;
   out.seed = in.seed;

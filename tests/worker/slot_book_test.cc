@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
 #include <limits>
 #include <map>
@@ -235,6 +236,10 @@ TEST_F(SlotBookTest, NewSequencesMustMakeSense) {
   ExpectRefused(spoil([](NewSequence& s) { s.sampling.top_p = 0; }), "sampling.top_p");
   ExpectRefused(spoil([](NewSequence& s) { s.sampling.min_p = 2; }), "sampling.min_p");
   ExpectRefused(spoil([](NewSequence& s) { s.sampling.repetition_penalty = 0; }),
+                "repetition_penalty");
+  ExpectRefused(spoil([](NewSequence& s) {
+                  s.sampling.repetition_penalty = std::nextafter(kMinRepetitionPenalty, 0.0f);
+                }),
                 "repetition_penalty");
   ExpectRefused(spoil([](NewSequence& s) { s.sampling.presence_penalty = kInf; }),
                 "presence_penalty");

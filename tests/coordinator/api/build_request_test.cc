@@ -267,6 +267,17 @@ TEST(BuildRequest, ATopKOfTheWholeVocabularyIsOff) {
   EXPECT_EQ(Build(request)->sampling.top_k, 0u);
 }
 
+// Workers refuse a smaller one, and with it the step that everybody is in.
+TEST(BuildRequest, ARepetitionPenaltyOfAlmostNothingIsOneThatWorkersTake) {
+  ClientRequest request = Valid();
+  for (const double least : {1e-40, 1e-10}) {
+    request.sampling.repetition_penalty = least;
+    EXPECT_EQ(Build(request)->sampling.repetition_penalty, kMinRepetitionPenalty);
+  }
+  request.sampling.repetition_penalty = 2e-9;
+  EXPECT_EQ(Build(request)->sampling.repetition_penalty, 2e-9f);
+}
+
 TEST(BuildRequest, EveryFieldArrives) {
   ClientRequest client = Valid();
   client.request_id = "me";
