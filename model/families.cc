@@ -121,8 +121,9 @@ void ReadLayerTypes(ConfigReader& reader, ModelConfig& config, int64_t window,
 // 0: null, or absent with no default.
 int64_t ReadWindow(ConfigReader& reader, int64_t fallback_when_absent) {
   const bool absent = !reader.Has("sliding_window");
+  // Of 1 position, its own, no model is.
   return reader.Int("sliding_window", absent ? fallback_when_absent : 0,
-                    reader.HasValue("sliding_window") ? 1 : 0, kMaxPositions);
+                    reader.HasValue("sliding_window") ? 2 : 0, kMaxPositions);
 }
 
 void ReadLlama(ConfigReader& reader, ModelConfig& config) {

@@ -18,9 +18,9 @@ absl::StatusOr<uint64_t> DigestModel(const std::string& model_dir, const Checkpo
   const auto mix = [&hash](uint8_t byte) { hash = (hash ^ byte) * 0x100000001b3u; };
   for (const char c : text.str()) mix(static_cast<uint8_t>(c));
   if (checkpoint != nullptr) {
-    for (int shift = 0; shift < 64; shift += 8) {
-      mix(static_cast<uint8_t>(checkpoint->digest() >> shift));
-    }
+    const absl::StatusOr<uint64_t> weights = checkpoint->Digest();
+    if (!weights.ok()) return weights.status();
+    for (int shift = 0; shift < 64; shift += 8) mix(static_cast<uint8_t>(*weights >> shift));
   }
   return hash == 0 ? 1 : hash;  // 0 means that nobody knows
 }

@@ -11,8 +11,8 @@
 
 namespace lockstep {
 
-// Of config.json's bytes and, where there is a checkpoint, of its tensors' names,
-// dtypes, shapes and places. Reads no weights. Never 0. NotFound names the file.
+// Of config.json's bytes and, where there is a checkpoint, of Checkpoint::Digest.
+// Never 0. NotFound names the file.
 absl::StatusOr<uint64_t> DigestModel(const std::string& model_dir, const Checkpoint* checkpoint);
 
 }  // namespace lockstep

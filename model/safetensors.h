@@ -50,8 +50,9 @@ class Checkpoint {
 
   const std::vector<std::string>& files() const;  // whole paths
   const std::map<std::string, TensorInfo, std::less<>>& tensors() const;
-  // Of the names, dtypes and shapes: ranks on different hosts compare it.
-  uint64_t digest() const;
+  // Of the names, dtypes, shapes and a sample of every tensor's bytes, which are read: ranks that
+  // load at different times, or on different hosts, compare it.
+  absl::StatusOr<uint64_t> Digest() const;
 
  private:
   struct Impl;

@@ -23,6 +23,7 @@ constexpr size_t kMaxNameBytes = 512;
 // A few times what the largest mixtures of experts have in all their files; a
 // header of the largest size could name a hundred times that.
 constexpr size_t kMaxTensors = size_t{1} << 18;
+constexpr size_t kMaxMetadata = 4'096;  // keys
 
 struct StoredDType {
   std::string_view name;
@@ -138,6 +139,9 @@ class HeaderReader : public nlohmann::json_sax<json> {
       case State::kTop:
         return TopKey(name);
       case State::kMetadata:
+        if (metadata_keys_.size() == kMaxMetadata) {
+          return Fail(absl::StrCat("__metadata__ has more than ", kMaxMetadata, " keys"));
+        }
         if (metadata_keys_.insert(name).second) return true;
         return Fail(absl::StrCat("__metadata__ has \"", Printable(name), "\" twice"));
       default:

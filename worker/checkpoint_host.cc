@@ -161,12 +161,12 @@ absl::Status CheckpointHost::LoadInto(Loaded& loaded, const Configure& configure
   if (!digest.ok()) return digest.status();
   report.model_digest = *digest;
   if (configure.model_digest() != 0 && configure.model_digest() != *digest) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(configure.model_path(),
-                     ": not the model that the coordinator has: digest of config.json and tensor "
-                     "headers ",
-                     absl::Hex(*digest, absl::kZeroPad16), " here, ",
-                     absl::Hex(configure.model_digest(), absl::kZeroPad16), " there"));
+    return absl::FailedPreconditionError(absl::StrCat(
+        configure.model_path(),
+        ": not the model that the coordinator has, or not any more: digest of config.json and "
+        "weights ",
+        absl::Hex(*digest, absl::kZeroPad16), " here, ",
+        absl::Hex(configure.model_digest(), absl::kZeroPad16), " there"));
   }
   uint32_t threads = threads_ != 0 ? threads_ : configure.cpu_threads();
   if (threads == 0) threads = ReadDeviceInfo().num_threads;

@@ -132,6 +132,8 @@ INSTANTIATE_TEST_SUITE_P(
                 {{"use_bidirectional_attention", true}},
                 {"use_bidirectional_attention"}},
         Refusal{"gemma_no_window", "gemma-3-1b", {{"sliding_window", nullptr}}, {"sliding_window"}},
+        Refusal{
+            "gemma_window_of_itself", "gemma-3-1b", {{"sliding_window", 1}}, {"sliding_window"}},
         Refusal{"gemma_patterns",
                 "gemma-3-1b",
                 {{"_sliding_window_pattern", 5}},

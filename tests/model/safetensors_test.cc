@@ -185,16 +185,17 @@ TEST_F(SafetensorsTest, AFileThatShrinksOrChangesIsFound) {
               AllOf(HasSubstr("model.safetensors"), HasSubstr("changed")));
 }
 
-TEST_F(SafetensorsTest, DigestFollowsNamesDTypesAndShapesButNotValues) {
+TEST_F(SafetensorsTest, DigestFollowsNamesDTypesShapesAndValues) {
   const auto digest = [&](const std::string& name, std::string_view dtype,
                           const std::vector<int64_t>& shape, char fill) {
     SafetensorsWriter writer;
     writer.Add(name, dtype, shape, std::string(8, fill));
     writer.WriteTo(dir_.File("model.safetensors"));
-    return OpenOrDie()->digest();
+    return *OpenOrDie()->Digest();
   };
   const uint64_t base = digest("a", "F32", {2, 1}, 'x');
-  EXPECT_EQ(digest("a", "F32", {2, 1}, 'y'), base);
+  EXPECT_EQ(digest("a", "F32", {2, 1}, 'x'), base);
+  EXPECT_NE(digest("a", "F32", {2, 1}, 'y'), base);
   EXPECT_NE(digest("b", "F32", {2, 1}, 'x'), base);
   EXPECT_NE(digest("a", "F32", {1, 2}, 'x'), base);
   EXPECT_NE(digest("a", "F16", {2, 2}, 'x'), base);
