@@ -264,6 +264,7 @@ GroupOptions MakeGroupOptions(const ServingPlan& plan, const CoordinatorOptions&
   configure.set_cpu_threads(options.cpu_threads);
   // A backstop only: the coordinator's own deadlines come first.
   configure.set_max_skew_ms(30'000);
+  group.timeouts.reload_ms = static_cast<int64_t>(options.recovery_timeout_s * 1000);
   group.size = [plan, options](const std::vector<WorkerMemory>& workers) {
     return SizeGroup(plan, options, workers);
   };

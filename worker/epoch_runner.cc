@@ -226,6 +226,7 @@ void EpochRunner::Loop() {
       break;
     } else if (current_ != running_) {
       running_ = current_;
+      loading_ = true;  // from here on: a load may be closed long before it ends
       const std::shared_ptr<Epoch> epoch = running_;
       lock.unlock();
       Start(*epoch);
@@ -316,6 +317,21 @@ void EpochRunner::Start(Epoch& epoch) {
                        static_cast<int64_t>(1e3 * SecondsSince(start)), " ms"));
 }
 
+// Of the load under way to whoever waits for it: it may outlive the epoch that began it.
+void EpochRunner::SendProgress(uint64_t done, uint64_t total) {
+  std::shared_ptr<Epoch> waiting;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    waiting = current_;
+  }
+  if (waiting == nullptr) return;
+  WorkerMessage message;
+  message.mutable_progress()->set_epoch(waiting->number);
+  message.mutable_progress()->set_bytes_done(done);
+  message.mutable_progress()->set_bytes_total(total);
+  send_(waiting->stream, message);
+}
+
 absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
   const auto add_phase = [&](const std::string& name, double seconds) {
     worker::v1::LoadPhase* phase = ready->add_phases();
@@ -324,16 +340,11 @@ absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
   };
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    loading_ = true;
+    loading_ = !epoch.closed;
+    if (epoch.closed) return absl::AbortedError("the epoch was closed before it was loaded");
   }
   LoadProgressReport progress(epoch.configure.rank(), options_.terminal,
-                              [&](uint64_t done, uint64_t total) {
-                                WorkerMessage message;
-                                message.mutable_progress()->set_epoch(epoch.number);
-                                message.mutable_progress()->set_bytes_done(done);
-                                message.mutable_progress()->set_bytes_total(total);
-                                send_(epoch.stream, message);
-                              });
+                              [this](uint64_t done, uint64_t total) { SendProgress(done, total); });
   const absl::StatusOr<LoadReport> loaded = host_->Load(
       epoch.configure, [&](uint64_t done, uint64_t total) { progress.Update(done, total); });
   CommunicatorOptions options;

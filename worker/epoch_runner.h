@@ -104,6 +104,7 @@ class EpochRunner {
   void Loop();
   void Start(Epoch& epoch);
   absl::Status Form(Epoch& epoch, worker::v1::Ready* ready);
+  void SendProgress(uint64_t done, uint64_t total);
   absl::Status CompareModels(Epoch& epoch, uint64_t digest);
   void Submit(Plan plan);
   // A profile's plans are in flight with no others. The mutex is held.

@@ -17,6 +17,7 @@ namespace lockstep {
 class ClockOffsets {
  public:
   void Heard(StreamId stream, uint64_t sent_ns, int64_t now_ns) {
+    if (sent_ns > INT64_MAX / 2) return;  // no clock of this century
     std::deque<int64_t>& last = differences_[stream];
     last.push_back(now_ns - static_cast<int64_t>(sent_ns));
     if (last.size() > kKept) last.pop_front();

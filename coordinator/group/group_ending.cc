@@ -22,6 +22,7 @@ void GroupMachine::EndEpoch(int rank, const std::string& what, bool fatal, int64
   if (!EpochOpen()) return;
   LogError(absl::StrCat("epoch ", epoch_, " ended: ", what));
   failures_in_a_row_ = phase_ == Phase::kServing ? 1 : failures_in_a_row_ + 1;
+  if (phase_ == Phase::kServing) lost_ms_ = now_ms;
   // The first failure is answered at once; a series backs off.
   const int64_t pause_ms = failures_in_a_row_ == 1
                                ? 0
@@ -50,8 +51,28 @@ void GroupMachine::EndEpoch(int rank, const std::string& what, bool fatal, int64
 void GroupMachine::Distrust(StreamId stream) {
   const auto it = peers_.find(stream);
   if (it == peers_.end() || it->second.role == Role::kLeaving) return;
+  Blame(it->second);
   it->second.role = Role::kLeaving;
   port_->Abort(stream);
+}
+
+void GroupMachine::Lied(StreamId stream, const Peer& peer, const std::string& what,
+                        int64_t now_ms) {
+  const bool member = IsMember(peer);
+  const int rank = static_cast<int>(peer.rank);
+  const std::string named = absl::StrCat(Name(peer), ": ", what);
+  Distrust(stream);
+  if (member) EndEpoch(rank, named, false, now_ms);
+  CheckClosing(now_ms);
+}
+
+void GroupMachine::Blame(const Peer& peer) {
+  if (blamed_.size() >= kMaxSpareWorkers) blamed_.clear();  // of processes long gone
+  if (!peer.hello.instance().empty()) blamed_.insert(peer.hello.instance());
+}
+
+bool GroupMachine::MayLoadAgain(int64_t now_ms) const {
+  return lost_ms_ && now_ms - *lost_ms_ < options_.timeouts.reload_ms;
 }
 
 void GroupMachine::CheckClosing(int64_t now_ms) {
@@ -125,6 +146,7 @@ void GroupMachine::CheckStep(int64_t now_ms) {
   const bool one_is_late = missing.size() == 1;
   const std::string who = one_is_late ? Name(peers_.at(members_[missing[0]]))
                                       : absl::StrCat("ranks ", absl::StrJoin(missing, ", "));
+  if (one_is_late) Blame(peers_.at(members_[missing[0]]));
   EndEpoch(one_is_late ? static_cast<int>(missing[0]) : -1,
            absl::StrCat(who, ": step ", step.step, " (", step.tokens, " tokens) not done after ",
                         Seconds(now_ms - step.began_ms)),
@@ -140,6 +162,7 @@ void GroupMachine::CheckLoad(int64_t now_ms) {
   for (const StreamId stream : members_) {
     const Peer& peer = peers_.at(stream);
     if (peer.ready) continue;
+    Blame(peer);
     culprit = static_cast<int>(peer.rank);
     absl::StrAppend(&who, who.empty() ? "" : ", ", Name(peer));
   }

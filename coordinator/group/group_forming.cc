@@ -29,7 +29,9 @@ MemoryParts AllocatedMemory(const worker::v1::Ready& ready) {
 
 void GroupMachine::OnHello(StreamId stream, Peer& peer, const worker::v1::Hello& hello,
                            int64_t now_ms) {
-  if (peer.role != Role::kUnknown) return Refuse(stream, peer, "a second Hello on one stream");
+  if (peer.role != Role::kUnknown) {
+    return Lied(stream, peer, "said Hello twice on one stream", now_ms);
+  }
   peer.hello = hello;
   // They become part of errors and of metrics.
   peer.hello.set_host(OneLine(hello.host(), kLongestName));
@@ -78,25 +80,36 @@ void GroupMachine::Refuse(StreamId stream, Peer& peer, const std::string& reason
   peer.role = Role::kLeaving;
 }
 
-// Survivors take the ranks whose weights they hold; the rest goes by arrival.
+// Survivors take the ranks whose weights they hold; the rest goes by arrival. Whom an epoch
+// failed for comes last, weights or not.
 std::vector<StreamId> GroupMachine::ChooseMembers() const {
   std::vector<StreamId> chosen(options_.tp_size, 0);
-  std::vector<StreamId> others;
-  size_t num_chosen = 0;
+  std::vector<StreamId> others, blamed;
+  const auto place = [&](StreamId stream, int preferred_rank) {
+    const auto rank = static_cast<size_t>(preferred_rank);
+    const bool free = preferred_rank >= 0 && rank < chosen.size() && chosen[rank] == 0;
+    if (free) chosen[rank] = stream;
+    return free;
+  };
   for (const auto& [stream, peer] : peers_) {
     if (peer.role != Role::kSpare) continue;
-    const auto rank = static_cast<size_t>(peer.preferred_rank);
-    if (peer.preferred_rank >= 0 && rank < chosen.size() && chosen[rank] == 0) {
-      chosen[rank] = stream;
-      ++num_chosen;
-    } else {
+    if (blamed_.contains(peer.hello.instance())) {
+      blamed.push_back(stream);
+    } else if (!place(stream, peer.preferred_rank)) {
       others.push_back(stream);
     }
   }
-  if (num_chosen + others.size() < chosen.size()) return {};
+  const auto missing = [&] {
+    return static_cast<size_t>(std::count(chosen.begin(), chosen.end(), StreamId{0}));
+  };
+  for (const StreamId stream : blamed) {
+    if (missing() <= others.size()) break;
+    if (!place(stream, peers_.at(stream).preferred_rank)) others.push_back(stream);
+  }
+  if (missing() > others.size()) return {};
   auto next = others.begin();
-  for (StreamId& place : chosen) {
-    if (place == 0) place = *next++;
+  for (StreamId& empty : chosen) {
+    if (empty == 0) empty = *next++;
   }
   return chosen;
 }
@@ -216,14 +229,11 @@ void GroupMachine::RelayKey(StreamId from, const Peer& peer, const worker::v1::C
   if (!IsMember(peer) || !EpochOpen() || key.epoch() != epoch_) return;
   if (std::ssize(key.key()) > wire::kMaxCommKeyBytes ||
       std::ssize(key.value()) > wire::kMaxCommValueBytes || ++num_keys_ > wire::kMaxCommKeys) {
-    const std::string what = absl::StrCat(
-        Name(peer), ": communicator key of ", key.key().size(), " + ", key.value().size(),
-        " bytes, number ", num_keys_, ": at most ", wire::kMaxCommKeyBytes, " + ",
-        wire::kMaxCommValueBytes, " bytes and ", wire::kMaxCommKeys, " keys an epoch");
-    const int rank = static_cast<int>(peer.rank);
-    Distrust(from);
-    EndEpoch(rank, what, false, now_ms);
-    return CheckClosing(now_ms);
+    const std::string what =
+        absl::StrCat("communicator key of ", key.key().size(), " + ", key.value().size(),
+                     " bytes, number ", num_keys_, ": at most ", wire::kMaxCommKeyBytes, " + ",
+                     wire::kMaxCommValueBytes, " bytes and ", wire::kMaxCommKeys, " keys an epoch");
+    return Lied(from, peer, what, now_ms);
   }
   CoordinatorMessage message;
   *message.mutable_comm_key() = key;

@@ -76,13 +76,7 @@ void GroupMachine::OnMessage(StreamId stream, const WorkerMessage& message, int6
 void GroupMachine::OnGarbage(StreamId stream, int64_t now_ms) {
   const auto it = peers_.find(stream);
   if (it == peers_.end() || it->second.role == Role::kLeaving) return;
-  const Peer peer = it->second;
-  Distrust(stream);
-  if (IsMember(peer)) {
-    EndEpoch(static_cast<int>(peer.rank),
-             absl::StrCat(Name(peer), ": sent bytes that are no message"), false, now_ms);
-  }
-  CheckClosing(now_ms);
+  Lied(stream, it->second, "sent bytes that are no message", now_ms);
 }
 
 void GroupMachine::OnClosed(StreamId stream, int64_t now_ms) {
@@ -147,11 +141,7 @@ void GroupMachine::OnResult(StreamId stream, const Peer& peer, const worker::v1:
                             int64_t now_ms) {
   if (!IsMember(peer) || phase_ != Phase::kServing || result.epoch() != epoch_) return;
   const auto lied = [&](const absl::Status& status) {
-    const std::string what = absl::StrCat(Name(peer), ": ", std::string(status.message()));
-    const int rank = static_cast<int>(peer.rank);
-    Distrust(stream);
-    EndEpoch(rank, what, false, now_ms);
-    CheckClosing(now_ms);
+    Lied(stream, peer, std::string(status.message()), now_ms);
   };
   absl::StatusOr<StepResult> decoded = wire::Decode(result);
   if (!decoded.ok()) return lied(decoded.status());
@@ -173,7 +163,7 @@ void GroupMachine::OnFailure(StreamId stream, const Peer& peer, const worker::v1
       absl::StrCat(Name(peer), ": ", OneLine(failure.message(), kLongestReason));
   const int rank = static_cast<int>(peer.rank);
   if (!failure.recoverable()) {
-    const bool fatal = phase_ == Phase::kLoading;
+    const bool fatal = phase_ == Phase::kLoading && !MayLoadAgain(now_ms);
     if (!fatal) Distrust(stream);
     EndEpoch(rank, what, fatal, now_ms);
     return CheckClosing(now_ms);

@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -108,8 +109,12 @@ class GroupMachine {
   void OnReleased(Peer& peer, const worker::v1::Released& released, int64_t now_ms);
 
   // Ending an epoch (group_ending.cc).
+  bool MayLoadAgain(int64_t now_ms) const;  // after a load that failed for good
+  void Blame(const Peer& peer);
   void EndEpoch(int rank, const std::string& what, bool fatal, int64_t now_ms);
   void Distrust(StreamId stream);
+  // Distrusts it and ends the epoch that it is a member of.
+  void Lied(StreamId stream, const Peer& peer, const std::string& what, int64_t now_ms);
   void BlameSymptom(int64_t now_ms);
   void CheckSilence(int64_t now_ms);
   void CheckStep(int64_t now_ms);
@@ -137,6 +142,8 @@ class GroupMachine {
   std::optional<GroupSizes> sizes_;
   std::vector<MemoryParts> predicted_;  // by rank; may be empty
   std::string fatal_reason_;
+  // Instances that an epoch failed for: they come after spares that none did.
+  std::set<std::string> blamed_;
 
   int64_t now_ms_ = 0;  // of the last tick, to notice a pause of this process
   int64_t expected_tick_ms_ = kNever;
@@ -145,7 +152,8 @@ class GroupMachine {
   int64_t load_moved_ms_ = 0;  // last sign of progress while loading
   int64_t release_deadline_ms_ = kNever;
   int failures_in_a_row_ = 0;
-  int num_keys_ = 0;  // relayed in this epoch
+  std::optional<int64_t> lost_ms_;  // when a group that was whole last ended
+  int num_keys_ = 0;                // relayed in this epoch
   size_t num_members_ready_ = 0;
   uint32_t num_profiling_ = 0;  // members that have not sent the last part of a profile
 

@@ -20,7 +20,10 @@ struct GroupTimeouts {
   int64_t hello_ms = 5'000;  // from a stream's start to its Hello
   int64_t heartbeat_interval_ms = wire::kHeartbeatIntervalMs;
   int64_t heartbeat_timeout_ms = wire::kHeartbeatTimeoutMs;
-  int64_t load_stall_ms = 60'000;                      // a load on which no rank makes progress
+  int64_t load_stall_ms = 60'000;  // a load on which no rank makes progress
+  // After a group that was whole is lost: a worker that cannot load is tried again, or another is,
+  // for so long. Before it was whole such a failure is final at once.
+  int64_t reload_ms = 60'000;
   int64_t release_ms = wire::kReleaseTimeoutMs + 500;  // CloseEpoch to Released
   // A failed collective is a symptom: what the cause turns out to be within
   // this time is named instead.

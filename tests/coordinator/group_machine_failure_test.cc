@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "tests/coordinator/group_machine_testing.h"
@@ -98,6 +99,90 @@ TEST_F(GroupMachineTest, ABadCheckpointIsFatal) {
   EXPECT_THAT(Refusal(late), HasSubstr("truncated"));
   Pass(5'000, {a, b});
   EXPECT_TRUE(Formed().empty());
+}
+
+// A mount that is gone for a moment, a spare whose memory is taken: streams wait meanwhile.
+TEST_F(GroupMachineTest, OnceWholeAGroupOutlivesAWorkerThatCannotLoad) {
+  const auto [a, b] = FormTwo();
+  machine_->OnClosed(b, now_);
+  SayReleased(a);
+  const StreamId broken = Attach();
+  SayFailure(broken, absl::StatusCode::kNotFound, "no such folder", false);
+  EXPECT_FALSE(Failed().back().fatal);
+  EXPECT_THAT(Reason(), AllOf(HasSubstr("rank 1"), HasSubstr("no such folder")));
+  EXPECT_TRUE(port_.aborted.contains(broken));
+  machine_->OnClosed(broken, now_);
+  SayReleased(a);
+  const StreamId well = Attach();
+  Pass(4'000, {a, well});
+  SayReady(a);
+  SayReady(well);
+  EXPECT_EQ(Formed().size(), 2u);
+}
+
+TEST_F(GroupMachineTest, WhatCannotBeLoadedUntilStreamsAreGivenUpIsFatal) {
+  const auto [a, b] = FormTwo();
+  machine_->OnClosed(b, now_);
+  SayReleased(a);
+  while (!Failed().back().fatal && now_ < 1'000'000 + 10 * options_.timeouts.reload_ms) {
+    const StreamId broken = Attach();
+    Pass(4'000, {a, broken});
+    EXPECT_FALSE(Failed().back().fatal);
+    EXPECT_EQ(Rank(broken), 1u);
+    SayFailure(broken, absl::StatusCode::kNotFound, "no such folder", false);
+    machine_->OnClosed(broken, now_);
+    SayReleased(a);
+  }
+  EXPECT_TRUE(Failed().back().fatal);
+  EXPECT_GE(now_ - 1'000'000, options_.timeouts.reload_ms);
+}
+
+TEST_F(GroupMachineTest, ASecondHelloEndsTheStreamAndTheEpoch) {
+  const auto [a, b] = FormTwo();
+  Say(b, Hello(b, -1, "another"));
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_EQ(Failed()[0].rank, 1);
+  EXPECT_TRUE(port_.aborted.contains(b));
+  machine_->OnClosed(b, now_);
+  EXPECT_TRUE(machine_->Members().empty());
+  SayReleased(a);
+  const StreamId c = Attach();
+  SayReady(a);
+  SayReady(c);
+  EXPECT_EQ(Formed().size(), 2u);
+}
+
+TEST_F(GroupMachineTest, WhoHangsInALoadGivesItsPlaceToASpare) {
+  Make(2);
+  const StreamId a = Attach(), hung = Attach(), spare = Attach();
+  SayReady(a);
+  Pass(options_.timeouts.load_stall_ms + 1'000, {a, hung, spare});
+  ASSERT_EQ(Failed().size(), 1u);
+  SayReleased(a);
+  SayReleased(hung);
+  Pass(4'000, {a, hung, spare});
+  EXPECT_EQ(Epoch(spare), 2u);
+  EXPECT_EQ(Rank(spare), 1u);
+  EXPECT_EQ(Epoch(hung), 1u);
+}
+
+TEST_F(GroupMachineTest, ALiarComesAfterASpareThoughItHasTheWeights) {
+  const auto [a, b] = FormTwo();
+  const StreamId spare = Attach();
+  machine_->OnGarbage(b, now_);
+  machine_->OnClosed(b, now_);
+  const StreamId again = Attach(1, "i" + std::to_string(b));
+  SayReleased(a);
+  EXPECT_EQ(Epoch(a), 2u);
+  EXPECT_EQ(Epoch(spare), 2u);
+  EXPECT_EQ(Epoch(again), 0u);
+  // It is better than nobody, and then keeps its rank.
+  machine_->OnClosed(a, now_);
+  machine_->OnClosed(spare, now_);
+  const StreamId other = Attach();
+  Pass(4'000, {again, other});
+  EXPECT_EQ(Rank(again), 1u);
+  EXPECT_EQ(Epoch(again), Epoch(other));
 }
 
 TEST_F(GroupMachineTest, DeathWhileLoadingIsReportedAndRepaired) {

@@ -4,6 +4,8 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
@@ -19,6 +21,7 @@
 namespace lockstep {
 namespace {
 
+namespace fs = std::filesystem;
 using ::testing::HasSubstr;
 
 std::string Prompt(int i) { return absl::StrCat("Count from ", i + 1, " to ", i + 60, "."); }
@@ -171,6 +174,64 @@ TEST_F(FaultTest, TheSecondDeathEndsARequestAndNamesTheRank) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1"));
   ExpectAllBlocksBack();
   EXPECT_EQ(FaultFree(Prompt(0), 20).size(), 20u);
+}
+
+// With a copy of the model that may be changed.
+class ChangedModelTest : public FaultTest {
+ protected:
+  void ServeCopy(std::vector<std::string> flags) {
+    std::string path = (fs::temp_directory_path() / "lockstep-model.XXXXXX").string();
+    ASSERT_NE(mkdtemp(path.data()), nullptr);
+    folder_ = path;
+    fs::copy(DemoModel(), model());
+    flags.insert(flags.end(), {"--dtype", "float32"});
+    served_ = TestServer::Start(model().string(), 2, flags);
+    ASSERT_NE(served_, nullptr);
+  }
+  void TearDown() override {
+    served_.reset();
+    if (!folder_.empty()) fs::remove_all(folder_);
+  }
+  fs::path model() const { return folder_ / "demo"; }
+  bool Said(const std::string& text) {
+    return served_->server().Log().find(text) != std::string::npos;
+  }
+
+  fs::path folder_;
+};
+
+TEST_F(ChangedModelTest, AModelThatIsGoneForAMomentCostsNoStream) {
+  ASSERT_NO_FATAL_FAILURE(ServeCopy({}));
+  const std::vector<uint32_t> expected = FaultFree(Prompt(0), 300);
+  auto stream = Stream(0, 300);
+  stream->AwaitTokens(10);
+  fs::rename(model(), folder_ / "away");
+  kill(served_->WorkerPid(1), SIGKILL);
+  EXPECT_TRUE(Eventually([&] { return Said("demo: cannot open"); })) << served_->server().Log();
+  EXPECT_FALSE(stream->done());
+  fs::rename(folder_ / "away", model());
+  ASSERT_TRUE(stream->Await().ok()) << stream->Await() << served_->server().Log();
+  EXPECT_EQ(stream->token_ids(), expected);
+}
+
+// Otherwise one rank would go on with the old weights and one with the new.
+TEST_F(ChangedModelTest, WeightsThatWereReplacedMeanwhileDoNotJoinTheOldOnes) {
+  ASSERT_NO_FATAL_FAILURE(ServeCopy({"--recovery-timeout", "2"}));
+  auto stream = Stream(0, 1500);
+  stream->AwaitTokens(10);
+  const fs::path weights = model() / "model.safetensors";
+  const auto size = fs::file_size(weights);
+  std::fstream file(weights, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(static_cast<std::streamoff>(size / 2));
+  file << std::string(size / 2, '\x3c');
+  file.close();
+  kill(served_->WorkerPid(1), SIGKILL);
+  const absl::Status ended = stream->Await();
+  EXPECT_EQ(ended.code(), absl::StatusCode::kUnavailable) << ended;
+  const int status = served_->server().AwaitEnd(static_cast<int>(Bound(20).count()));
+  ASSERT_TRUE(WIFEXITED(status)) << served_->server().Log();
+  EXPECT_EQ(WEXITSTATUS(status), 1);
+  EXPECT_TRUE(Said("not the model that the coordinator has, or not any more"));
 }
 
 TEST_F(FaultTest, AKilledCoordinatorEndsStreamsAndWorkersReattach) {
