@@ -155,7 +155,7 @@ absl::Status Check(const CoordinatorOptions& o) {
       CheckRange("--num-kv-blocks", o.num_kv_blocks, 0, 1u << 24, " blocks"),
       CheckRange("--max-num-seqs", o.max_num_seqs, 0, 65'536, " sequences"),
       CheckRange("--max-model-len", o.max_model_len, 0, wire::kMaxNewTokens, " tokens"),
-      CheckRange("--max-num-batched-tokens", o.max_num_batched_tokens, 0, 1u << 20, " tokens"),
+      CheckRange("--max-num-batched-tokens", o.max_num_batched_tokens, 0, 1u << 18, " tokens"),
       CheckRange("--max-queued-requests", o.max_queued_requests, 0, 1u << 20, " requests"),
       CheckRange("--cpu-threads", o.cpu_threads, 0, 1'024, " threads"),
       CheckRange("--http-port", o.http_port, 0, 65'535, ""),

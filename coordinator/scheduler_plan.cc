@@ -48,13 +48,19 @@ SlotSampling MakeSampling(const Sequence& s, bool wants_prompt_logprobs) {
   return sampling;
 }
 
+// Numbers that travel when a sequence enters, but for its blocks.
+uint64_t WordsOf(const Sequence& s) {
+  const Request& request = s.request->request;
+  return s.num_known() + 2 * request.sampling.logit_bias.size() + request.ending_ids.size();
+}
+
 }  // namespace
 
 struct Scheduler::Impl::Draft {
   StepPlan plan;
-  uint32_t budget = 0;      // tokens
-  uint64_t new_tokens = 0;  // known ones of new sequences, cached or not
-  uint32_t promised = 0;    // coming blocks that somebody is waiting for
+  uint32_t budget = 0;     // tokens
+  uint64_t new_words = 0;  // that new sequences take in the message
+  uint32_t promised = 0;   // coming blocks that somebody is waiting for
   bool short_of_blocks = false;
   std::optional<GrowthForecast> forecast;  // of all that run; made when first asked for
   std::vector<PlannedSpan> spans;
@@ -139,9 +145,10 @@ void Scheduler::Impl::PlanNewcomers(Draft* draft, int64_t now_ms,
   while (draft->budget > 0 && !free_slots.empty() && !waiting.empty()) {
     Sequence* const s = *waiting.begin();
     // Cached tokens cost no budget, but room in the plan.
-    if (draft->new_tokens + s->num_known() > wire::kMaxNewTokens) return;
+    const uint64_t words = WordsOf(*s);
+    if (draft->new_words > 0 && draft->new_words + words > wire::kMaxNewTokens) return;
     if (!TryStart(s, draft)) return;
-    draft->new_tokens += s->num_known();
+    draft->new_words += words;
     NoteStarted(s, now_ms, events);
     draft->spans.push_back(MakeSpan(s, std::min(draft->budget, s->num_to_compute()), draft));
   }
