@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
   if (2 * i < p.words) {
     const bool both = 2 * i + 1 < p.words;
     const uint32_t mine[2] = {__ldcg(p.in + 2 * i), both ? __ldcg(p.in + 2 * i + 1) : 0};
-    const uint64_t number = (exchange + 1)
-                            << 32;  // its low half, never the 0 or ones of a fresh region
+    // Never the 0 or ones of a fresh region, however long it runs.
+    const uint64_t number = ((exchange & 0x3fffffff) + 1) << 32;
     const ulonglong2 packet = {number | mine[0], number | mine[1]};
     for (int d = 1; d < p.size; ++d) {
       const int peer = p.rank + d < p.size ? p.rank + d : p.rank + d - p.size;

@@ -14,6 +14,8 @@ namespace {
 
 bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+constexpr int kPushUnit = 8;  // rows of a vector of 16 bytes
+
 constexpr int DivUp(int a, int b) { return (a + b - 1) / b; }
 
 bool SupportsExchange(const GemvArgs& args) {
@@ -29,9 +31,25 @@ bool SupportsExchange(const GemvArgs& args) {
          args.residual_in != args.residual_out;
 }
 
+int MostBlocks(const GemvArgs& args, int sm_count) {
+  return args.max_blocks > 0 ? std::min(args.max_blocks, sm_count) : sm_count;
+}
+
+// Of the kPush whose sums a kReduce takes.
+int PushedBlocks(const GemvArgs& reduce) {
+  return std::min(MostBlocks(reduce, SmCount()), reduce.exchange->width / kPushUnit);
+}
+
 template <typename W, typename T>
 cudaError_t LaunchAs(const Launch& launch, const GemvArgs& args) {
-  if (args.m == 1) return LaunchRow<W, T>(launch, args, PlanRow(args, SmCount()));
+  if (args.m == 1) {
+    // A kReduce polls before it waits, and may: while the blocks of the kPush before it are on all
+    // SMs, what cleared its slot three exchanges ago has ended. A small row's are not.
+    Launch behind = launch;
+    if (args.prologue == GemvPrologue::kReduce && PushedBlocks(args) < SmCount())
+      behind.pdl = false;
+    return LaunchRow<W, T>(behind, args, PlanRow(args, SmCount()));
+  }
   return LaunchSkinny<W, T>(launch, args, PlanSkinny(args, SmCount()));
 }
 
@@ -44,7 +62,7 @@ RowPlan PlanRow(const GemvArgs& args, int sm_count) {
   const int usual = weight_bytes == 2 ? 8 : 4, largest = 2 * usual;
   const int pieces = DivUp(args.k * weight_bytes, 512);  // of 32 lanes x 16 bytes
   RowPlan plan;
-  plan.unit = args.epilogue == GemvEpilogue::kPush ? 8 : IsGate(args.epilogue) ? 2 : 1;
+  plan.unit = args.epilogue == GemvEpilogue::kPush ? kPushUnit : IsGate(args.epilogue) ? 2 : 1;
   while (plan.split < kGemvWarps && DivUp(pieces, plan.split) > usual) plan.split *= 2;
   int vectors = largest;
   while (vectors > largest / 4 && vectors / 2 * plan.split >= pieces) vectors /= 2;
@@ -61,8 +79,7 @@ RowPlan PlanRow(const GemvArgs& args, int sm_count) {
   plan.stages = plan.stages / groups * groups;
   if (plan.stages == 0) return plan;
   plan.shared_bytes = std::max(kMinGemvShared, plan.stages * plan.stage_bytes + rest);
-  const int limit = args.max_blocks > 0 ? std::min(args.max_blocks, sm_count) : sm_count;
-  plan.blocks = std::min(limit, args.n / plan.unit);
+  plan.blocks = std::min(MostBlocks(args, sm_count), args.n / plan.unit);
   plan.vectors = vectors;
   return plan;
 }
@@ -81,8 +98,7 @@ SkinnyPlan PlanSkinny(const GemvArgs& args, int sm_count) {
       (kMaxGemvShared - partial) / (kGemvWarps * plan.stage_bytes), kMaxGemvStages / kGemvWarps));
   plan.shared_bytes =
       std::max(kMinGemvShared, kGemvWarps * plan.depth * plan.stage_bytes + partial);
-  const int limit = args.max_blocks > 0 ? std::min(args.max_blocks, sm_count) : sm_count;
-  plan.blocks = std::min(limit, DivUp(args.n, 16));
+  plan.blocks = std::min(MostBlocks(args, sm_count), DivUp(args.n, 16));
   return plan;
 }
 
