@@ -18,7 +18,7 @@ RULES = harness.ROOT / "deploy/prometheus/lockstep.rules.yaml"
 DASHBOARDS = sorted((harness.ROOT / "deploy/grafana").glob("*.json"))
 
 # Labels that Prometheus, not the server, puts on what it scrapes.
-SCRAPE_LABELS = {"job", "instance", "namespace", "service"}  # the latter two with a ServiceMonitor
+SCRAPE_LABELS = {"job", "instance", "namespace", "pod", "service"}
 # Metrics of Prometheus itself.
 PROMETHEUS_METRICS = {"up": SCRAPE_LABELS}
 # Metrics that a server on the cpu backend rightly lacks, with their labels.
