@@ -33,6 +33,9 @@ inline constexpr size_t kPromptsPerBatch = 128;
 inline constexpr uint32_t kMaxN = 16;
 inline constexpr size_t kBatchTimesN = 256;
 inline constexpr int32_t kLogprobs = 20;  // logprobs, top_logprobs, prompt_logprobs
+// Log-probabilities of prompts, alternatives counted. An entry takes most of a KiB on its way.
+inline constexpr uint64_t kPromptLogprobs = 1 << 20;          // of a request's prompts together
+inline constexpr uint64_t kPromptLogprobsInFlight = 1 << 21;  // of all requests; 429 beyond
 inline constexpr size_t kStopStrings = 16;
 inline constexpr size_t kStopStringBytes = 256;
 inline constexpr size_t kStopTokenIds = 64;

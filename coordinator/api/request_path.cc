@@ -13,11 +13,23 @@ namespace {
 constexpr int kIntakeThreads = 2;
 constexpr size_t kIntakeCapacity = 4096;
 constexpr size_t kSmallMessageBytes = 512 * 1024;
+constexpr uint64_t kFewLogprobs = 4 * 1024;
 
 absl::Status Full(const std::string& message) {
   absl::Status status = absl::ResourceExhaustedError(message);
   SetRetryDelay(&status, 1);
   return status;
+}
+
+// A part of `most`, given back with the last copy; null where the others leave none.
+std::shared_ptr<void> Hold(const std::shared_ptr<std::atomic<uint64_t>>& all, uint64_t part,
+                           uint64_t most) {
+  const bool fits = all->fetch_add(part) + part <= most;
+  std::shared_ptr<void> held(all.get(), [all, part](void*) {
+    *all -= part;
+    malloc_trim(0);  // what came of it was many times its size
+  });
+  return fits ? held : nullptr;
 }
 
 }  // namespace
@@ -46,13 +58,24 @@ absl::Status RequestPath::RunLater(std::function<void()> work) {
 
 absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldMessage(size_t bytes) {
   if (bytes <= kSmallMessageBytes) return std::shared_ptr<void>();
-  const bool fits = held_bytes_->fetch_add(bytes) + bytes <= limits::kBodyBytesInFlight;
-  std::shared_ptr<void> held(nullptr, [all = held_bytes_, bytes](void*) {
-    *all -= bytes;
-    malloc_trim(0);  // what came of the message was many times its size
-  });
-  if (fits) return held;
+  std::shared_ptr<void> held = Hold(held_bytes_, bytes, limits::kBodyBytesInFlight);
+  if (held != nullptr) return held;
   return Refuse(Full("too many large messages at once"));
+}
+
+absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldLogprobs(uint64_t entries) {
+  if (entries <= kFewLogprobs) return std::shared_ptr<void>();
+  if (entries > limits::kPromptLogprobs) {
+    return Refuse(FieldError(
+        "prompt", absl::StrCat(entries,
+                               " log-probabilities of prompts are too many for an answer; "
+                               "allowed: ",
+                               limits::kPromptLogprobs,
+                               "; ask for fewer alternatives or prompts at a time")));
+  }
+  std::shared_ptr<void> held = Hold(held_logprobs_, entries, limits::kPromptLogprobsInFlight);
+  if (held != nullptr) return held;
+  return Refuse(Full("too many log-probabilities of prompts at once"));
 }
 
 absl::Status RequestPath::CheckBatch(size_t prompts) {

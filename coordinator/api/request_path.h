@@ -40,6 +40,9 @@ class RequestPath {
   // A place for a message of `bytes` that waits to be read; given back with the
   // last copy. ResourceExhausted when large ones fill theirs already.
   absl::StatusOr<std::shared_ptr<void>> HoldMessage(size_t bytes);
+  // Likewise for the log-probabilities of prompts that an answer is to list, until it has been
+  // made. InvalidArgument: more than any answer may list.
+  absl::StatusOr<std::shared_ptr<void>> HoldLogprobs(uint64_t entries);
   // InvalidArgument for a batch of more prompts than an idle group could admit:
   // those that start and those that wait. A later attempt would end alike.
   absl::Status CheckBatch(size_t prompts);
@@ -71,7 +74,9 @@ class RequestPath {
   const std::shared_ptr<WorkPool> text_pool_;
   WorkPool intake_pool_;
   std::atomic<bool> leaving_ = false, draining_ = false;
-  const std::shared_ptr<std::atomic<size_t>> held_bytes_ = std::make_shared<std::atomic<size_t>>(0);
+  using Count = std::atomic<uint64_t>;
+  const std::shared_ptr<Count> held_bytes_ = std::make_shared<Count>(0);
+  const std::shared_ptr<Count> held_logprobs_ = std::make_shared<Count>(0);
   mutable std::mutex mutex_;
   Phases startup_;  // guarded by mutex_
 };
