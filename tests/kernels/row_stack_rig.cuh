@@ -387,6 +387,9 @@ class Group {
     return logits;
   }
   std::vector<float> Logits(int rank) const { return ranks_[rank].logits_->template Read<float>(); }
+  std::vector<uint8_t> Workspace(int rank) const {
+    return ranks_[rank].workspace_->template Read<uint8_t>();
+  }
 
   // One step; the logits' error in units of their own spread.
   void Check(int position, double bound) {

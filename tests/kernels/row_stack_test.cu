@@ -108,6 +108,17 @@ TEST(RowStackTest, GivesTheSameBitsTwice) {
   }
 }
 
+// What a launch leaves is what the next one begins with; of an odd number of heads and shares, too.
+TEST(RowStackTest, LeavesNoWordBehind) {
+  Group<BF16, BF16, BF16> group(
+      {.hidden = 72, .heads = 3, .kv_heads = 1, .intermediate = 88, .vocab = 33});
+  for (const int position : {1030, 5}) {
+    group.Launch(kSlot, position, group.RandomRow());
+    const std::vector<uint8_t> left = group.Workspace(0);
+    EXPECT_EQ(left, std::vector<uint8_t>(left.size(), 0xff)) << "position " << position;
+  }
+}
+
 TEST(RowStackTest, APaddingRowChangesNothing) {
   Group<BF16, BF16, BF16> group({});
   const std::vector<BF16> row = group.RandomRow();
