@@ -155,6 +155,38 @@ TEST(NcclCommunicatorTest, AbortEndsAWaitForAPeer) {
       "");
 }
 
+// NCCL lets go of a communicator when its graphs are gone, which another thread has to see to.
+TEST(NcclCommunicatorTest, AnAbortThatWaitsForAGraphHoldsUpNoCall) {
+  EXPECT_EQ(
+      RunRanks(GroupSize(),
+               [](const RankProcess& p) -> absl::Status {
+                 auto nccl = Joined(p);
+                 RETURN_IF_BAD(nccl.status());
+                 float* data = nullptr;
+                 RETURN_IF_CUDA_ERROR(cudaMalloc(reinterpret_cast<void**>(&data), 4096));
+                 cudaStream_t stream = nullptr;
+                 RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+                 RETURN_IF_CUDA_ERROR(
+                     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+                 RETURN_IF_BAD((*nccl)->AllReduceSum(Type::kF32, data, data, 1024, stream));
+                 cudaGraph_t graph = nullptr;
+                 RETURN_IF_CUDA_ERROR(cudaStreamEndCapture(stream, &graph));
+                 cudaGraphExec_t exec = nullptr;
+                 RETURN_IF_CUDA_ERROR(cudaGraphInstantiate(&exec, graph, 0));
+                 RETURN_IF_CUDA_ERROR(cudaGraphLaunch(exec, stream));
+                 RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream));
+                 (*nccl)->Abort();
+                 RETURN_UNLESS(
+                     absl::IsAborted((*nccl)->AllReduceSum(Type::kF32, data, data, 1024, stream)));
+                 RETURN_UNLESS(absl::IsAborted((*nccl)->Check()));
+                 RETURN_IF_CUDA_ERROR(cudaGraphExecDestroy(exec));
+                 RETURN_IF_CUDA_ERROR(cudaGraphDestroy(graph));
+                 RETURN_UNLESS((*nccl)->Released(NcclCommunicator::kAbortBound));
+                 return absl::OkStatus();
+               }),
+      "");
+}
+
 TEST(NcclCommunicatorTest, AbortEndsAJoinThatNobodyAnswers) {
   EXPECT_EQ(RunRanks(1,
                      [](const RankProcess& p) -> absl::Status {
