@@ -51,7 +51,6 @@ void GroupMachine::EndEpoch(int rank, const std::string& what, bool fatal, int64
 void GroupMachine::Distrust(StreamId stream) {
   const auto it = peers_.find(stream);
   if (it == peers_.end() || it->second.role == Role::kLeaving) return;
-  Blame(it->second);
   it->second.role = Role::kLeaving;
   port_->Abort(stream);
 }
@@ -61,6 +60,7 @@ void GroupMachine::Lied(StreamId stream, const Peer& peer, const std::string& wh
   const bool member = IsMember(peer);
   const int rank = static_cast<int>(peer.rank);
   const std::string named = absl::StrCat(Name(peer), ": ", what);
+  Blame(peer);
   Distrust(stream);
   if (member) EndEpoch(rank, named, false, now_ms);
   CheckClosing(now_ms);

@@ -164,6 +164,7 @@ void GroupMachine::OnFailure(StreamId stream, const Peer& peer, const worker::v1
   const int rank = static_cast<int>(peer.rank);
   if (!failure.recoverable()) {
     const bool fatal = phase_ == Phase::kLoading && !MayLoadAgain(now_ms);
+    Blame(peer);
     if (!fatal) Distrust(stream);
     EndEpoch(rank, what, fatal, now_ms);
     return CheckClosing(now_ms);
@@ -186,12 +187,7 @@ void GroupMachine::OnReleased(Peer& peer, const worker::v1::Released& released, 
 void GroupMachine::FailEpoch(uint64_t epoch, const absl::Status& reason, int64_t now_ms) {
   if (!EpochOpen() || epoch != epoch_) return;
   // Sampled tokens, which is what the engine checks, come from rank 0.
-  const StreamId liar = members_[0];
-  const auto it = peers_.find(liar);
-  const std::string name = it == peers_.end() ? "rank 0" : Name(it->second);
-  Distrust(liar);
-  EndEpoch(0, absl::StrCat(name, ": ", std::string(reason.message())), false, now_ms);
-  CheckClosing(now_ms);
+  Lied(members_[0], peers_.at(members_[0]), std::string(reason.message()), now_ms);
 }
 
 void GroupMachine::Shutdown() {

@@ -142,7 +142,8 @@ class GroupMachine {
   std::optional<GroupSizes> sizes_;
   std::vector<MemoryParts> predicted_;  // by rank; may be empty
   std::string fatal_reason_;
-  // Instances that an epoch failed for: they come after spares that none did.
+  // Instances that hung, lied or could not load: they come after spares that did not. One that was
+  // silent is not of them: it may have its weights still.
   std::set<std::string> blamed_;
 
   int64_t now_ms_ = 0;  // of the last tick, to notice a pause of this process

@@ -185,6 +185,19 @@ TEST_F(GroupMachineTest, ALiarComesAfterASpareThoughItHasTheWeights) {
   EXPECT_EQ(Epoch(again), Epoch(other));
 }
 
+TEST_F(GroupMachineTest, WhoWasSilentForAMomentKeepsItsRankBeforeASpare) {
+  const auto [a, b] = FormTwo();
+  const StreamId spare = Attach();
+  Pass(3'000, {a, spare});
+  ASSERT_EQ(Failed().size(), 1u);
+  machine_->OnClosed(b, now_);
+  const StreamId again = Attach(1, "i" + std::to_string(b));
+  SayReleased(a);
+  EXPECT_EQ(Rank(again), 1u);
+  EXPECT_EQ(Epoch(again), 2u);
+  EXPECT_EQ(Epoch(spare), 0u);
+}
+
 TEST_F(GroupMachineTest, DeathWhileLoadingIsReportedAndRepaired) {
   Make(2);
   const StreamId a = Attach(), b = Attach();
