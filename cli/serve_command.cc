@@ -1,6 +1,7 @@
 // lockstep serve: a coordinator and its workers on this host, as children.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
@@ -40,6 +41,23 @@ void SayUnknownVariables(const CoordinatorOptions& options) {
   }
 }
 
+// The coordinator's flags. The one whose default is another here says so.
+void AddServeFlags(CLI::App& app, CoordinatorOptions* options) {
+  AddCoordinatorFlags(app, options);
+  app.get_option("--worker-address")
+      ->description(
+          "Where the workers dial in: HOST:PORT or unix:PATH; default: a unix socket in $TMPDIR or "
+          "/tmp");
+}
+
+// In /tmp, too, where the name of a socket in TMPDIR would have more than its 107 bytes.
+std::string SocketFolderPrefix() {
+  constexpr size_t kLongest = 107 - sizeof("/lockstep-serve-XXXXXX/workers") + 1;
+  const char* const base = std::getenv("TMPDIR");
+  const bool fits = base != nullptr && *base != '\0' && std::strlen(base) <= kLongest;
+  return absl::StrCat(fits ? base : "/tmp", "/lockstep-serve");
+}
+
 // Fills in the daemons' command lines. `args` are serve's own flags, which the
 // coordinator reads again: file and environment included.
 absl::Status PlanChildren(const CoordinatorOptions& options, const std::vector<std::string>& args,
@@ -73,7 +91,7 @@ absl::Status PlanChildren(const CoordinatorOptions& options, const std::vector<s
 int RunServe(const std::vector<std::string>& args) {
   CLI::App app{"Serve a model on this host.", "lockstep serve"};
   CoordinatorOptions options;
-  AddCoordinatorFlags(app, &options);
+  AddServeFlags(app, &options);
   const absl::Status parsed = ParseWithSources(app, args);
   SayUnknownVariables(options);
   if (!parsed.ok()) return Fail(parsed, 2);
@@ -82,11 +100,25 @@ int RunServe(const std::vector<std::string>& args) {
     return 0;
   }
   if (absl::Status valid = ValidateOptions(options); !valid.ok()) return Fail(valid, 2);
-  absl::StatusOr<std::unique_ptr<PrivateFolder>> folder =
-      PrivateFolder::Make("/tmp/lockstep-serve");
-  if (!folder.ok()) return Fail(folder.status(), 1);
-  std::string address = absl::StrCat("unix:", (*folder)->path(), "/workers");
-  if (app.count("--worker-address") > 0) address = options.worker_address;
+  std::string address = options.worker_address;
+  if (PortOf(address) == 0) {
+    return Fail(absl::InvalidArgumentError(absl::StrCat(
+                    "--worker-address ", address,
+                    ": workers dial the port; give one, or leave the flag out for a socket")),
+                2);
+  }
+  std::unique_ptr<PrivateFolder> folder;  // ends after the children
+  if (address.empty()) {
+    absl::StatusOr<std::unique_ptr<PrivateFolder>> made = PrivateFolder::Make(SocketFolderPrefix());
+    if (!made.ok()) {
+      return Fail(absl::UnavailableError(absl::StrCat(
+                      std::string(made.status().message()),
+                      "; set TMPDIR to a folder that can be written, or give --worker-address")),
+                  1);
+    }
+    folder = *std::move(made);
+    address = absl::StrCat("unix:", folder->path(), "/workers");
+  }
   SupervisorOptions children;
   if (absl::Status planned = PlanChildren(options, args, address, &children); !planned.ok()) {
     return Fail(planned, 1);
@@ -102,7 +134,7 @@ void AddServeCommand(CLI::App* app, const std::vector<std::string>& args, Comman
   auto shown = std::make_shared<CoordinatorOptions>();
   CLI::App* command = app->add_subcommand("serve", "Serve a model: coordinator and workers here");
   command->group("Serve");
-  AddCoordinatorFlags(*command, shown.get());
+  AddServeFlags(*command, shown.get());
   command->callback([=] { *chosen = [args, shown] { return RunServe(args); }; });
 }
 

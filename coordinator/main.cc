@@ -2,13 +2,18 @@
 // clients. Exit codes: 0 after a drain, 1 when it cannot start or go on, 2 for
 // a bad command line. The last line on stderr says why.
 #include <malloc.h>
+#include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <mutex>
@@ -58,19 +63,36 @@ int Fail(const absl::Status& status) {
   return 1;
 }
 
+absl::Status WritePartial(const std::string& partial, const std::string& text) {
+  std::ofstream file(partial, std::ios::trunc);
+  file << text;
+  if (file.flush()) return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat("--port-file: cannot write ", partial, ": ", std::strerror(errno)));
+}
+
 absl::Status WritePortFile(const std::string& path, const std::string& json) {
   const std::string partial = path + ".partial";
-  {
-    std::ofstream file(partial, std::ios::trunc);
-    file << json << "\n";
-    if (!file.flush())
-      return absl::UnavailableError(absl::StrCat("--port-file: cannot write ", partial));
-  }
+  if (absl::Status written = WritePartial(partial, json + "\n"); !written.ok()) return written;
   if (std::rename(partial.c_str(), path.c_str()) != 0) {
-    return absl::UnavailableError(
-        absl::StrCat("--port-file: cannot rename ", partial, " to ", path));
+    return absl::UnavailableError(absl::StrCat("--port-file: cannot rename ", partial, " to ", path,
+                                               ": ", std::strerror(errno)));
   }
   return absl::OkStatus();
+}
+
+// Before the load, which may take minutes.
+absl::Status CheckPortFile(const std::string& path) {
+  if (path.empty()) return absl::OkStatus();
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--port-file ", path, ": is a directory; name a file"));
+  }
+  const std::string partial = path + ".partial";
+  absl::Status written = WritePartial(partial, "");
+  if (written.ok()) std::remove(partial.c_str());
+  return written;
 }
 
 // From the flags to the exit code; signals are events by now.
@@ -112,6 +134,7 @@ absl::Status Coordinator::Start() {
   const auto phase = [&](const char* name) {
     phases_.emplace_back(name, SecondsSince(std::exchange(began, Clock::now())));
   };
+  if (absl::Status writable = CheckPortFile(options_.port_file); !writable.ok()) return writable;
   absl::StatusOr<ServingPlan> plan = PlanServing(options_);
   if (!plan.ok()) return plan.status();
   phase("read config");
@@ -127,7 +150,7 @@ absl::Status Coordinator::Start() {
   phase("read tokenizer");
 
   absl::StatusOr<std::unique_ptr<GrpcWorkerGroup>> group = GrpcWorkerGroup::Listen(
-      options_.worker_address, MakeGroupOptions(*plan, options_),
+      WorkerAddress(options_), MakeGroupOptions(*plan, options_),
       {options_.worker_ssl_certfile, options_.worker_ssl_keyfile, options_.worker_ssl_ca_certs});
   if (!group.ok()) {
     if (absl::StartsWith(group.status().message(), "--")) return group.status();
@@ -251,8 +274,20 @@ void KeepMemoryFlat() {
   mallopt(M_ARENA_MAX, 2);
 }
 
+// A client's connection takes a descriptor, and a shell gives a fraction of what may be had.
+void RaiseDescriptors() {
+  constexpr rlim_t kEnough = 65'536;
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  const rlim_t wanted = std::min(kEnough, limit.rlim_max);
+  if (limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = wanted;
+  (void)setrlimit(RLIMIT_NOFILE, &limit);  // else there are as many as there are
+}
+
 int Main(int argc, char** argv) {
   KeepMemoryFlat();
+  RaiseDescriptors();
   ServiceManager service;
   CLI::App app("lockstep-coordinator: schedules one group of workers and answers clients.",
                "lockstep-coordinator");

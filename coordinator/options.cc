@@ -5,10 +5,12 @@
 #include <utility>
 
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "common/flag_sources.h"
 #include "common/log.h"
+#include "coordinator/api/address.h"
 #include "wire/protocol.h"
 
 namespace lockstep {
@@ -85,7 +87,8 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorOptions* o) {
   option("--health-port", &o->health_port,
          "Plain HTTP for /health and /ready alone, for probers without a certificate; 0: none", g);
   option("--worker-address", &o->worker_address,
-         "Where workers dial in: HOST:PORT (port 0: any) or unix:PATH", g);
+         "Where workers dial in: HOST:PORT (port 0: any) or unix:PATH; default: 127.0.0.1:50052",
+         g);
   option("--worker-ssl-certfile", &o->worker_ssl_certfile,
          "PEM certificate for the workers' plane, with lockstep-coordinator among its DNS names; "
          "read again when it changes",
@@ -139,6 +142,14 @@ absl::Status CheckAdminPort(const CoordinatorOptions& o) {
                             "; give another ", name, " or --admin-address"));
   }
   return absl::OkStatus();
+}
+
+// What gRPC would take for another address, or for a port that nobody meant.
+absl::Status CheckWorkerAddress(const CoordinatorOptions& o) {
+  const std::string address = WorkerAddress(o);
+  if (absl::StartsWith(address, "unix:") || PortOf(address)) return absl::OkStatus();
+  return Bad(absl::StrCat("--worker-address ", address,
+                          ": expected HOST:PORT with a port of 0 to 65535, or unix:PATH"));
 }
 
 absl::Status Check(const CoordinatorOptions& o) {
@@ -196,13 +207,14 @@ absl::Status Check(const CoordinatorOptions& o) {
     return Bad(absl::StrCat("--admin-address ", admin,
                             ": never leaves this host; use 127.0.0.1:PORT or unix:PATH"));
   }
+  if (absl::Status worker = CheckWorkerAddress(o); !worker.ok()) return worker;
   if (o.insecure) return absl::OkStatus();
   if (!IsLocalAddress(o.host) && o.ssl_certfile.empty()) {
     return Bad(absl::StrCat("--host ", o.host,
                             ": others could read the traffic; use loopback, --ssl-certfile, or "
                             "--insecure on a network you trust"));
   }
-  if (!IsLocalAddress(o.worker_address) && o.worker_ssl_certfile.empty()) {
+  if (!IsLocalAddress(WorkerAddress(o)) && o.worker_ssl_certfile.empty()) {
     return Bad(absl::StrCat("--worker-address ", o.worker_address,
                             ": others could read the traffic; use loopback, "
                             "--worker-ssl-certfile, or --insecure on a network you trust"));
@@ -224,6 +236,23 @@ std::string AdminAddress(const CoordinatorOptions& options) {
   return absl::StrCat("127.0.0.1:", any ? 0 : options.grpc_port + 2);
 }
 
+std::string WorkerAddress(const CoordinatorOptions& options) {
+  return options.worker_address.empty() ? "127.0.0.1:50052" : options.worker_address;
+}
+
+std::optional<uint16_t> PortOf(const std::string& address) {
+  const size_t colon = address.rfind(':');
+  if (colon == std::string::npos || colon == 0 || absl::StartsWith(address, "unix:")) return {};
+  const std::string host = address.substr(0, colon), port = address.substr(colon + 1);
+  // Without brackets the last part of an IPv6 address looks like a port.
+  const bool brackets = host.size() > 2 && host.front() == '[' && host.back() == ']';
+  if (!brackets && host.find_first_of(":[]") != std::string::npos) return {};
+  uint32_t value = 0;
+  const bool digits = port.find_first_not_of("0123456789") == std::string::npos;
+  if (!digits || !absl::SimpleAtoi(port, &value) || value > 65'535) return {};
+  return static_cast<uint16_t>(value);
+}
+
 bool IsLocalAddress(const std::string& address) {
   if (absl::StartsWith(address, "unix:")) return true;
   std::string host = address;
@@ -233,7 +262,10 @@ bool IsLocalAddress(const std::string& address) {
     const size_t bracket = host.rfind(']');
     if (bracket == std::string::npos || bracket < colon) host.resize(colon);
   }
-  return absl::StartsWith(host, "127.") || host == "localhost" || host == "::1" || host == "[::1]";
+  if (host.size() > 2 && host.front() == '[' && host.back() == ']') {
+    host = host.substr(1, host.size() - 2);
+  }
+  return IsLoopback(host);
 }
 
 }  // namespace lockstep

@@ -14,6 +14,7 @@
 #define LOCKSTEP_COORDINATOR_OPTIONS_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -52,7 +53,7 @@ struct CoordinatorOptions {
   uint32_t http_port = 8000;
   uint32_t grpc_port = 50051;
   uint32_t health_port = 0;
-  std::string worker_address = "127.0.0.1:50052";
+  std::string worker_address;
   std::string worker_ssl_certfile, worker_ssl_keyfile, worker_ssl_ca_certs;
   std::string admin_address;
   bool insecure = false;
@@ -79,6 +80,12 @@ absl::Status ValidateOptions(const CoordinatorOptions& options);
 
 // --admin-address, or its default: loopback, two above --grpc-port.
 std::string AdminAddress(const CoordinatorOptions& options);
+
+// --worker-address, or the coordinator's default; `lockstep serve` has another.
+std::string WorkerAddress(const CoordinatorOptions& options);
+
+// The port of HOST:PORT; nothing for unix:PATH, and for what is neither.
+std::optional<uint16_t> PortOf(const std::string& address);
 
 // Whether nothing but this host can reach `address` (HOST, HOST:PORT, unix:PATH).
 bool IsLocalAddress(const std::string& address);

@@ -10,6 +10,8 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "coordinator/api/limits.h"
 #include "model/model_digest.h"
 #include "model/safetensors.h"
 #include "model/shard_plan.h"
@@ -46,6 +48,21 @@ std::string DirectoryName(const std::string& path) {
   std::error_code error;
   const std::filesystem::path canonical = std::filesystem::canonical(path, error);
   return error ? path : canonical.filename().string();
+}
+
+// What every door would list and no request may say is no name.
+absl::StatusOr<std::string> ServedName(const CoordinatorOptions& o) {
+  const bool given = !o.served_model_name.empty();
+  std::string name = given ? o.served_model_name : DirectoryName(o.model);
+  const auto printable = [](char c) { return c >= 0x20 && c <= 0x7e; };
+  if (!name.empty() && name.size() <= limits::kIdentifierBytes &&
+      std::all_of(name.begin(), name.end(), printable)) {
+    return name;
+  }
+  return Bad(absl::StrCat(given ? "--served-model-name '" : "--model: its folder's name '",
+                          OneLine(name, limits::kEchoedCharacters), "' is not 1 to ",
+                          limits::kIdentifierBytes, " bytes of printable ASCII",
+                          given ? "" : "; --served-model-name gives another name"));
 }
 
 absl::StatusOr<int64_t> ChooseMaxModelLen(const ModelConfig& model, const CoordinatorOptions& o) {
@@ -141,8 +158,9 @@ absl::StatusOr<ServingPlan> PlanServing(const CoordinatorOptions& options) {
   if (absl::Status servable = CheckServable(plan.model, plan.backend); !servable.ok()) {
     return servable;
   }
-  plan.served_name =
-      options.served_model_name.empty() ? DirectoryName(options.model) : options.served_model_name;
+  absl::StatusOr<std::string> served_name = ServedName(options);
+  if (!served_name.ok()) return served_name.status();
+  plan.served_name = *std::move(served_name);
 
   absl::StatusOr<int64_t> max_model_len = ChooseMaxModelLen(plan.model, options);
   if (!max_model_len.ok()) return max_model_len.status();

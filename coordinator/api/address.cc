@@ -18,10 +18,6 @@ std::string HostPort(const std::string& host, int port) {
   return absl::StrCat(host, ":", port);
 }
 
-bool IsLoopback(const std::string& host) {
-  return host == "localhost" || host == "::1" || absl::StartsWith(host, "127.");
-}
-
 absl::Status CheckCanBind(const std::string& host, int port, const char* flag) {
   addrinfo hints = {};
   hints.ai_socktype = SOCK_STREAM;

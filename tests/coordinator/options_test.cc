@@ -195,10 +195,28 @@ TEST_F(OptionsTest, PlainTextBeyondThisHostNeedsSayingSo) {
        {"127.0.0.1", "127.0.0.1:5", "localhost:5", "unix:/a/b", "[::1]:5", "::1", "[::1]"}) {
     EXPECT_TRUE(IsLocalAddress(local)) << local;
   }
-  for (const char* far :
-       {"0.0.0.0", "0.0.0.0:5", "example.org", "[2001:db8::1]:5", "::", "", "128.0.0.1"}) {
+  // What begins with 127. may be a name of another host.
+  for (const char* far : {"0.0.0.0", "0.0.0.0:5", "example.org", "[2001:db8::1]:5", "::", "",
+                          "128.0.0.1", "127.example.org", "127.example.org:5"}) {
     EXPECT_FALSE(IsLocalAddress(far)) << far;
   }
+}
+
+TEST_F(OptionsTest, WorkersDialAHostAndAPortOrASocket) {
+  for (const char* bad :
+       {"127.0.0.1", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:-1", "127.0.0.1:+5", "127.0.0.1:x",
+        ":50052", "50052", "::1", "[]:5", "localhost", "unix-abstract:x"}) {
+    EXPECT_EQ(Error({"--model", "m", "--insecure", "--worker-address", bad}),
+              absl::StrCat("--worker-address ", bad,
+                           ": expected HOST:PORT with a port of 0 to 65535, or unix:PATH"));
+  }
+  for (const char* good : {"", "127.0.0.1:0", "localhost:65535", "[::1]:50052", "unix:w", "unix:/w",
+                           "unix:/127.0.0.1:0"}) {
+    ASSERT_TRUE(Parse({"--model", "m", "--worker-address", good}).ok());
+    EXPECT_EQ(ValidateOptions(options_), absl::OkStatus()) << good;
+  }
+  EXPECT_EQ(PortOf("[::1]:0"), 0);
+  EXPECT_EQ(PortOf("unix:/127.0.0.1:0"), std::nullopt);
 }
 
 TEST_F(OptionsTest, PortsOfOtherAddressesAreNotTheAdminDoors) {

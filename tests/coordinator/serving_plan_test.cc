@@ -83,6 +83,24 @@ TEST_F(ServingPlanTest, NamesTheDirectoryWhateverItsSpelling) {
   EXPECT_EQ(PlanServing(options_)->served_name, "my model");
 }
 
+TEST_F(ServingPlanTest, ServesNoNameThatNoRequestMaySay) {
+  const std::string longest(128, 'n');
+  options_.served_model_name = longest;
+  EXPECT_EQ(PlanServing(options_)->served_name, longest);
+  for (const std::string& name : {longest + "n", std::string("\xc3\xbc"), std::string("a\nb"),
+                                  std::string("a\x7f"), std::string("\x01")}) {
+    options_.served_model_name = name;
+    EXPECT_THAT(Error(), AllOf(HasSubstr("--served-model-name '"), HasSubstr("128 bytes")));
+  }
+  options_.served_model_name.clear();
+  options_.model = std::filesystem::path(directory_).replace_filename("\xc3\xbc");
+  std::filesystem::rename(directory_, options_.model);
+  EXPECT_THAT(Error(), AllOf(HasSubstr("--model"), HasSubstr("'\xc3\xbc'"),
+                             HasSubstr("--served-model-name gives another")));
+  options_.served_model_name = "u";
+  EXPECT_EQ(PlanServing(options_)->served_name, "u");
+}
+
 TEST_F(ServingPlanTest, ImpossibleStartsAreOneLineThatNamesTheCause) {
   options_.model = "/nonexistent";
   EXPECT_THAT(Error(), AllOf(HasSubstr("--model"), HasSubstr("/nonexistent")));
@@ -162,17 +180,21 @@ TEST_F(ServingPlanTest, RanksOfOneHostShareItsMemoryAndTheSmallestDecides) {
   const uint32_t apart = blocks({{"a", "", some, some}, {"b", "", some, some}});
   const uint32_t together = blocks({{"a", "", some, some}, {"a", "", some, some}});
   const uint32_t uneven = blocks({{"a", "", kGiB, kGiB}, {"b", "", some, some}});
+  const uint32_t uneven_the_other_way = blocks({{"a", "", some, some}, {"b", "", kGiB, kGiB}});
   EXPECT_LT(together, apart);
   EXPECT_EQ(uneven, apart);
+  EXPECT_EQ(uneven_the_other_way, apart);
 }
 
 TEST_F(ServingPlanTest, ConfigureCarriesThePlan) {
   options_.tensor_parallel_size = 2;
   options_.dtype = "bfloat16";
+  options_.load_format = "dummy";  // the digest needs no weights then
   const GroupOptions group = MakeGroupOptions(*PlanServing(options_), options_);
   EXPECT_EQ(group.tp_size, 2u);
   EXPECT_EQ(group.configure.dtype(), "bfloat16");
   EXPECT_EQ(group.configure.max_model_len(), 1024u);
+  EXPECT_NE(group.configure.model_digest(), 0u);
   EXPECT_TRUE(std::filesystem::path(group.configure.model_path()).is_absolute());
 }
 

@@ -8,10 +8,12 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -54,7 +56,14 @@ class StartTest : public ::testing::Test {
     ASSERT_NE(mkdtemp(pattern.data()), nullptr);
     dir_ = pattern;
   }
-  void TearDown() override { fs::remove_all(dir_); }
+  void TearDown() override {
+    if (tmpdir_.has_value()) {
+      setenv("TMPDIR", tmpdir_->c_str(), /*overwrite=*/1);
+    } else {
+      unsetenv("TMPDIR");
+    }
+    fs::remove_all(dir_);
+  }
 
   // A copy of the demo model to spoil.
   std::string CopyOfModel() {
@@ -105,6 +114,13 @@ class StartTest : public ::testing::Test {
   }
 
   std::string dir_;
+
+ private:
+  static std::optional<std::string> Tmpdir() {
+    const char* const set = std::getenv("TMPDIR");
+    return set == nullptr ? std::nullopt : std::optional<std::string>(set);
+  }
+  const std::optional<std::string> tmpdir_ = Tmpdir();
 };
 
 TEST_F(StartTest, NamesAMissingModelFlag) { ExpectRefused(Serve({}), {"--model"}); }
@@ -185,6 +201,55 @@ TEST_F(StartTest, NamesAPortThatIsTaken) {
   ExpectRefused(Run("serve", {"--model", DemoModel(), "--http-port", "0", "--grpc-port", port}),
                 {"--grpc-port", port});
   close(fd);
+}
+
+// Its workers would dial what nobody listens at, for ever.
+TEST_F(StartTest, NamesAnAddressThatWorkersCannotDial) {
+  for (const char* bad : {"127.0.0.1:0", "127.0.0.1", "127.0.0.1:99999"}) {
+    ExpectRefused(Serve({"--model", DemoModel(), "--worker-address", bad}),
+                  {"--worker-address", bad});
+  }
+}
+
+TEST_F(StartTest, NamesAPortFileThatCannotBeWrittenBeforeTheLoad) {
+  const std::string missing = dir_ + "/missing/ports";
+  for (const std::string& bad : {missing, dir_}) {
+    const Ended ended = Serve({"--model", DemoModel(), "--port-file", bad});
+    ExpectRefused(ended, {"--port-file", bad});
+    EXPECT_THAT(ended.log, Not(HasSubstr("waiting for")));  // for workers
+  }
+}
+
+TEST_F(StartTest, MakesNoFolderForASocketThatHasAPlace) {
+  setenv("TMPDIR", (dir_ + "/missing").c_str(), /*overwrite=*/1);
+  ExpectRefused(Serve({"--model", DemoModel()}), {dir_ + "/missing", "TMPDIR"});
+  // With an address it comes as far as the coordinator.
+  ExpectRefused(Serve({"--model", DemoModel(), "--max-model-len", "100000", "--worker-address",
+                       "unix:" + dir_ + "/workers"}),
+                {"--max-model-len 100000"});
+}
+
+TEST_F(StartTest, APrintedConfigurationKeepsTheWorkersOnTheirOwnSocket) {
+  const std::string printed = dir_ + "/printed";
+  std::ofstream(printed) << Run("serve", {"--model", DemoModel(), "--print-config"}).log;
+  EXPECT_EQ(Run("serve", {"--config", printed, "--print-config"}).log,
+            Run("serve", {"--model", DemoModel(), "--print-config"}).log);
+  setenv("TMPDIR", dir_.c_str(), /*overwrite=*/1);
+  for (const std::vector<std::string>& flags :
+       std::vector<std::vector<std::string>>{{}, {"--config", printed}}) {
+    const auto served = TestServer::Start(DemoModel(), 1, flags);
+    ASSERT_NE(served, nullptr);
+    EXPECT_THAT(served->server().Log(), HasSubstr(" at unix:" + dir_ + "/lockstep-serve-"));
+  }
+}
+
+TEST_F(StartTest, ATmpdirTooDeepForASocketIsNotUsed) {
+  const std::string deep = dir_ + "/" + std::string(100, 'd');
+  fs::create_directory(deep);
+  setenv("TMPDIR", deep.c_str(), /*overwrite=*/1);
+  const auto served = TestServer::Start(DemoModel(), 1);
+  ASSERT_NE(served, nullptr);
+  EXPECT_THAT(served->server().Log(), HasSubstr(" at unix:/tmp/lockstep-serve-"));
 }
 
 TEST_F(StartTest, SuggestsTheCommandThatWasMeant) {
