@@ -74,7 +74,7 @@ class CompletionExchange : public Exchange,
   size_t unfinished_ = 0;
   std::vector<std::unique_ptr<ChoiceBuilder>> choices_;
   Usage usage_;
-  std::shared_ptr<void> held_logprobs_;  // of Intake; the places of what the answer lists
+  std::shared_ptr<void> held_logprobs_;    // of Intake; the places of what the answer lists
   std::vector<std::string> prompt_texts_;  // for echo
   OrderedJson prompt_token_ids_;           // of the answer's top level
 };

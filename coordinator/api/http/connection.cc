@@ -140,6 +140,7 @@ struct Connection::Received {
     request.authorization = ToString(head[http::field::authorization]);
     request.traceparent = ToString(head["traceparent"]);
     request.origin = ToString(head[http::field::origin]);
+    request.wanted_headers = ToString(head[http::field::access_control_request_headers]);
   }
 
   void FillBody(Parser* parser) {

@@ -23,6 +23,7 @@ struct HttpRequest {
   std::string content_type;
   std::string request_id;  // x-request-id as it came; "" when there was none
   std::string authorization, traceparent, origin;  // likewise
+  std::string wanted_headers;                      // access-control-request-headers, likewise
   uint64_t cache_salt = 0;                         // of its API key, set by Screen
   std::string body;
   // Counts the body's bytes against the server's budget until dropped.

@@ -1,13 +1,16 @@
 #include "coordinator/api/http/routes.h"
 
+#include <algorithm>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "common/version.h"
 #include "coordinator/api/api_error.h"
 #include "coordinator/api/client_request.h"
@@ -20,6 +23,7 @@ namespace lockstep {
 namespace {
 
 constexpr std::string_view kModelPrefix = "/v1/models/";
+constexpr size_t kWantedHeadersBytes = 1'024;
 
 const char* StateName(EngineState state) {
   switch (state) {
@@ -40,6 +44,42 @@ const char* StateName(EngineState state) {
 bool IsJson(const std::string& content_type) {
   const std::string type = content_type.substr(0, content_type.find(';'));
   return absl::AsciiStrToLower(absl::StripAsciiWhitespace(type)) == "application/json";
+}
+
+// "authorization, x-stainless-os": names of headers alone (RFC 9110, 5.6.2), so that
+// an answer that repeats them says nothing else.
+bool IsHeaderList(const std::string& list) {
+  if (list.size() > kWantedHeadersBytes) return false;
+  const auto token = [](char c) {
+    return absl::ascii_isalnum(static_cast<unsigned char>(c)) ||
+           std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
+  };
+  const std::vector<std::string> names = absl::StrSplit(list, ',');
+  return std::all_of(names.begin(), names.end(), [&](const std::string& each) {
+    const auto name = absl::StripAsciiWhitespace(each);
+    return !name.empty() && std::all_of(name.begin(), name.end(), token);
+  });
+}
+
+// "org/m" of "org%2Fm"; nothing where an escape is malformed.
+std::optional<std::string> PercentDecoded(std::string_view text) {
+  const auto digit = [&text](size_t i) {
+    const auto c = static_cast<unsigned char>(i < text.size() ? text[i] : '\0');
+    if (!absl::ascii_isxdigit(c)) return -1;
+    return absl::ascii_isdigit(c) ? c - '0' : absl::ascii_tolower(c) - 'a' + 10;
+  };
+  std::string decoded;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != '%') {
+      decoded += text[i];
+      continue;
+    }
+    const int high = digit(i + 1), low = digit(i + 2);
+    if (high < 0 || low < 0) return {};
+    decoded += static_cast<char>(high * 16 + low);
+    i += 2;
+  }
+  return decoded;
 }
 
 // A reply that an intake thread makes.
@@ -119,12 +159,15 @@ bool Routes::IsPreflight(const HttpRequest& head) const {
   return head.method == "OPTIONS" && !CallerOf(head).allow_origin.empty();
 }
 
-HttpReply Routes::Preflight() {
+HttpReply Routes::Preflight(const HttpRequest& head) {
   HttpReply reply{.content_type = "text/plain", .headers = {}, .body = {}};
-  reply.headers = {
-      {"Access-Control-Allow-Methods", "GET, POST"},
-      {"Access-Control-Allow-Headers", "authorization, content-type, traceparent, x-request-id"},
-      {"Access-Control-Max-Age", "600"}};
+  reply.headers = {{"Access-Control-Allow-Methods", "GET, POST"},
+                   // Client libraries add headers of their own, which nothing here reads.
+                   {"Access-Control-Allow-Headers",
+                    IsHeaderList(head.wanted_headers)
+                        ? head.wanted_headers
+                        : "authorization, content-type, traceparent, x-request-id"},
+                   {"Access-Control-Max-Age", "600"}};
   return reply;
 }
 
@@ -145,7 +188,7 @@ std::shared_ptr<Exchange> Routes::Handle(HttpRequest request) {
   const Caller caller = CallerOf(request);
   const absl::Status named = CheckIdentifier("x-request-id", request.request_id);
   if (!named.ok()) return Reply(ErrorReply(path_->Refuse(named)), caller);
-  if (IsPreflight(request)) return Reply(Preflight(), caller);
+  if (IsPreflight(request)) return Reply(Preflight(request), caller);
   LogTrace(caller.request_id, request.traceparent);
 
   const Route* route = nullptr;
@@ -258,7 +301,8 @@ std::shared_ptr<Exchange> Routes::Models(HttpRequest&&, const Caller& caller) {
 }
 
 std::shared_ptr<Exchange> Routes::Model(HttpRequest&& request, const Caller& caller) {
-  const std::string asked = request.path.substr(kModelPrefix.size());
+  const std::string escaped = request.path.substr(kModelPrefix.size());
+  const std::string asked = PercentDecoded(escaped).value_or(escaped);
   if (asked != path_->model().name) {
     return Reply(ErrorReply(UnknownModelError(asked, path_->model().name)), caller);
   }

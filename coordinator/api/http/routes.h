@@ -42,7 +42,7 @@ class Routes : public HttpHandler {
   };
   Caller CallerOf(const HttpRequest& request) const;
   bool IsPreflight(const HttpRequest& head) const;
-  static HttpReply Preflight();
+  static HttpReply Preflight(const HttpRequest& head);
 
   std::shared_ptr<Exchange> Completions(HttpRequest&& request, const Caller& caller);
   std::shared_ptr<Exchange> Chat(HttpRequest&& request, const Caller& caller);

@@ -283,6 +283,12 @@ TEST_F(HostileHttp, RoutesAndMethods) {
   }
   Refused(Get(http(), "/v1/models/other"), 404, "model", "another model");
   EXPECT_EQ(Get(http(), "/v1/models/demo").json()["id"], "demo");
+  EXPECT_EQ(Get(http(), "/v1/models/d%65m%6F").json()["id"], "demo");
+  EXPECT_THAT(std::string(Get(http(), "/v1/models/org%2Fm").error()["message"]),
+              HasSubstr("'org/m'"));
+  for (const char* escaped : {"demo%", "demo%0", "d%6", "d%6gmo", "d%%65mo", "demo%00", "%"}) {
+    Refused(Get(http(), absl::StrCat("/v1/models/", escaped)), 404, "model", escaped);
+  }
   EXPECT_EQ(Get(http(), "/health?x=1").status, 200);
   for (const char* method : {"PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "GET", "BREW"}) {
     RawClient client(http());

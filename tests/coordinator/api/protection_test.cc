@@ -256,8 +256,11 @@ TEST_F(Protection, WhatCannotServeTlsIsNamed) {
 }
 
 TEST_F(Protection, BeyondLoopbackNeedsTls) {
-  options_.host = "0.0.0.0";
-  EXPECT_THAT(std::string(StartError().message()), HasSubstr("--ssl-certfile"));
+  // A name that looks like loopback may lead anywhere.
+  for (const char* far : {"127.example.invalid", "127.0.0.1.example.invalid", "0.0.0.0"}) {
+    options_.host = far;
+    EXPECT_THAT(std::string(StartError().message()), HasSubstr("--ssl-certfile")) << far;
+  }
   UseTls(false);
   EXPECT_TRUE(StartError().ok());
 }
@@ -404,6 +407,35 @@ TEST_F(Protection, ABadKeyFileIsNamed) {
   EXPECT_THAT(error("g" + std::string(kHashA).substr(1) + " a\n"), HasSubstr("line 1"));
   options_.api_key_file = files_.Path("none");
   EXPECT_THAT(std::string(StartError().message()), HasSubstr("--api-key-file"));
+}
+
+TEST_F(Protection, BrowsersMaySendTheHeadersOfTheirLibraries) {
+  options_.allowed_origins = {"http://a"};
+  UseKeys(std::string(kHashA) + " a\n");
+  Open();
+  const auto allowed = [&](const std::string& wanted, const std::string& origin) {
+    RawClient client(http());
+    client.Send("OPTIONS /v1/chat/completions HTTP/1.1\r\nOrigin: " + origin +
+                "\r\nAccess-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: " +
+                wanted + "\r\n\r\n");
+    const RawResponse response = client.Read();
+    const auto found = response.headers.find("access-control-allow-headers");
+    return found == response.headers.end() ? "" : found->second;
+  };
+  const std::string usual = "authorization, content-type, traceparent, x-request-id";
+  const std::string javascript =
+      "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,"
+      "x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,"
+      "x-stainless-runtime-version,x-stainless-timeout";
+  EXPECT_EQ(allowed(javascript, "http://a"), javascript);
+  EXPECT_EQ(allowed("x-a, x-b", "http://a"), "x-a, x-b");
+  EXPECT_EQ(allowed(std::string(1024, 'x'), "http://a"), std::string(1024, 'x'));
+  for (const std::string& other : {std::string(), std::string(1025, 'x'), std::string("x-a;x-b"),
+                                   std::string("x a"), std::string("x-a,,x-b"), std::string("x\""),
+                                   std::string("caf\xc3\xa9"), std::string("x-a,")}) {
+    EXPECT_EQ(allowed(other, "http://a"), usual) << other;
+  }
+  EXPECT_EQ(allowed(javascript, "http://b"), "");
 }
 
 TEST_F(Protection, PagesOfOtherOriginsAskOnlyWhereAllowed) {
