@@ -104,6 +104,10 @@ class BatchRun {
     ++written_;
     if (failed) ++failed_;
     bar_.Set(written_, failed_ > 0 ? absl::StrCat(failed_, " failed") : "");
+    if (*out_) return;
+    // Answers that cannot be kept are not asked for.
+    stopping_ = true;
+    for (CallHandle& call : calls_) call.Cancel();
   }
 
   const std::vector<BatchItem> items_;

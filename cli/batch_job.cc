@@ -143,7 +143,8 @@ const std::map<std::string, FieldReader>& Fields() {
        }},
       {"seed",
        [](const json& v, v1::GenerateRequest* r) -> absl::Status {
-         if (!v.is_number_integer()) return Bad("seed", "a whole number");
+         const bool fits = !v.is_number_unsigned() || v.get<uint64_t>() <= uint64_t{INT64_MAX};
+         if (!v.is_number_integer() || !fits) return Bad("seed", "a whole number of 64 bits");
          r->mutable_sampling()->set_seed(v.get<int64_t>());
          return absl::OkStatus();
        }},

@@ -13,6 +13,7 @@
 #include "cli/connection_flags.h"
 #include "cli/sampling_flags.h"
 #include "cli/terminal.h"
+#include "coordinator/text/utf8.h"
 
 namespace lockstep {
 namespace {
@@ -31,6 +32,9 @@ void AddMessage(v1::ChatMessages* chat, const char* role, const std::string& con
 
 // Streams one answer and adds it to the conversation; Ctrl-C cuts it short.
 absl::Status Answer(Client* client, const v1::SamplingParams& sampling, v1::ChatMessages* chat) {
+  if (!IsValidUtf8(chat->messages().rbegin()->content())) {
+    return absl::InvalidArgumentError("the message is not UTF-8");
+  }
   v1::GenerateRequest request;
   *request.mutable_chat() = *chat;
   *request.mutable_sampling() = sampling;
@@ -65,6 +69,9 @@ int RunChat(const ChatFlags& flags) {
   if (!sampling.ok()) return fail(sampling.status());
   if (sampling->has_n() && sampling->n() > 1) {
     return fail(absl::InvalidArgumentError("--n: a conversation has one answer at a time"));
+  }
+  if (!IsValidUtf8(flags.system)) {
+    return fail(absl::InvalidArgumentError("--system: not UTF-8"));
   }
   absl::StatusOr<Connection> connection = Connect(flags.connection);
   if (!connection.ok()) return fail(connection.status());

@@ -22,7 +22,8 @@ struct ChildOptions {
   std::string keep_fd_variable;   // ... this environment variable tells
 };
 
-// argv[0] is the path of the program. The child's signal mask is empty.
+// argv[0] is the path of the program. The child's signal mask is empty, and
+// SIGPIPE ends it.
 absl::StatusOr<pid_t> StartChild(const std::vector<std::string>& argv, const ChildOptions& options);
 
 // "exit code 3", "signal 9 (Killed)".

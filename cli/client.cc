@@ -101,6 +101,7 @@ absl::StatusOr<v1::GetModelInfoResponse> Client::WaitReady(int64_t timeout_ms,
   do {
     absl::StatusOr<v1::GetModelInfoResponse> info = GetModelInfo();
     if (info.ok() && info->ready()) return info;
+    if (absl::IsUnauthenticated(info.status())) return info;  // so will every other call be
     last = info.ok() ? absl::UnavailableError("the model is still loading") : info.status();
     if (give_up && give_up()) return absl::AbortedError("the server ended while starting");
     std::this_thread::sleep_for(std::chrono::milliseconds(20));

@@ -36,7 +36,7 @@ class Client {
   ~Client();
 
   // Polls GetModelInfo until the server is ready, at most timeout_ms.
-  // give_up: asked between polls; true ends the wait with Aborted.
+  // Unauthenticated at once. give_up: asked between polls; true ends the wait with Aborted.
   absl::StatusOr<v1::GetModelInfoResponse> WaitReady(int64_t timeout_ms,
                                                      const std::function<bool()>& give_up = {});
   absl::StatusOr<v1::GetModelInfoResponse> GetModelInfo();

@@ -41,6 +41,7 @@ void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags) {
                   "With --model: a flag of `lockstep serve`, as in --serve-flag=--dtype=float32")
       ->group(group)
       ->expected(1)
+      ->allow_extra_args(false)  // the prompt may follow
       ->take_all();
 }
 
@@ -60,6 +61,10 @@ absl::StatusOr<Connection> Connect(const ConnectionFlags& flags) {
   connection.client = std::make_unique<Client>(
       address, connection.server == nullptr ? flags.access : ServerAccess{});
   absl::StatusOr<v1::GetModelInfoResponse> info = connection.client->WaitReady(kConnectTimeoutMs);
+  if (absl::IsUnauthenticated(info.status())) {
+    return absl::UnauthenticatedError(
+        absl::StrCat("--api-key: ", address, ": ", std::string(info.status().message())));
+  }
   if (!info.ok()) {
     return absl::Status(info.status().code(),
                         absl::StrCat("--address: no server answers at ", address, " (",

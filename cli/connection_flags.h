@@ -32,7 +32,8 @@ struct Connection {
   v1::GetModelInfoResponse info;
 };
 
-// Unavailable when nothing answers within a few seconds, with what to start.
+// Unavailable when nothing answers within a few seconds, with what to start;
+// Unauthenticated when what answers wants another key.
 absl::StatusOr<Connection> Connect(const ConnectionFlags& flags);
 
 // Which rank holds which share of the weights, and where the start-up seconds

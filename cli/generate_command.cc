@@ -13,6 +13,7 @@
 #include "cli/connection_flags.h"
 #include "cli/sampling_flags.h"
 #include "cli/terminal.h"
+#include "coordinator/text/utf8.h"
 
 namespace lockstep {
 namespace {
@@ -86,6 +87,7 @@ int RunGenerate(const GenerateFlags& flags) {
   if (prompt.empty()) {
     return Fail(absl::InvalidArgumentError("PROMPT: empty; give it as an argument or on stdin"));
   }
+  if (!IsValidUtf8(prompt)) return Fail(absl::InvalidArgumentError("PROMPT: not UTF-8"));
   if (flags.chat) {
     v1::ChatMessage* message = request.mutable_chat()->add_messages();
     message->set_role("user");

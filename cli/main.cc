@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <iostream>
 #include <optional>
 #include <string>
 #include <vector>
@@ -52,6 +53,14 @@ std::string Where(CLI::App* app, CLI::App* command) {
                         : Where(app, command->get_parent()) + " " + command->get_name();
 }
 
+// `code`, unless what went to stdout is lost.
+int AfterStdout(int code) {
+  std::cout.flush();
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0 && std::cout) return code;
+  std::fputs("lockstep: stdout: writing failed\n", stderr);
+  return code == 0 ? 1 : code;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -72,21 +81,32 @@ int main(int argc, char** argv) {
   lockstep::AddTopCommand(&app, &chosen);
   lockstep::AddProfileCommand(&app, &chosen);
   lockstep::AddDoctorCommand(&app, &chosen);
+  const auto refuse = [&](const std::string& text) {
+    std::fprintf(stderr, "%s: %s\n", Where(&app, Chosen(&app)).c_str(), text.c_str());
+    return 2;
+  };
+  std::vector<std::string> args;
+  const absl::Status apart =
+      lockstep::SetEmptyValuesApart(app, {argv + std::min(argc, 1), argv + argc}, &args);
+  if (!apart.ok()) return refuse(std::string(apart.message()));
+  std::reverse(args.begin(), args.end());  // as CLI11 wants it
   try {
-    app.parse(argc, argv);
+    app.parse(args);
   } catch (const CLI::Success& wanted) {  // --help, --version
-    return app.exit(wanted);
+    return AfterStdout(app.exit(wanted));
   } catch (const CLI::ParseError& error) {
     CLI::App* command = Chosen(&app);
     const std::vector<std::string> extras = app.remaining(/*recurse=*/true);
     const std::string text = extras.empty() ? lockstep::FlagErrorLine(*command, error.what())
                                             : ExplainUnknown(command, extras[0]);
-    std::fprintf(stderr, "%s: %s\n", Where(&app, command).c_str(), text.c_str());
-    return 2;
+    return refuse(text);
+  }
+  if (const absl::Status numbers = lockstep::CheckNumbers(*Chosen(&app)); !numbers.ok()) {
+    return refuse(std::string(numbers.message()));
   }
   if (!chosen) {
     std::fputs(app.help().c_str(), stdout);
-    return 0;
+    return AfterStdout(0);
   }
   // serve says them in its log's format.
   if (!app.got_subcommand("serve")) {
@@ -94,5 +114,5 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "lockstep: %s\n", line.c_str());
     }
   }
-  return chosen();
+  return AfterStdout(chosen());
 }

@@ -49,6 +49,10 @@ absl::Status Ask(const ProfileFlags& flags, std::ofstream* file, size_t* bytes) 
   }
   const grpc::Status status = reader->Finish();
   if (status.ok()) return absl::OkStatus();
+  if (status.error_code() == grpc::StatusCode::UNIMPLEMENTED) {
+    return absl::UnimplementedError(absl::StrCat(
+        "--address ", flags.address, ": answers, but is no --admin-address of a server"));
+  }
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()),
                       absl::StrCat(flags.address, ": ", status.error_message()));
 }

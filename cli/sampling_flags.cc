@@ -7,6 +7,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "coordinator/text/utf8.h"
 
 namespace lockstep {
 
@@ -25,13 +26,16 @@ void AddSamplingFlags(CLI::App* app, SamplingFlags* flags) {
   app->add_option("--stop", flags->stop, "A string that ends the answer; repeatable")
       ->group(group)
       ->expected(1)
+      ->allow_extra_args(false)  // the prompt may follow
       ->take_all();
   app->add_option("--stop-token-ids", flags->stop_token_ids, "Token ids that end the answer")
       ->group(group)
+      ->allow_extra_args(false)
       ->delimiter(',');
   app->add_option("--logit-bias", flags->logit_bias, "ID=VALUE; repeatable")
       ->group(group)
       ->expected(1)
+      ->allow_extra_args(false)
       ->take_all();
   app->add_option("--min-tokens", flags->min_tokens, "Tokens before the answer may end")
       ->group(group);
@@ -57,7 +61,10 @@ absl::StatusOr<v1::SamplingParams> ToProto(const SamplingFlags& flags) {
   if (given("--n")) params.set_n(flags.n);
   if (given("--logprobs")) params.set_logprobs(flags.logprobs);
   if (flags.ignore_eos) params.set_ignore_eos(true);
-  for (const std::string& stop : flags.stop) params.add_stop(stop);
+  for (const std::string& stop : flags.stop) {
+    if (!IsValidUtf8(stop)) return absl::InvalidArgumentError("--stop: not UTF-8");
+    params.add_stop(stop);
+  }
   for (uint32_t id : flags.stop_token_ids) params.add_stop_token_ids(id);
   for (const std::string& entry : flags.logit_bias) {
     const std::pair<std::string, std::string> parts =

@@ -26,7 +26,7 @@ struct SamplingFlags {
 // Flags that are not given stay absent in the request: the server's defaults hold.
 void AddSamplingFlags(CLI::App* app, SamplingFlags* flags);
 
-// InvalidArgument naming the flag when --logit-bias is not ID=VALUE.
+// InvalidArgument naming the flag when --logit-bias is not ID=VALUE or --stop no UTF-8.
 absl::StatusOr<v1::SamplingParams> ToProto(const SamplingFlags& flags);
 
 }  // namespace lockstep

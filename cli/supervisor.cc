@@ -81,6 +81,8 @@ class Supervisor {
       Say(absl::StrCat("cannot make a pipe: ", strerror(errno)));
       return 1;
     }
+    // Whoever reads stderr may go before the children do.
+    signal(SIGPIPE, SIG_IGN);
     coordinator_.options.keep_fd = notes_[1];
     coordinator_.options.keep_fd_variable = kSupervisorFdVariable;
     sigset_t set;
@@ -141,6 +143,7 @@ class Supervisor {
       };
       if (note == static_cast<char>(SupervisorNote::kOpen)) {
         service_.Ready();
+        open_ = true;
         // `ready` stands on stdout once: the lives to come say it elsewhere.
         coordinator_.options.stdout_to_stderr = true;
         continue;
@@ -251,7 +254,11 @@ class Supervisor {
     // A clean exit answers the coordinator's own word; it is about to end too.
     if (clean && draining_) return;
     // A command line that is refused once is refused always; the worker has said why.
-    if (WIFEXITED(status) && WEXITSTATUS(status) == kBadCommandLine) return End(kBadCommandLine);
+    if (WIFEXITED(status) && WEXITSTATUS(status) == kBadCommandLine) {
+      // Nobody is served yet, and a farewell would come after the reason.
+      if (!open_ && coordinator_.pid != 0) kill(coordinator_.pid, SIGKILL);
+      return End(kBadCommandLine);
+    }
     ScheduleRestart(worker, status);
   }
 
@@ -331,6 +338,7 @@ class Supervisor {
   int notes_[2] = {-1, -1};  // the coordinator's, see SupervisorLink
   int signals_ = -1;         // a signalfd
   int stop_signals_ = 0;
+  bool open_ = false;  // the coordinator has let clients in
   bool draining_ = false;
   bool ending_ = false;
   int64_t kill_at_ms_ = 0;

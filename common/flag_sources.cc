@@ -152,6 +152,40 @@ std::string_view Expected(const std::string& type) {
 
 }  // namespace
 
+absl::Status SetEmptyValuesApart(const CLI::App& app, const std::vector<std::string>& args,
+                                 std::vector<std::string>* apart) {
+  const CLI::App* command = &app;
+  for (auto arg = args.begin(); arg != args.end(); ++arg) {
+    if (*arg == "--") {
+      apart->insert(apart->end(), arg, args.end());
+      break;
+    }
+    if (absl::StartsWith(*arg, "--") && arg->find('=') == arg->size() - 1) {
+      const std::string name = arg->substr(2, arg->size() - 3);
+      if (absl::Status added = Append(*command, name, "", "", apart); !added.ok()) return added;
+      continue;
+    }
+    apart->push_back(*arg);
+    const auto named = [&](const CLI::App* other) { return other->get_name() == *arg; };
+    const std::vector<const CLI::App*> inner = command->get_subcommands(named);
+    if (!inner.empty()) command = inner.front();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckNumbers(const CLI::App& app) {
+  for (const CLI::Option* option : app.get_options()) {
+    const std::string_view expected = Expected(option->get_type_name());
+    if (expected.empty() || option->count() == 0) continue;
+    for (const std::string& value : option->reduced_results()) {
+      if (!value.empty()) continue;
+      return FlagError(
+          absl::StrCat("--", LongName(*option), " '': expected ", std::string(expected)));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& args) {
   // One command line, lowest precedence first; the last value of a flag wins.
   std::vector<std::string> all;
@@ -171,14 +205,18 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
     from_environment.insert(name);
   }
   const size_t num_inherited = all.size();
-  for (const std::string& arg : args) {
-    if (absl::StartsWith(arg, "--") && arg.find('=') == arg.size() - 1) {
-      const std::string name = arg.substr(2, arg.size() - 3);
-      if (absl::Status added = Append(app, name, "", "", &all); !added.ok()) return added;
-    } else {
-      all.push_back(arg);
+  if (absl::Status added = SetEmptyValuesApart(app, args, &all); !added.ok()) return added;
+  const auto refusal = [&](std::string line) {
+    for (const std::string& name : from_environment) {
+      if (absl::StrContains(line, absl::StrCat("--", name))) {
+        absl::StrAppend(&line, " (", FlagVariable(name), " is set)");
+      }
     }
-  }
+    if (!path.empty() && num_inherited > from_environment.size()) {
+      absl::StrAppend(&line, " (with --config ", path, ")");
+    }
+    return FlagError(line);
+  };
   std::vector<std::string> reversed(all.rbegin(), all.rend());  // as CLI11 wants it
   try {
     app.parse(reversed);
@@ -190,18 +228,10 @@ absl::Status ParseWithSources(CLI::App& app, const std::vector<std::string>& arg
     return FlagError(absl::StrCat("unknown argument ", absl::StrJoin(app.remaining(), " "),
                                   ": --help lists what there is"));
   } catch (const CLI::ParseError& e) {
-    std::string line = FlagErrorLine(app, e.what());
-    for (const std::string& name : from_environment) {
-      if (absl::StrContains(line, absl::StrCat("--", name))) {
-        absl::StrAppend(&line, " (", FlagVariable(name), " is set)");
-      }
-    }
-    if (!path.empty() && num_inherited > from_environment.size()) {
-      absl::StrAppend(&line, " (with --config ", path, ")");
-    }
-    return FlagError(line);
+    return refusal(FlagErrorLine(app, e.what()));
   }
-  return absl::OkStatus();
+  const absl::Status numbers = CheckNumbers(app);
+  return numbers.ok() ? numbers : refusal(std::string(numbers.message()));
 }
 
 std::string FlagErrorLine(const CLI::App& command, const std::string& what) {

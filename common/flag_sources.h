@@ -28,6 +28,16 @@ absl::Status FlagError(std::string_view message);
 // "--max-tokens 'abc': expected a whole number". `command` has the flags.
 std::string FlagErrorLine(const CLI::App& command, const std::string& what);
 
+// `args` with "--name=" as "--name" and "": CLI11 would take the argument after it for
+// the value. `app`, or the subcommand of it that was named by then, has the flags.
+// InvalidArgument where the flag is a switch.
+absl::Status SetEmptyValuesApart(const CLI::App& app, const std::vector<std::string>& args,
+                                 std::vector<std::string>* apart);
+
+// After a parse: InvalidArgument where a number is empty, which CLI11 reads as 0.
+// ParseWithSources does both.
+absl::Status CheckNumbers(const CLI::App& app);
+
 // The configuration as a file that --config reads.
 std::string PrintConfig(const CLI::App& app);
 

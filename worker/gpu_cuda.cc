@@ -80,9 +80,9 @@ class CudaGpu final : public Gpu {
         cuda::ToStatus(cudaGetDeviceProperties(&properties_, device_), "reading the GPU");
     if (!status.ok()) return status;
     if (properties_.major != 9) {
-      return absl::NotFoundError(absl::StrCat("GPU ", device_, " is ", properties_.name, " (sm_",
-                                              properties_.major, properties_.minor,
-                                              "); this build has kernels for sm_90a (Hopper)"));
+      return absl::UnimplementedError(
+          absl::StrCat("GPU ", device_, " is ", properties_.name, " (sm_", properties_.major,
+                       properties_.minor, "); this build has kernels for sm_90a (Hopper)"));
     }
     // Before the context, whose size shows in what is free then and later.
     absl::StatusOr<std::unique_ptr<NvmlSampler>> nvml = NvmlSampler::Start(Uuid());

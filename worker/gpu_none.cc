@@ -3,7 +3,7 @@
 namespace lockstep {
 
 absl::StatusOr<std::unique_ptr<Gpu>> Gpu::Open(int) {
-  return absl::NotFoundError(
+  return absl::UnimplementedError(
       "--backend cuda: this build has the cpu backend alone (configure with -DLOCKSTEP_CUDA=ON)");
 }
 

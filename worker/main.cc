@@ -1,6 +1,7 @@
 // lockstep-worker: one rank. It needs to know nothing but where the coordinator
 // is. Exit codes: 0 when told to end, 1 when refused or unable to start, 2 for a
-// bad command line, 75 when a closed epoch could not be let go of (start it
+// bad command line or one that no restart can follow (what this build lacks, a plain
+// dial beyond this host), 75 when a closed epoch could not be let go of (start it
 // again). The last line on stderr says why.
 #include <unistd.h>
 
@@ -191,11 +192,29 @@ SessionOptions MakeSessionOptions(const WorkerOptions& o, Gpu* gpu) {
   return options;
 }
 
+int CodeOf(SessionEnd end) {
+  switch (end) {
+    case SessionEnd::kStuck:
+      return kStuckExitCode;
+    case SessionEnd::kRefused:
+      return 1;
+    case SessionEnd::kForbidden:
+      return kBadCommandLine;
+    case SessionEnd::kStopped:
+    case SessionEnd::kShutdown:
+      break;
+  }
+  return 0;
+}
+
 int Run(const WorkerOptions& o, const ProcessEvents& events, ServiceManager& service) {
   std::unique_ptr<Gpu> gpu;
   if (o.backend == "cuda") {
     absl::StatusOr<std::unique_ptr<Gpu>> opened = Gpu::Open(o.device);
-    if (!opened.ok()) return Fail(opened.status(), 1);
+    if (!opened.ok()) {
+      // What this build lacks comes with no restart; a driver or a GPU may.
+      return Fail(opened.status(), absl::IsUnimplemented(opened.status()) ? kBadCommandLine : 1);
+    }
     gpu = *std::move(opened);
   }
   SessionOptions options = MakeSessionOptions(o, gpu.get());
@@ -218,7 +237,7 @@ int Run(const WorkerOptions& o, const ProcessEvents& events, ServiceManager& ser
   const SessionEnd end = session.Run();
   events.Wake();
   signals.join();
-  const int code = end == SessionEnd::kStuck ? kStuckExitCode : end == SessionEnd::kRefused ? 1 : 0;
+  const int code = CodeOf(end);
   // Whatever computes still is not waited for.
   if (!session.idle()) _exit(code);
   return code;

@@ -227,7 +227,7 @@ std::optional<SessionEnd> Session::Impl::Attach() {
   });
   if (absl::IsPermissionDenied(dialled.status())) {
     LogError(std::string(dialled.status().message()));
-    return SessionEnd::kRefused;
+    return SessionEnd::kForbidden;
   }
   if (!dialled.ok()) {
     Pause(dialled.status());

@@ -44,10 +44,11 @@ struct SessionOptions {
 };
 
 enum class SessionEnd {
-  kStopped,   // Stop was called
-  kShutdown,  // the coordinator said so
-  kRefused,   // the coordinator, or this host, will not have it: do not come back
-  kStuck,     // an epoch could not be let go of in time: end the process
+  kStopped,    // Stop was called
+  kShutdown,   // the coordinator said so
+  kRefused,    // the coordinator will not have it: do not come back
+  kForbidden,  // this host's own flags forbid the dial
+  kStuck,      // an epoch could not be let go of in time: end the process
 };
 
 class Session {

@@ -188,6 +188,10 @@ absl::StatusOr<BenchTarget> OpenBenchTarget(const BenchFlags& flags, const Serve
   }
   absl::StatusOr<v1::GetModelInfoResponse> info =
       Client(target.address, target.access).WaitReady(kConnectTimeoutMs);
+  if (absl::IsUnauthenticated(info.status())) {
+    return absl::UnauthenticatedError(
+        absl::StrCat("--api-key: ", target.address, ": ", std::string(info.status().message())));
+  }
   if (!info.ok()) {
     return absl::Status(info.status().code(),
                         absl::StrCat("--server: no server answers at ", target.address, " (",

@@ -2,11 +2,17 @@
 
 #include <sys/stat.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
+#include <string>
+#include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/fakes/temp_dir.h"
 
 namespace lockstep {
 namespace {
@@ -22,7 +28,7 @@ std::string ErrorOf(const std::string& line) {
 class BatchJobTest : public ::testing::Test {
  protected:
   std::string Write(const std::string& name, const std::string& text) {
-    const std::string path = ::testing::TempDir() + "/" + name;
+    const std::string path = temp_.File(name);
     std::ofstream(path, std::ios::trunc) << text;
     return path;
   }
@@ -30,6 +36,8 @@ class BatchJobTest : public ::testing::Test {
     std::ifstream file(path);
     return {std::istreambuf_iterator<char>(file), {}};
   }
+
+  const TempDir temp_;
 };
 
 TEST_F(BatchJobTest, ReadsPromptsAsTextIdsAndMessages) {
@@ -40,6 +48,54 @@ TEST_F(BatchJobTest, ReadsPromptsAsTextIdsAndMessages) {
       ParseBatchLine(R"({"messages":[{"role":"user","content":"hi"}],"custom_id":"a"})", 1);
   EXPECT_EQ(chat.custom_id, "a");
   EXPECT_EQ(chat.request.chat().messages(0).content(), "hi");
+}
+
+TEST_F(BatchJobTest, MessagesKeepTheirRoles) {
+  const BatchItem chat = ParseBatchLine(
+      R"({"messages":[{"role":"system","content":"a"},{"role":"user","content":"b"},
+                      {"role":"assistant","content":"c"},{"role":"user","content":"d"}]})",
+      1);
+  std::vector<std::string> said;
+  for (const v1::ChatMessage& message : chat.request.chat().messages()) {
+    said.push_back(message.role() + ": " + message.content());
+  }
+  EXPECT_THAT(said, ElementsAre("system: a", "user: b", "assistant: c", "user: d"));
+}
+
+TEST_F(BatchJobTest, ASeedHas64BitsAndASign) {
+  const auto seed = [](const std::string& number) {
+    return ParseBatchLine(R"({"prompt":"x","seed":)" + number + "}", 1);
+  };
+  EXPECT_EQ(seed("9223372036854775807").request.sampling().seed(), INT64_MAX);
+  EXPECT_EQ(seed("-9223372036854775808").request.sampling().seed(), INT64_MIN);
+  for (const char* beyond :
+       {"9223372036854775808", "18446744073709551615", "-9223372036854775809", "1.5"}) {
+    EXPECT_THAT(std::string(seed(beyond).error.message()), HasSubstr("seed: expected")) << beyond;
+  }
+}
+
+v1::Completion Answer(const std::string& text, uint32_t id, v1::FinishReason reason) {
+  v1::Completion answer;
+  answer.set_text(text);
+  answer.add_token_ids(id);
+  answer.mutable_finish()->set_reason(reason);
+  answer.mutable_finish()->set_completion_tokens(1);
+  return answer;
+}
+
+TEST_F(BatchJobTest, OneAnswerIsFieldsAndSeveralAreAList) {
+  using nlohmann::json;
+  v1::GenerateResponse response;
+  response.mutable_prompt()->set_prompt_tokens(5);
+  *response.add_completions() = Answer("one", 11, v1::FINISH_REASON_STOP);
+  EXPECT_EQ(json::parse(AnswerLine("a", response)),
+            json::parse(R"({"custom_id":"a","prompt_tokens":5,"completion_tokens":1,"text":"one",
+                            "token_ids":[11],"finish_reason":"stop"})"));
+  *response.add_completions() = Answer("two", 12, v1::FINISH_REASON_LENGTH);
+  EXPECT_EQ(json::parse(AnswerLine("a", response)),
+            json::parse(R"({"custom_id":"a","prompt_tokens":5,"completion_tokens":2,"choices":[
+                            {"text":"one","token_ids":[11],"finish_reason":"stop"},
+                            {"text":"two","token_ids":[12],"finish_reason":"length"}]})"));
 }
 
 TEST_F(BatchJobTest, CarriesEverySamplingField) {
@@ -128,8 +184,7 @@ TEST_F(BatchJobTest, ResumeKeepsAnswersAndDropsErrorsAndTheCutLine) {
 
 TEST_F(BatchJobTest, ARewrittenFileKeepsItsModeAndItsSymbolicLink) {
   const std::string path = Write("out3.jsonl", kHalfDone);
-  const std::string link = ::testing::TempDir() + "/out3-link.jsonl";
-  std::filesystem::remove(link);
+  const std::string link = temp_.File("out3-link.jsonl");
   std::filesystem::create_symlink("out3.jsonl", link);
   const auto mode = std::filesystem::perms(0640);
   std::filesystem::permissions(path, mode);
@@ -143,16 +198,14 @@ TEST_F(BatchJobTest, ARewrittenFileKeepsItsModeAndItsSymbolicLink) {
 TEST_F(BatchJobTest, ResumeRefusesAFileThatIsNotAnAnswerFile) {
   EXPECT_THAT(std::string(ReadOutput(Write("out2.jsonl", "precious notes\n")).status().message()),
               HasSubstr("not an answer; name another output"));
-  EXPECT_THAT(std::string(ReadOutput(::testing::TempDir()).status().message()),
-              HasSubstr("is a folder"));
+  EXPECT_THAT(std::string(ReadOutput(temp_.path()).status().message()), HasSubstr("is a folder"));
 }
 
 // A pipe, which would not be read without waiting, stands for devices as well.
 TEST_F(BatchJobTest, ResumeOfNothingAndOfWhatIsNoFileIsEmpty) {
-  const std::string pipe = ::testing::TempDir() + "/out4.pipe";
-  std::filesystem::remove(pipe);
+  const std::string pipe = temp_.File("out4.pipe");
   ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
-  for (const std::string& path : {::testing::TempDir() + "/no-such-file.jsonl", pipe}) {
+  for (const std::string& path : {temp_.File("no-such-file.jsonl"), pipe}) {
     const auto output = ReadOutput(path);
     ASSERT_TRUE(output.ok()) << output.status();
     EXPECT_TRUE(output->answered.empty());

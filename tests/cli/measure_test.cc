@@ -1,5 +1,4 @@
 // bench, compare and top as a user types them, against the demo model.
-#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -12,6 +11,7 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "tests/fakes/shell.h"
+#include "tests/fakes/temp_dir.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -56,6 +56,7 @@ class MeasureTest : public ::testing::Test {
   }
 
   static TestServer* served_;
+  const TempDir temp_;
 };
 
 TestServer* MeasureTest::served_ = nullptr;
@@ -106,8 +107,8 @@ TEST_F(MeasureTest, ThroughputCountsOutputTokensOfAllRequests) {
 }
 
 TEST_F(MeasureTest, ServeReportsOpenAndClosedLoopsInOneSelfContainedFile) {
-  const std::string html = ::testing::TempDir() + "/serve-report.html";
-  const std::string copy = ::testing::TempDir() + "/serve-report.json";
+  const std::string html = temp_.File("serve-report.html");
+  const std::string copy = temp_.File("serve-report.json");
   const json report = JsonOf("bench serve " + At() +
                              " --request-rate 40,80 --concurrency 2 --requests 12 --input-len 16" +
                              " --output-len 8 --slo-ttft-ms 100000 --slo-tpot-ms 100000 --html " +
@@ -134,7 +135,7 @@ TEST_F(MeasureTest, ServeWithAnImpossibleServiceLevelHasNoGoodput) {
 }
 
 TEST_F(MeasureTest, BenchStartsAServerOfItsOwnAndPassesFlagsOn) {
-  const std::string said = ::testing::TempDir() + "/bench-server.log";
+  const std::string said = temp_.File("bench-server.log");
   const json report =
       JsonOf("bench latency --tp 1 --load-format dummy --batch 2 --context 16 --output-len 8" +
              absl::StrCat(" --runs 1 --dtype float32 --server-log ", said, " --model ", DemoModel(),
@@ -155,8 +156,7 @@ TEST_F(MeasureTest, ServeMeasuresTheSmallestLoadThereIs) {
 }
 
 TEST_F(MeasureTest, AShapeWithoutWeightsCanBeMeasured) {
-  const std::string folder = ::testing::TempDir() + "/tiny-shape";
-  std::filesystem::remove_all(folder);
+  const std::string folder = temp_.File("tiny-shape");
   EXPECT_EQ(Lockstep("bench shape tiny " + folder).code, 0);
   const json report = JsonOf("bench latency --load-format dummy --tp 2 --batch 2 --context 16" +
                              (" --output-len 8 --runs 1 --bandwidth 1GB/s --model " + folder));
@@ -186,7 +186,7 @@ TEST_F(MeasureTest, CompareFindsASplitModelEqualToTheWhole) {
 }
 
 TEST_F(MeasureTest, CompareSeesAnotherPrecisionAndFailsBeyondTheBound) {
-  const std::string prompts = ::testing::TempDir() + "/compare.jsonl";
+  const std::string prompts = temp_.File("compare.jsonl");
   std::ofstream(prompts, std::ios::trunc)
       << R"({"messages":[{"role":"user","content":"What is 35 + 28?"}]})"
       << "\n";
@@ -200,7 +200,7 @@ TEST_F(MeasureTest, CompareSeesAnotherPrecisionAndFailsBeyondTheBound) {
 
 // Found before anything is asked: B would refuse what it is to score.
 TEST_F(MeasureTest, CompareSaysHowManyTokensAnAnswerMayHave) {
-  const std::string prompts = ::testing::TempDir() + "/compare-room.jsonl";
+  const std::string prompts = temp_.File("compare-room.jsonl");
   const auto write = [&](int tokens) {
     std::ofstream(prompts, std::ios::trunc)
         << "{\"prompt\":\"Once\"}\n"

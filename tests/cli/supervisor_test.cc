@@ -1,7 +1,9 @@
 // The supervisor over small shell scripts in place of the daemons.
 #include "cli/supervisor.h"
 
+#include <fcntl.h>
 #include <signal.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -11,13 +13,17 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <sstream>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "cli/child_process.h"
 #include "cli/private_folder.h"
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/fakes/process_state.h"
+#include "tests/fakes/temp_dir.h"
 
 namespace lockstep {
 namespace {
@@ -36,14 +42,8 @@ bool Eventually(const std::function<bool()>& condition) {
 // Runs the supervisor in a process of its own.
 class SupervisorTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string pattern = ::testing::TempDir() + "/supervisor-XXXXXX";
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    dir_ = pattern;
-  }
   void TearDown() override {
     if (pid_ > 0) kill(pid_, SIGKILL), waitpid(pid_, nullptr, 0);
-    std::filesystem::remove_all(dir_);
   }
   // A script that notes its process id in dir/name, one line a start.
   std::string Note(const std::string& name) { return "echo $$ >> " + dir_ + "/" + name + "; "; }
@@ -53,24 +53,50 @@ class SupervisorTest : public ::testing::Test {
     for (pid_t pid; file >> pid;) pids.push_back(pid);
     return pids;
   }
+  // A worker's script: `last_words` in its n-th life when dir/name has n lines.
+  std::string NotedAndThen(const std::string& name, const std::string& last_words) {
+    return Note("w0") + "n=$(wc -l < " + dir_ + "/w0); while [ $(wc -l < " + dir_ + "/" + name +
+           ") -lt $n ]; do sleep 0.01; done; " + last_words;
+  }
+  // A coordinator's script: sends `note` in every life of w0, then adds a line to dir/name;
+  // ends with 0 in life `last`.
+  std::string NotesEveryLife(char note, const std::string& name, int last = 1'000) {
+    return "said=0; while [ $said -lt " + std::to_string(last) + " ]; do n=$(wc -l < " + dir_ +
+           "/w0); if [ \"$n\" != \"$said\" ]; then said=$n; printf " + note +
+           " > /proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; echo $n >> " + dir_ + "/" + name +
+           "; fi; sleep 0.01; done; exit 0";
+  }
   void Touch(const std::string& name) { std::ofstream(dir_ + "/" + name).close(); }
+  void AddLine(const std::string& name) {
+    std::ofstream(dir_ + "/" + name, std::ios::app) << "1" << std::endl;
+  }
+  std::string Read(const std::string& name) {
+    std::ifstream file(dir_ + "/" + name);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
   static bool Alive(pid_t pid) { return kill(pid, 0) == 0; }
 
-  void Launch(const SupervisorOptions& options, const std::string& stdout_path = "") {
+  void Launch(const SupervisorOptions& options, const std::string& stdout_path = "",
+              const std::string& stderr_path = "") {
     pid_ = fork();
     ASSERT_GE(pid_, 0);
     if (pid_ != 0) return;
     if (!stdout_path.empty() && freopen(stdout_path.c_str(), "w", stdout) == nullptr) _exit(1);
+    if (!stderr_path.empty()) {  // by its number: stderr stays unbuffered
+      dup2(open(stderr_path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600), STDERR_FILENO);
+    }
     _exit(RunSupervisor(options));
   }
+  // The exit code; -1 if it does not end.
   int Wait() {
     int status = 0;
-    waitpid(pid_, &status, 0);
+    if (!Eventually([&] { return waitpid(pid_, &status, WNOHANG) == pid_; })) return -1;
     pid_ = 0;
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   }
 
-  std::string dir_;
+  const TempDir temp_;
+  const std::string dir_ = temp_.path();
   pid_t pid_ = 0;
 };
 
@@ -116,13 +142,9 @@ TEST_F(SupervisorTest, DeathsWhileLoadingAreACrashLoopHoweverLongThatTook) {
   EXPECT_EQ(Starts("w0").size(), 3u);
 }
 
-// A coordinator that calls each new life of the worker ready, and says when it has.
 TEST_F(SupervisorTest, KillsOfReadyWorkersAreNoCrashLoop) {
   SupervisorOptions options;
-  options.coordinator = Shell("said=0; while :; do n=$(wc -l < " + dir_ +
-                              "/w0); if [ \"$n\" != \"$said\" ]; then said=$n; "
-                              "printf r > /proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; echo $n >> " +
-                              dir_ + "/ready; fi; sleep 0.01; done");
+  options.coordinator = Shell(NotesEveryLife('r', "ready"));
   options.workers = {Shell(Note("w0") + "exec sleep 60")};
   options.crash_loop_deaths = 2;
   Touch("w0");
@@ -136,11 +158,12 @@ TEST_F(SupervisorTest, KillsOfReadyWorkersAreNoCrashLoop) {
 
 TEST_F(SupervisorTest, CrashesOfReadyWorkersAreACrashLoop) {
   SupervisorOptions options;
-  options.coordinator = Shell(
-      "while :; do printf r > /proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; "
-      "sleep 0.01; done");
-  options.workers = {Shell(Note("w0") + "sleep 0.1; exit 3")};
+  options.coordinator = Shell(NotesEveryLife('r', "ready"));
+  options.workers = {Shell(NotedAndThen("ready", "exit 3"))};
   options.crash_loop_deaths = 3;
+  options.young_ms = 60'000;
+  Touch("w0");
+  Touch("ready");
   Launch(options);
   EXPECT_EQ(Wait(), 1);
   EXPECT_EQ(Starts("w0").size(), 3u);
@@ -148,15 +171,57 @@ TEST_F(SupervisorTest, CrashesOfReadyWorkersAreACrashLoop) {
 
 TEST_F(SupervisorTest, AServedStepForgives) {
   SupervisorOptions options;
-  options.coordinator = Shell("while [ $(wc -l < " + dir_ +
-                              "/w0) -lt 6 ]; do printf s > /proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; "
-                              "sleep 0.01; done; exit 0");
-  options.workers = {Shell(Note("w0") + "sleep 0.1; exit 3")};
+  options.coordinator = Shell(NotesEveryLife('s', "served", /*last=*/6));
+  options.workers = {Shell(NotedAndThen("served", "exit 3"))};
   options.crash_loop_deaths = 3;
+  options.young_ms = 60'000;
   options.max_pause_ms = 50;
   Touch("w0");
+  Touch("served");
   Launch(options);
   EXPECT_EQ(Wait(), 0);
+}
+
+// Before each death the test says whether the group had been whole: with young_ms 0 such a
+// life is a long one.
+TEST_F(SupervisorTest, ALongLifeForgivesEarlyDeaths) {
+  SupervisorOptions options;
+  options.coordinator = Shell("while [ ! -e " + dir_ +
+                              "/whole ]; do sleep 0.01; done; "
+                              "printf r > /proc/self/fd/$LOCKSTEP_SUPERVISOR_FD; echo 1 > " +
+                              dir_ + "/told; exec sleep 60");
+  options.workers = {Shell(NotedAndThen("die", "exit 3"))};
+  options.crash_loop_deaths = 2;
+  options.young_ms = 0;
+  options.max_pause_ms = 0;
+  Touch("w0");
+  Touch("die");
+  Launch(options);
+  AddLine("die");
+  ASSERT_TRUE(Eventually([&] { return Starts("w0").size() == 2; }));
+  Touch("whole");
+  ASSERT_TRUE(Eventually([&] { return Starts("told").size() == 1; }));
+  AddLine("die");
+  ASSERT_TRUE(Eventually([&] { return Starts("w0").size() == 3; }));
+  AddLine("die");
+  EXPECT_TRUE(Eventually([&] { return Starts("w0").size() == 4; }));
+}
+
+TEST_F(SupervisorTest, PausesGrowNoLongerThanTheLongest) {
+  SupervisorOptions options;
+  options.coordinator = Shell("exec sleep 60");
+  options.workers = {Shell("exit 3")};
+  options.crash_loop_deaths = 6;
+  options.max_pause_ms = 300;
+  Launch(options, "", dir_ + "/stderr");
+  EXPECT_EQ(Wait(), 1);
+  std::istringstream lines(Read("stderr"));
+  std::vector<std::string> pauses;
+  for (std::string line; std::getline(lines, line);) {
+    const size_t at = line.find(" again in ");
+    if (at != line.npos) pauses.push_back(line.substr(at + 10));
+  }
+  EXPECT_THAT(pauses, ::testing::ElementsAre("200 ms", "300 ms", "300 ms", "300 ms", "300 ms"));
 }
 
 TEST_F(SupervisorTest, AFolderIsGoneWithItsOwnerOrWithTheNextOne) {
@@ -189,6 +254,66 @@ TEST_F(SupervisorTest, DoesNotRetryABadCommandLine) {
   options.workers = {Shell(Note("w0") + "exit 2")};
   Launch(options);
   EXPECT_EQ(Wait(), 2);
+  EXPECT_EQ(Starts("w0").size(), 1u);
+}
+
+// A farewell of the coordinator would come after the worker's reason.
+TEST_F(SupervisorTest, TheReasonOfABadCommandLineStandsLast) {
+  SupervisorOptions options;
+  options.coordinator =
+      Shell("trap 'echo draining >&2; exit 0' TERM; " + Note("c") + "while :; do sleep 0.01; done");
+  options.workers = {
+      Shell("while [ ! -e " + dir_ + "/c ]; do sleep 0.01; done; echo no such flag >&2; exit 2")};
+  Launch(options, "", dir_ + "/stderr");
+  EXPECT_EQ(Wait(), 2);
+  EXPECT_EQ(Read("stderr"), "no such flag\n");
+}
+
+TEST_F(SupervisorTest, GoesOnWhenTheReaderOfItsStderrIsGone) {
+  const std::string pipe = dir_ + "/stderr";
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  SupervisorOptions options;
+  options.coordinator = Shell("exec sleep 60");
+  options.workers = {Shell(Note("w0") + "exec sleep 60")};
+  options.max_pause_ms = 0;
+  Launch(options, "", pipe);
+  // Ours alone; its end of the pipe waits for this one.
+  const int reader = open(pipe.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  ASSERT_GE(reader, 0);
+  ASSERT_TRUE(Eventually([&] { return Starts("w0").size() == 1; }));
+  close(reader);
+  kill(Starts("w0")[0], SIGKILL);  // a death has a line
+  EXPECT_TRUE(Eventually([&] { return Starts("w0").size() == 2; }));
+  EXPECT_EQ(waitpid(pid_, nullptr, WNOHANG), 0);
+}
+
+TEST_F(SupervisorTest, ChildrenDoNotIgnoreBrokenPipes) {
+  SupervisorOptions options;
+  options.coordinator = Shell("grep SigIgn /proc/self/status > " + dir_ + "/ignored; exit 0");
+  Launch(options);
+  EXPECT_EQ(Wait(), 0);
+  EXPECT_EQ(Read("ignored"), "SigIgn:\t0000000000000000\n");
+}
+
+// What is reaped comes in order: a new life of w1 says that the stop of w0 has been seen.
+TEST_F(SupervisorTest, AStoppedWorkerIsReplacedUnlessSomebodyContinuesIt) {
+  SupervisorOptions options;
+  options.coordinator = Shell("exec sleep 60");
+  options.workers = {Shell(Note("w0") + "exec sleep 60"), Shell(Note("w1") + "exec sleep 60")};
+  options.max_pause_ms = 0;
+  options.kill_stopped_after_ms = 1'000;
+  Launch(options);
+  ASSERT_TRUE(Eventually([&] { return Starts("w0").size() == 1 && Starts("w1").size() == 1; }));
+  const pid_t continued = Starts("w0")[0];
+  kill(continued, SIGSTOP);
+  ASSERT_TRUE(Eventually([&] { return ProcessState(continued) == 'T'; }));
+  kill(Starts("w1")[0], SIGKILL);
+  ASSERT_TRUE(Eventually([&] { return Starts("w1").size() == 2; }));
+  kill(continued, SIGCONT);
+  kill(Starts("w1")[1], SIGSTOP);
+  // Its time is up after that of w0 would have been.
+  ASSERT_TRUE(Eventually([&] { return Starts("w1").size() == 3; }));
+  EXPECT_FALSE(ProcessGone(continued));
   EXPECT_EQ(Starts("w0").size(), 1u);
 }
 
@@ -234,6 +359,24 @@ TEST_F(SupervisorTest, SigtermDrainsThroughTheCoordinator) {
   kill(pid_, SIGTERM);
   EXPECT_EQ(Wait(), 0);
   EXPECT_TRUE(std::filesystem::exists(dir_ + "/drained"));
+  EXPECT_FALSE(Alive(Starts("w")[0]));
+}
+
+// A drain that does not end.
+TEST_F(SupervisorTest, TheSecondInterruptEndsAllAtOnce) {
+  SupervisorOptions options;
+  options.coordinator = Shell("trap 'echo 1 >> " + dir_ + "/draining' TERM; " + Note("c") +
+                              "while :; do sleep 0.01; done");
+  options.workers = {Shell("trap '' TERM; " + Note("w") + "while :; do sleep 0.01; done")};
+  options.kill_after_ms = 3'600'000;
+  Launch(options);
+  ASSERT_TRUE(Eventually([&] { return !Starts("c").empty() && !Starts("w").empty(); }));
+  kill(pid_, SIGINT);
+  ASSERT_TRUE(Eventually([&] { return Starts("draining").size() == 1; }));
+  EXPECT_EQ(waitpid(pid_, nullptr, WNOHANG), 0) << "it waits for the drain";
+  kill(pid_, SIGINT);
+  EXPECT_EQ(Wait(), 1);
+  EXPECT_FALSE(Alive(Starts("c")[0]));
   EXPECT_FALSE(Alive(Starts("w")[0]));
 }
 

@@ -2,7 +2,6 @@
 #include <signal.h>
 #include <sys/wait.h>
 
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -14,6 +13,7 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "tests/fakes/shell.h"
+#include "tests/fakes/temp_dir.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -21,6 +21,7 @@ namespace {
 
 using nlohmann::json;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::StartsWith;
 
 // stdout and stderr together.
@@ -38,8 +39,8 @@ class CliTest : public ::testing::Test {
   void SetUp() override { ASSERT_NE(served_, nullptr); }
 
   static std::string At() { return "--address " + served_->server().address(); }
-  static std::string File(const std::string& name, const std::string& text) {
-    const std::string path = ::testing::TempDir() + "/" + name;
+  std::string File(const std::string& name, const std::string& text) {
+    const std::string path = temp_.File(name);
     std::ofstream(path, std::ios::trunc) << text;
     return path;
   }
@@ -49,6 +50,7 @@ class CliTest : public ::testing::Test {
   }
 
   static TestServer* served_;
+  const TempDir temp_;
 };
 
 TestServer* CliTest::served_ = nullptr;
@@ -67,6 +69,66 @@ TEST_F(CliTest, GenerateReadsThePromptFromStdin) {
   const Shell shell = Lockstep("generate --chat --temperature 0 " + At() + " < " +
                                File("prompt.txt", "What is 35 + 28?"));
   EXPECT_THAT(shell.out, HasSubstr("35 + 28 = 63"));
+}
+
+// Each takes one value, however often it is given.
+TEST_F(CliTest, GenerateTakesThePromptBehindARepeatableFlag) {
+  for (const std::string flag :
+       {"--stop END", "--stop=END", "--stop END --stop STOP", "--stop-token-ids 4",
+        "--stop-token-ids=4,5 --stop-token-ids 6", "--logit-bias 5=0", "--logit-bias=5=0"}) {
+    const Shell shell = Lockstep("generate --chat --temperature 0 " + At() + " " + flag +
+                                 " 'What is 35 + 28?'" + " < " + File("other.txt", "other"));
+    EXPECT_EQ(shell.code, 0) << flag << shell.out;
+    EXPECT_THAT(shell.out, HasSubstr("35 + 28 = 63")) << flag;
+  }
+  const Shell served =
+      Lockstep("generate --chat --temperature 0 --model " + DemoModel() +
+               " --serve-flag=--dtype=float32 'What is 35 + 28?' < " + File("other.txt", "other"));
+  EXPECT_THAT(served.out, HasSubstr("35 + 28 = 63"));
+}
+
+TEST_F(CliTest, ChatNamesAMessageThatIsNotUtf8) {
+  const Shell shell = Lockstep("chat " + At() + " < " + File("bytes.txt", "a\xff\n"));
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_EQ(shell.out, "lockstep chat: the message is not UTF-8\n");
+}
+
+TEST_F(CliTest, AKeyThatIsNotValidIsNamedAtOnce) {
+  const std::string digest = RunShell("printf secret | sha256sum | cut -c1-64 | tr -d '\\n'").out;
+  const auto guarded = LocalServer::Start(
+      {"--model", DemoModel(), "--api-key-file", File("keys", digest + " team\n")});
+  ASSERT_TRUE(guarded.ok()) << guarded.status();
+  const std::string at = " --address " + (*guarded)->address();
+  const std::string one = " --max-tokens 1 x";
+  EXPECT_EQ(Lockstep("generate --api-key secret" + at + one).code, 0);
+  for (const std::string& command :
+       {"generate" + at + one, "generate --api-key another" + at + one,
+        "bench latency --api-key another --server " + (*guarded)->address()}) {
+    const Shell shell = Lockstep(command);
+    EXPECT_EQ(shell.code, 1);
+    EXPECT_THAT(shell.out, HasSubstr("--api-key: ")) << command;
+    EXPECT_THAT(shell.out, Not(HasSubstr("not ready after"))) << command;
+    EXPECT_THAT(shell.out, Not(HasSubstr("no server answers"))) << command;
+  }
+}
+
+TEST_F(CliTest, ProfileSaysThatAnotherDoorAnswers) {
+  const Shell shell = Lockstep("profile " + At() + " --output " + temp_.File("trace.json"));
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("is no --admin-address"));
+}
+
+TEST_F(CliTest, WhatStdoutDidNotTakeIsNoSuccess) {
+  const std::string address = served_->server().address();
+  for (const std::string& command :
+       {"generate --max-tokens 2 " + At() + " Once",
+        absl::StrCat("top --once --interval 0.1 --server 127.0.0.1:",
+                     served_->server().http_port()),
+        "bench latency --json --batch 1 --context 16 --output-len 4 --runs 1 --server " +
+            address}) {
+    EXPECT_EQ(Lockstep(command + " >/dev/null").code, 0) << command;
+    EXPECT_EQ(Lockstep(command + " >/dev/full").code, 1) << command;
+  }
 }
 
 TEST_F(CliTest, GenerateNamesTheFieldAtFault) {
@@ -112,8 +174,7 @@ TEST_F(CliTest, BatchWritesAnErrorLineForABadRequestAndAnswersTheRest) {
   const std::string in = File("bad.jsonl",
                               "{\"prompt\":\"a\",\"max_tokens\":3}\nnot json\n"
                               "{\"prompt\":\"b\",\"temperature\":9,\"max_tokens\":3}\n");
-  const std::string out = ::testing::TempDir() + "/bad-out.jsonl";
-  std::remove(out.c_str());
+  const std::string out = temp_.File("bad-out.jsonl");
   const Shell shell = Lockstep("batch " + At() + " " + in + " " + out);
   EXPECT_EQ(shell.code, 1);
   EXPECT_THAT(shell.out, HasSubstr("2 of 3 requests failed"));
@@ -123,8 +184,7 @@ TEST_F(CliTest, BatchWritesAnErrorLineForABadRequestAndAnswersTheRest) {
 
 TEST_F(CliTest, BatchWritesToADeviceAsItIs) {
   const std::string in = File("device.jsonl", "{\"prompt\":\"Once\",\"max_tokens\":2}\n");
-  const std::string link = ::testing::TempDir() + "/device-out";
-  std::filesystem::remove(link);
+  const std::string link = temp_.File("device-out");
   std::filesystem::create_symlink("/dev/null", link);
   const Shell shell = Lockstep("batch " + At() + " " + in + " " + link);
   EXPECT_EQ(shell.code, 0) << shell.out;
@@ -132,6 +192,23 @@ TEST_F(CliTest, BatchWritesToADeviceAsItIs) {
   EXPECT_TRUE(std::filesystem::is_character_file("/dev/null"));
   EXPECT_THAT(Lockstep("batch " + At() + " " + in + " /dev/stdout").out,
               HasSubstr("\"completion_tokens\":2"));
+}
+
+TEST_F(CliTest, BatchAsksNoMoreWhenTheDiskIsFull) {
+  std::string input;
+  for (int i = 0; i < 50; ++i) input += "{\"prompt\":\"Once\",\"max_tokens\":2}\n";
+  const std::string full = temp_.File("full");
+  std::filesystem::create_symlink("/dev/full", full);
+  const auto answered = [] {
+    return served_->Metric("lockstep_requests_total{outcome=\"completed\"}");
+  };
+  const double before = answered();
+  const Shell shell =
+      Lockstep("batch --concurrency 1 " + At() + " " + File("fifty.jsonl", input) + " " + full);
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("writing failed"));
+  EXPECT_TRUE(Eventually([&] { return answered() > before; }));
+  EXPECT_EQ(answered(), before + 1);
 }
 
 TEST_F(CliTest, BatchDropsErrorLinesOnlyWhereAServerAnswers) {
@@ -148,8 +225,7 @@ TEST_F(CliTest, BatchDropsErrorLinesOnlyWhereAServerAnswers) {
 TEST_F(CliTest, BatchGivesUpOnARequestAboveTheMessageLimit) {
   const std::string in = File("large.jsonl", "{\"prompt\":\"" + std::string(9 << 20, 'x') +
                                                  "\"}\n{\"prompt\":\"Once\",\"max_tokens\":2}\n");
-  const std::string out = ::testing::TempDir() + "/large-out.jsonl";
-  std::remove(out.c_str());
+  const std::string out = temp_.File("large-out.jsonl");
   const Shell shell = Lockstep("batch " + At() + " " + in + " " + out);
   EXPECT_EQ(shell.code, 1);
   EXPECT_THAT(shell.out, HasSubstr("1 of 2 requests failed"));
@@ -184,8 +260,7 @@ TEST_F(CliTest, BatchEndsAtOnceAtTheSecondInterrupt) {
 
 TEST_F(CliTest, BatchRunsOfflineWithAModelOfItsOwn) {
   const std::string in = File("offline.jsonl", "{\"prompt\":\"Once\",\"max_tokens\":4}\n");
-  const std::string out = ::testing::TempDir() + "/offline-out.jsonl";
-  std::remove(out.c_str());
+  const std::string out = temp_.File("offline-out.jsonl");
   const Shell shell =
       Lockstep("batch --model " + DemoModel() + " --tensor-parallel-size 2 " + in + " " + out);
   EXPECT_EQ(shell.code, 0) << shell.out;
