@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "absl/status/status.h"
+#include "common/check.h"
 #include "worker/model_host.h"
 
 namespace lockstep::fakes {
@@ -23,11 +24,13 @@ namespace lockstep::fakes {
 class HostControl {
  public:
   struct State {
-    int loads = 0, begins = 0, runs = 0, ends = 0;  // calls that were made
-    int weights_loaded = 0;                         // of the loads: not found in memory
-    bool hold_load = false, hold_run = false;       // block there while set
+    int loads = 0, begins = 0, submits = 0, runs = 0, ends = 0;  // calls that were made
+    int weights_loaded = 0;                    // of the loads: not found in memory
+    bool hold_load = false, hold_run = false;  // block there while set
+    bool hold_done = false;                    // no step is done while set
     bool in_load = false, in_run = false;
     uint64_t model_digest = 1;
+    uint64_t held_bytes = 0;  // as the host says
     absl::Status load_error, begin_error, run_error;
   };
 
@@ -62,6 +65,8 @@ class HostControl {
 
 class FakeHost final : public ModelHost {
  public:
+  static constexpr uint64_t kSharedBytes = 12'345;
+
   explicit FakeHost(std::shared_ptr<HostControl> control) : control_(std::move(control)) {}
 
   absl::StatusOr<LoadReport> Load(const worker::v1::Configure& configure,
@@ -80,6 +85,7 @@ class FakeHost final : public ModelHost {
     LoadReport report;
     report.weight_bytes = 1 << 20;
     report.kv_bytes = 4096;
+    report.shared_bytes = kSharedBytes;
     report.model_digest = state.model_digest;
     report.shard = "everything";
     report.phases = {{"open", 0.25}, {"load", 0.5}};
@@ -94,11 +100,13 @@ class FakeHost final : public ModelHost {
 
   absl::Status Submit(const StepPlan& plan, uint64_t plan_received_ns) override {
     submitted_.emplace_back(plan, plan_received_ns);
+    control_->Set([](auto& s) { ++s.submits; });
     return absl::OkStatus();
   }
-  bool Done() override { return true; }
+  bool Done() override { return !control_->Get().hold_done; }
 
   absl::StatusOr<StepResult> Collect() override {
+    LOCKSTEP_CHECK(!submitted_.empty());
     const auto [plan, plan_received_ns] = submitted_.front();
     submitted_.pop_front();
     control_->Set([](auto& s) { ++s.runs, s.in_run = true; });
@@ -130,7 +138,7 @@ class FakeHost final : public ModelHost {
     return true;
   }
   int loaded_rank() const override { return rank_; }
-  uint64_t held_bytes() const override { return 0; }
+  uint64_t held_bytes() const override { return control_->Get().held_bytes; }
 
  private:
   const std::shared_ptr<HostControl> control_;

@@ -327,6 +327,13 @@ TEST(GenerationConfigTest, ReadsEndTokensAndSampling) {
   EXPECT_EQ(config->top_k, 20);
   EXPECT_EQ(config->repetition_penalty, 1.05);
 
+  // Greedy, and no limit, as such files write them.
+  WriteFileOrDie(dir.File("generation_config.json"), R"({"temperature": 0, "top_k": -1})");
+  const absl::StatusOr<GenerationConfig> greedy = LoadGenerationConfig(dir.path());
+  ASSERT_TRUE(greedy.ok()) << greedy.status();
+  EXPECT_EQ(greedy->temperature, 0.0);
+  EXPECT_EQ(greedy->top_k, -1);
+
   WriteFileOrDie(dir.File("generation_config.json"), R"({"eos_token_id": "two"})");
   EXPECT_THAT(Message(LoadGenerationConfig(dir.path()).status()),
               AllOf(HasSubstr("generation_config.json"), HasSubstr("eos_token_id")));

@@ -41,6 +41,8 @@ std::vector<Lie> Lies() {
     for (int i = 0; i < 50'000; ++i) text += "{\"a\":";
     return text;
   }();
+  std::string metadata;
+  for (int i = 0; i < 4'097; ++i) absl::StrAppend(&metadata, i == 0 ? "" : ",", "\"", i, "\":\"\"");
   return {
       {"empty", "", 0, "begin with {"},
       {"list", "[]", 0, "begin with {"},
@@ -75,6 +77,7 @@ std::vector<Lie> Lies() {
        2, "twice"},
       {"metadata_twice", "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "twice"},
       {"metadata_key_twice", "{\"__metadata__\":{\"a\":\"1\",\"a\":\"2\"}}", 0, "twice"},
+      {"metadata_of_many_keys", "{\"__metadata__\":{" + metadata + "}}", 0, "more than 4096 keys"},
       {"metadata_number", "{\"__metadata__\":{\"a\":1}}", 0, "out of place"},
       {"metadata_list", "{\"__metadata__\":[]}", 0, "out of place"},
       {"metadata_nested", "{\"__metadata__\":{\"a\":{}}}", 0, "out of place"},

@@ -96,7 +96,8 @@ class Draw {
     r.step = 1 + random_();
     r.digest = random_();
     r.num_collectives = Below(200);
-    r.timing = {random_(), random_(), random_(), random_(), random_(), random_(), random_(), 7};
+    r.timing = {random_(), random_(), random_(), random_(), random_(),
+                random_(), random_(), random_(), random_()};
     uint32_t slot = 0;
     r.sampled = Many<SampledToken>(30, [&] {
       SampledToken s;

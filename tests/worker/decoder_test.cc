@@ -13,6 +13,7 @@
 
 #include "model/memory_model.h"
 #include "model/safetensors.h"
+#include "tests/fakes/temp_dir.h"
 #include "tests/fakes/thread_communicator.h"
 #include "tests/worker/group_runner.h"
 #include "wire/plan_digest.h"
@@ -88,6 +89,22 @@ TEST(DecoderTest, SampledTokensDependOnSeedAndPositionAlone) {
     EXPECT_GT(std::set<TokenId>(output.tokens.begin(), output.tokens.end()).size(), 5u);
   }
   EXPECT_EQ(reference[2].prompt_logprobs.size(), requests[2].prompt.size() - 1);
+}
+
+TEST(DecoderTest, ScoresAPromptOfMoreRowsThanTheHeadTakesAtOnce) {
+  ModelConfig config = SmallConfig();
+  config.max_position_embeddings = 1024;
+  auto group = GroupRunner::Dummy(config, {.max_batched_tokens = 600, .max_model_len = 640});
+  ASSERT_TRUE(group.ok()) << group.status();
+  TestRequest request{.prompt = {}, .max_tokens = 2, .sampling = GreedySampling()};
+  for (uint32_t t = 0; t < 600; ++t) request.prompt.push_back(17 * t % 203);
+  request.sampling.prompt_logprobs = 0;
+  ASSERT_GT(request.prompt.size(), 2 * (*group)->decoder(0).backend().max_logit_rows());
+  const auto whole = (*group)->Run({request}, {});
+  const auto in_chunks = (*group)->Run({request}, {.chunk = 7});
+  ASSERT_TRUE(whole.ok() && in_chunks.ok()) << whole.status() << in_chunks.status();
+  EXPECT_EQ((*whole)[0].prompt_logprobs.size(), request.prompt.size() - 1);
+  EXPECT_EQ((*whole)[0], (*in_chunks)[0]);
 }
 
 TEST(DecoderTest, SixteenBitWeightsAndCacheKeepTheInvariance) {
@@ -236,11 +253,9 @@ TEST(DecoderTest, AllocatesWhatTheMemoryModelPredicts) {
   }
 }
 
-// A copy of a recorded model with one embedding row made NaN.
-std::string PoisonedModel(TokenId token) {
+// A copy of a recorded model, in `to`, with one embedding row made NaN.
+void WritePoisonedModel(TokenId token, const std::string& to) {
   const std::string from = std::string(LOCKSTEP_SOURCE_DIR) + "/tests/golden/llama";
-  const std::string to = testing::TempDir() + "/poisoned";
-  std::filesystem::remove_all(to);
   std::filesystem::copy(from, to);
   auto checkpoint = Checkpoint::Open(to);
   const TensorInfo info = *(*checkpoint)->Find("model.embed_tokens.weight");
@@ -250,11 +265,12 @@ std::string PoisonedModel(TokenId token) {
   const std::vector<float> row(info.shape[1], std::nanf(""));
   file.write(reinterpret_cast<const char*>(row.data()),
              static_cast<std::streamsize>(row.size() * 4));
-  return to;
 }
 
 TEST(DecoderTest, NaNPoisonsItsSequenceAndNoOther) {
-  auto group = GroupRunner::Load(PoisonedModel(5), {.tp_size = 2});
+  const TempDir model;
+  WritePoisonedModel(5, model.path());
+  auto group = GroupRunner::Load(model.path(), {.tp_size = 2});
   ASSERT_TRUE(group.ok()) << group.status();
   SlotSampling never5 = GreedySampling();
   never5.logit_bias = {{5, -100.0f}};

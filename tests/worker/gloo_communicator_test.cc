@@ -1,6 +1,7 @@
 #include "worker/comm/gloo_communicator.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cmath>
@@ -14,13 +15,13 @@
 #include "absl/time/time.h"
 #include "model/memory_model.h"
 #include "tests/fakes/exchanges.h"
+#include "tests/fakes/process_state.h"
 #include "tests/worker/gloo_ranks.h"
 
 namespace lockstep {
 namespace {
 
 using gloo_testing::OnThreads;
-using gloo_testing::Options;
 using gloo_testing::Ranks;
 
 // Small integers: sums of them are exact in float32.
@@ -208,20 +209,34 @@ TEST(GlooCommunicator, SpeaksIpv6Too) {
   OnThreads(2, adds_up, 20'000, "::1");
 }
 
-// Whatever a peer publishes is an error of this rank's, no more.
 TEST(GlooCommunicator, CountsTheWaitForALateRankAsWait) {
   CollectiveStats stats[2];
+  std::atomic<pid_t> early{0};
+  absl::Duration late;
   OnThreads(2, [&](RankCommunicator& comm) {
+    std::vector<float> values(1 << 18, 1.0f);
     ASSERT_TRUE(comm.Barrier().ok());
     comm.ResetStats();
-    if (comm.rank() == 1) absl::SleepFor(absl::Milliseconds(200));  // the skew to be measured
-    std::vector<float> values(1 << 18, 1.0f);
+    if (comm.rank() == 0) {
+      early = gettid();
+      early.notify_one();
+    } else {
+      early.wait(0);
+      // Late by what it takes to see the other wait so many times in a row.
+      absl::Time since = absl::Now();
+      for (int seen = 0; seen < 1'000; ++seen) {
+        if (ProcessState(early) != 'R') continue;
+        seen = 0;
+        since = absl::Now();
+      }
+      late = absl::Now() - since;
+    }
     ASSERT_TRUE(comm.AllReduceSum(absl::MakeSpan(values)).ok());
     EXPECT_EQ(comm.stats().bytes_sent, values.size() * sizeof(float));
     EXPECT_EQ(comm.stats().count, 1u);
     stats[comm.rank()] = comm.stats();
   });
-  EXPECT_GT(stats[0].wait_ns, 100'000'000u);
+  EXPECT_GE(absl::Nanoseconds(stats[0].wait_ns), late);
   EXPECT_LT(stats[1].wait_ns, stats[0].wait_ns);
   EXPECT_GT(stats[1].transfer_ns, 0u);
 }

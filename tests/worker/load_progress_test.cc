@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <vector>
 
@@ -29,6 +30,15 @@ TEST(LoadProgress, SendsFewMessagesAndTheLastOneOnce) {
   EXPECT_EQ(sent.back(), 100'000u);
   EXPECT_LT(sent.size(), 1'000u);
   EXPECT_EQ(std::count(sent.begin(), sent.end(), 100'000u), 1);
+}
+
+TEST(LoadProgress, SendsOnTheWay) {
+  std::vector<uint64_t> sent;
+  LoadProgressReport report(0, false, [&](uint64_t done, uint64_t) { sent.push_back(done); });
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (sent.empty() && std::chrono::steady_clock::now() < deadline) report.Update(1, 100);
+  report.Update(100, 100);
+  EXPECT_EQ(sent, (std::vector<uint64_t>{1, 100}));
 }
 
 }  // namespace

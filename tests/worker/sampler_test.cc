@@ -113,6 +113,15 @@ TEST(PhiloxTest, UniformsDependOnSeedAndPosition) {
   EXPECT_NEAR(sum / 2000, 0.5, 0.02);
 }
 
+TEST(PhiloxTest, UniformsDependOnEveryBitOfSeedAndPosition) {
+  std::set<double> seen = {UniformAt(1, 0)};
+  for (int bit = 1; bit < 64; ++bit) {
+    const uint64_t high = uint64_t{1} << bit;
+    EXPECT_TRUE(seen.insert(UniformAt(static_cast<int64_t>(1 + high), 0)).second) << bit;
+    EXPECT_TRUE(seen.insert(UniformAt(1, high)).second) << bit;
+  }
+}
+
 TEST(SamplerTest, TemperatureZeroTakesTheLargestAndTheLowestOfEquals) {
   EXPECT_EQ(Sample({1, 5, 2, 5, 0}, Greedy()).token, 1u);
   EXPECT_EQ(Sample({-3}, Greedy()).token, 0u);

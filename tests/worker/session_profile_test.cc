@@ -20,26 +20,28 @@ CoordinatorMessage StartProfile(uint64_t id, uint32_t steps) {
   return message;
 }
 
-// Says when it was started and stopped, and that one kernel ran.
+// Says when it was started and stopped, and that `events` ran.
 class FakeTrace final : public DeviceTrace {
  public:
-  explicit FakeTrace(std::atomic<int>* starts, std::atomic<int>* stops)
-      : starts_(starts), stops_(stops) {}
+  FakeTrace(std::vector<DeviceEvent> events, std::atomic<int>* starts, std::atomic<int>* stops)
+      : events_(std::move(events)), starts_(starts), stops_(stops) {}
   absl::Status Start() override {
     ++*starts_;
     return absl::OkStatus();
   }
   absl::StatusOr<std::vector<DeviceEvent>> Stop() override {
     ++*stops_;
-    return std::vector<DeviceEvent>{{"kernel", 5, 9, 7, 132, 256}};
+    return events_;
   }
 
  private:
+  const std::vector<DeviceEvent> events_;
   std::atomic<int>*const starts_, *const stops_;
 };
 
 struct ProfiledWorker {
-  ProfiledWorker() : worker(coordinator.address(), Options()) {
+  explicit ProfiledWorker(std::vector<DeviceEvent> traced = {{"kernel", 5, 9, 7, 132, 256}})
+      : events(std::move(traced)), worker(coordinator.address(), Options()) {
     coordinator.AwaitHello(0);
     coordinator.Send(0, Configure(1, 0, 1));
     EXPECT_TRUE(coordinator.AwaitCase(0, WorkerMessage::kReady));
@@ -47,7 +49,7 @@ struct ProfiledWorker {
   SessionOptions Options() {
     SessionOptions options = TestWorker::Quick();
     options.runner.open_trace = [this]() -> absl::StatusOr<std::unique_ptr<DeviceTrace>> {
-      return std::make_unique<FakeTrace>(&starts, &stops);
+      return std::make_unique<FakeTrace>(events, &starts, &stops);
     };
     return options;
   }
@@ -56,6 +58,7 @@ struct ProfiledWorker {
     EXPECT_TRUE(coordinator.AwaitCase(0, WorkerMessage::kResult));
   }
 
+  const std::vector<DeviceEvent> events;
   std::atomic<int> starts{0}, stops{0};
   FakeCoordinator coordinator{"127.0.0.1:0"};
   TestWorker worker;
@@ -104,6 +107,47 @@ TEST(SessionProfile, AnswersWithWhatThereIsWhenToldThatItIsEnough) {
   EXPECT_TRUE(empty->profile().last());
   p.Step(2);
   EXPECT_EQ(p.starts, 1);
+}
+
+TEST(SessionProfile, IsOverByItselfAfterTheMostStepsThatItMaySpan) {
+  ProfiledWorker p;
+  p.coordinator.Send(0, StartProfile(1, 2 * wire::kMaxProfileSteps));
+  for (uint64_t step = 1; step <= wire::kMaxProfileSteps; ++step) p.Step(step);
+  const auto part = p.coordinator.AwaitCase(0, WorkerMessage::kProfile);
+  ASSERT_TRUE(part);
+  EXPECT_EQ(part->profile().steps_size(), static_cast<int>(wire::kMaxProfileSteps));
+}
+
+// Each part names its own events.
+TEST(SessionProfile, SendsMoreEventsThanAMessageTakesInParts) {
+  std::vector<DeviceEvent> events = {{"copy", 0, 1, 7, 0, 0}};
+  while (events.size() <= wire::kMaxProfileEvents) {
+    events.push_back({"kernel", events.size(), events.size() + 2, 8, 132, 256});
+  }
+  ProfiledWorker p(events);
+  p.coordinator.Send(0, StartProfile(4, 1));
+  p.coordinator.Send(0, Plan(1, 1));
+  size_t at = 0;
+  for (const bool last : {false, true}) {
+    const auto message = p.coordinator.AwaitCase(0, WorkerMessage::kProfile);
+    ASSERT_TRUE(message);
+    const worker::v1::ProfilePart& part = message->profile();
+    EXPECT_EQ(part.id(), 4u);
+    EXPECT_EQ(part.last(), last);
+    EXPECT_EQ(part.steps_size(), last ? 0 : 1);
+    ASSERT_EQ(part.events_size(), last ? 1 : wire::kMaxProfileEvents);
+    for (const worker::v1::ProfileEvent& event : part.events()) {
+      ASSERT_LT(event.name(), static_cast<uint32_t>(part.names_size()));
+      ASSERT_EQ(part.names(static_cast<int>(event.name())), events[at].name) << at;
+      ASSERT_EQ(event.begin_ns(), events[at].begin_ns);
+      ASSERT_EQ(event.duration_ns(), events[at].end_ns - events[at].begin_ns);
+      ASSERT_EQ(event.stream(), events[at].stream);
+      ASSERT_EQ(event.blocks(), events[at].blocks);
+      ASSERT_EQ(event.threads(), events[at].threads);
+      ++at;
+    }
+  }
+  EXPECT_EQ(at, events.size());
 }
 
 TEST(SessionProfile, EndsWithItsEpoch) {

@@ -6,6 +6,8 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <future>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -80,6 +82,69 @@ TEST(Session, LoadsReportsAndStepsWithTwoPlansInFlight) {
   }
 }
 
+TEST(Session, MakesItsCommunicatorOfWhatItWasToldAndOfWhatTheHostShares) {
+  for (const std::string address : {"", "127.0.0.5"}) {
+    std::promise<CommunicatorOptions> made;
+    FakeCoordinator coordinator("127.0.0.1:0");
+    SessionOptions options = TestWorker::Quick();
+    options.comm_address = address;
+    options.runner.make_communicator = [&](const CommunicatorOptions& said) {
+      made.set_value(said);
+      return MakeGlooCommunicator(said);
+    };
+    TestWorker worker(coordinator.address(), options);
+    coordinator.Send(0, Configure(1, 0, 1));
+    ASSERT_TRUE(IsReady(coordinator.AwaitCase(0, WorkerMessage::kReady), 1));
+    const CommunicatorOptions said = made.get_future().get();
+    EXPECT_EQ(said.id, "nonce");
+    EXPECT_EQ(said.rank, 0);
+    EXPECT_EQ(said.size, 1);
+    EXPECT_EQ(said.max_skew_ms, 20'000);
+    EXPECT_EQ(said.shared_bytes, fakes::FakeHost::kSharedBytes);
+    EXPECT_EQ(said.bind_address, address.empty() ? "127.0.0.1" : address);
+  }
+}
+
+TEST(Session, APlanInFlightAtAnEpochsEndIsNoPartOfTheNextOne) {
+  FakeCoordinator coordinator("127.0.0.1:0");
+  TestWorker worker(coordinator.address());
+  coordinator.Send(0, Configure(1, 0, 1));
+  ASSERT_TRUE(IsReady(coordinator.AwaitCase(0, WorkerMessage::kReady), 1));
+  worker.control->Set([](auto& s) { s.hold_done = true; });
+  coordinator.Send(0, Plan(1, 1));
+  ASSERT_TRUE(worker.control->Await([](auto& s) { return s.submits == 1; }));
+  coordinator.Send(0, Close(1));
+  ASSERT_TRUE(coordinator.AwaitCase(0, WorkerMessage::kReleased));
+  worker.control->Set([](auto& s) { s.hold_done = false; });
+  coordinator.Send(0, Configure(2, 0, 1));
+  ASSERT_TRUE(IsReady(coordinator.AwaitCase(0, WorkerMessage::kReady), 2));
+  coordinator.Send(0, Plan(2, 1));
+  const auto result = coordinator.AwaitCase(0, WorkerMessage::kResult);
+  ASSERT_TRUE(result);
+  EXPECT_EQ(result->result().epoch(), 2u);
+  EXPECT_EQ(worker.control->Get().runs, 1);
+}
+
+TEST(Session, HeartbeatsSayTheLastStepOfTheirEpoch) {
+  FakeCoordinator coordinator("127.0.0.1:0");
+  SessionOptions options = TestWorker::Quick();
+  options.take_device_stats = [] { return worker::v1::DeviceStats(); };  // such beats are kept
+  TestWorker worker(coordinator.address(), options);
+  const auto last_step = [&](uint64_t epoch, uint64_t at_least) {
+    const auto beat = coordinator.Await(0, [&](const WorkerMessage& m) {
+      return m.has_heartbeat() && m.heartbeat().epoch() == epoch &&
+             m.heartbeat().last_step() >= at_least;
+    });
+    return beat ? std::optional(beat->heartbeat().last_step()) : std::nullopt;
+  };
+  coordinator.Send(0, Configure(1, 0, 1));
+  EXPECT_EQ(last_step(1, 0), 0u);
+  for (uint64_t step = 1; step <= 2; ++step) coordinator.Send(0, Plan(1, step));
+  EXPECT_EQ(last_step(1, 2), 2u);
+  coordinator.Send(0, Configure(2, 0, 1));
+  EXPECT_EQ(last_step(2, 0), 0u);
+}
+
 TEST(Session, KeepsWeightsWhenTheNextEpochAsksForTheSame) {
   FakeCoordinator coordinator("127.0.0.1:0");
   TestWorker first(coordinator.address());
@@ -124,7 +189,7 @@ TEST(Session, ReleasesAnEpochInTheMiddleOfACollective) {
   ASSERT_TRUE(first.control->Await([](auto& s) { return s.runs == 1 && !s.in_run; }));
   coordinator.Send(0, Close(1));
   const auto answer = coordinator.Await(
-      0, [](const WorkerMessage& m) { return m.has_released() || m.has_failure(); }, 2'000);
+      0, [](const WorkerMessage& m) { return m.has_released() || m.has_failure(); });
   ASSERT_TRUE(answer);
   EXPECT_TRUE(answer->has_released()) << answer->ShortDebugString();
 }
@@ -147,6 +212,14 @@ TEST(Session, AnswersACloseWhileLoadingAtOnceAndKeepsWhatWasLoaded) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   worker.control->Set([](auto& s) { s.hold_load = false; });
+  // The load that outlived its epoch ends, and the next one finds what it left.
+  for (int load = 0; load < 2; ++load) {
+    const auto progress = coordinator.Await(0, [](const WorkerMessage& m) {
+      return m.has_progress() && m.progress().bytes_done() == m.progress().bytes_total();
+    });
+    ASSERT_TRUE(progress) << load;
+    EXPECT_EQ(progress->progress().epoch(), 2u) << load;
+  }
   const auto ready = coordinator.AwaitCase(0, WorkerMessage::kReady);
   ASSERT_TRUE(ready);
   EXPECT_EQ(ready->ready().epoch(), 2u);

@@ -33,14 +33,14 @@ class TestWorker {
     options.hello.set_protocol_version(wire::kProtocolVersion);
     options.hello.set_instance("test");
     options.hello.set_preferred_rank(-1);
-    options.runner.make_communicator = MakeGlooCommunicator;
+    if (!options.runner.make_communicator) options.runner.make_communicator = MakeGlooCommunicator;
     options.runner.collective_library = GlooVersion();
     session_ = std::make_unique<Session>(options, MakeGrpcPlane(address, false),
                                          std::make_unique<fakes::FakeHost>(control));
     end_ = std::async(std::launch::async, [this] { return session_->Run(); });
   }
   ~TestWorker() {
-    control->Set([](auto& s) { s.hold_load = s.hold_run = false; });
+    control->Set([](auto& s) { s.hold_load = s.hold_run = s.hold_done = false; });
     session_->Stop();
   }
 

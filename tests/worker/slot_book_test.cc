@@ -253,6 +253,17 @@ TEST_F(SlotBookTest, NewSequencesMustMakeSense) {
   ExpectRefused(spoil([](NewSequence& s) { s.sampling.prompt_logprobs = 51; }), "prompt_logprobs");
 }
 
+TEST_F(SlotBookTest, EveryBlockThatASpanWritesIsItsSlotsAlone) {
+  for (const auto& blocks : {Blocks({7, 1}), Blocks({1, 7})}) {
+    ExpectRefused(
+        [&](StepPlan& p) {
+          p.new_sequences = {Sequence(1, 8, blocks)};
+          p.spans = {{Slot(1), 8}};
+        },
+        "slot 1 is to write block 1, which another slot holds");
+  }
+}
+
 TEST_F(SlotBookTest, AnotherDigestIsADisagreement) {
   StepPlan plan = Plan(2);
   plan.spans = {{Slot(0), 2}};

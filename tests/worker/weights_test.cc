@@ -3,13 +3,17 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <set>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "model/memory_model.h"
+#include "tests/fakes/temp_dir.h"
 #include "worker/backend/cpu/half.h"
 #include "worker/weight_pieces.h"
 
@@ -169,8 +173,8 @@ TEST(WeightsTest, NamesATensorOfAnotherShape) {
 }
 
 TEST(WeightsTest, AFileThatShrankIsAnErrorAndNotASignal) {
-  const std::string dir = testing::TempDir() + "/shrunk";
-  std::filesystem::remove_all(dir);
+  const TempDir directory;
+  const std::string& dir = directory.path();
   std::filesystem::copy(Golden("llama"), dir);
   auto checkpoint = Checkpoint::Open(dir);
   ASSERT_TRUE(checkpoint.ok());
@@ -231,6 +235,43 @@ TEST(WeightsTest, DummyRanksHoldPiecesOfOneModel) {
   }
 }
 
+// A uniform spread has a mean and a variance; tensors of one value, or all alike, do not.
+TEST(WeightsTest, DummyValuesAreSpreadAsTheirKindAsks) {
+  ThreadPool pool(1);
+  for (const char* name : {"llama_biased_linear_rope", "gemma3"}) {
+    const ModelConfig config = *LoadModelConfig(Golden(name));
+    const ShardPlan plan = *MakeShardPlan(config, 1, 0);
+    const auto weights = *Weights::Dummy(plan, config, {}, &pool);
+    std::set<std::pair<float, float>> beginnings;
+    for (const LocalTensor& local : plan.tensors) {
+      SCOPED_TRACE(absl::StrCat(name, ", ", local.name));
+      const WeightTensor* t = weights->Find(local.name);
+      const int64_t count = t->rows * t->cols;
+      const bool bias = local.name.ends_with(".bias");
+      const bool is_norm = !local.is_matrix && !bias;
+      const double center = is_norm && !config.norm_weight_plus_one ? 1.0 : 0.0;
+      const double width = local.is_matrix ? std::sqrt(3.0 / static_cast<double>(t->cols))
+                           : bias          ? 0.05
+                                           : 0.1;
+      double sum = 0, squares = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const double off = ValueAt(t->data, t->dtype, i) - center;
+        ASSERT_LE(std::abs(off), width * (1 + 1e-6));
+        sum += off;
+        squares += off * off;
+      }
+      // Five standard deviations of the mean of so many; of their squares, about twice that.
+      const double n = static_cast<double>(count);
+      EXPECT_NEAR(sum / n, 0, 5 * width / std::sqrt(3 * n));
+      EXPECT_NEAR(squares / n, width * width / 3, 2 * width * width / std::sqrt(n));
+      EXPECT_TRUE(beginnings
+                      .emplace((ValueAt(t->data, t->dtype, 0) - center) / width,
+                               (ValueAt(t->data, t->dtype, 1) - center) / width)
+                      .second);
+    }
+  }
+}
+
 // One float8 matrix "w" of 6 x 4 and what is given beside it.
 struct StoredScale {
   std::string dtype = "F32";
@@ -238,9 +279,7 @@ struct StoredScale {
   std::vector<float> values;
 };
 std::unique_ptr<Checkpoint> WriteFp8(const std::string& scale_name, const StoredScale& scale) {
-  const std::string dir = testing::TempDir() + "/stored_fp8";
-  std::filesystem::remove_all(dir);
-  std::filesystem::create_directories(dir);
+  const TempDir dir;  // what is mapped outlives its name
   std::string data;
   for (char byte = 0; byte < 24; ++byte) data.push_back(byte);
   for (const float v : scale.values) {
@@ -256,11 +295,11 @@ std::unique_ptr<Checkpoint> WriteFp8(const std::string& scale_name, const Stored
                    R"(":{"dtype":")", scale.dtype, R"(","shape":[)",
                    absl::StrJoin(scale.shape, ","), R"(],"data_offsets":[24,)", data.size(), "]}}");
   const uint64_t length = header.size();
-  std::ofstream out(dir + "/model.safetensors", std::ios::binary);
+  std::ofstream out(dir.File("model.safetensors"), std::ios::binary);
   out.write(reinterpret_cast<const char*>(&length), 8);
   out << header << data;
   out.close();
-  auto checkpoint = Checkpoint::Open(dir);
+  auto checkpoint = Checkpoint::Open(dir.path());
   EXPECT_TRUE(checkpoint.ok()) << checkpoint.status();
   return checkpoint.ok() ? *std::move(checkpoint) : nullptr;
 }

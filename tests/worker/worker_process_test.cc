@@ -25,13 +25,17 @@
 #include "tests/integration/sanitizer_reports.h"
 #include "wire/codec.h"
 #include "wire/plan_digest.h"
+#include "wire/protocol.h"
 
 namespace lockstep {
 namespace {
 
 using fakes::FakeCoordinator;
 using std::chrono::milliseconds;
+using ::testing::Contains;
 using ::testing::HasSubstr;
+using ::testing::IsSupersetOf;
+using ::testing::Not;
 using worker::v1::CoordinatorMessage;
 using worker::v1::WorkerMessage;
 
@@ -123,8 +127,10 @@ class Group {
     c.set_max_num_seqs(4);
     c.set_max_batched_tokens(64);
     c.set_max_model_len(128);
-    c.set_communicator("test");
-    c.set_max_skew_ms(20'000);
+    // The epoch's own: they do not change what is in memory.
+    c.set_group("g" + std::to_string(epoch));
+    c.set_communicator("test" + std::to_string(epoch));
+    c.set_max_skew_ms(20'000 + epoch);
     return c;
   }
 
@@ -145,6 +151,8 @@ class Group {
     for (const size_t stream : streams) {
       const auto ready = coordinator.AwaitCase(stream, WorkerMessage::kReady);
       if (!ready || ready->ready().epoch() != epoch) return false;
+      phases.clear();
+      for (const auto& phase : ready->ready().phases()) phases.push_back(phase.name());
     }
     return true;
   }
@@ -203,7 +211,8 @@ class Group {
 
   FakeCoordinator coordinator;
   std::vector<std::unique_ptr<Process>> processes;
-  std::vector<size_t> streams;  // by rank
+  std::vector<size_t> streams;      // by rank
+  std::vector<std::string> phases;  // of the last rank's start
 
  private:
   const std::vector<std::string> flags_;
@@ -265,6 +274,53 @@ TEST(WorkerProcess, ASurvivorGoesOnInTheNextEpochAfterAKill) {
   EXPECT_EQ(group.Generate(golden.prompt, golden.greedy.size()), golden.greedy);
 }
 
+TEST(WorkerProcess, ANextEpochFindsTheModelInMemory) {
+  Group group(1);
+  ASSERT_TRUE(group.Form(1));
+  EXPECT_THAT(group.phases, IsSupersetOf({"open", "load", "buffers"}));
+  ASSERT_TRUE(group.Close());
+  ASSERT_TRUE(group.Form(2));
+  for (const char* phase : {"open", "load", "buffers"}) {
+    EXPECT_THAT(group.phases, Not(Contains(phase)));
+  }
+}
+
+TEST(WorkerProcess, RefusesAModelThatTheCoordinatorDoesNotHave) {
+  Group group(1);
+  CoordinatorMessage message;
+  *message.mutable_configure() = group.Configure(1, kModel);
+  message.mutable_configure()->set_model_digest(1);
+  group.SendAll(message);
+  const auto failure = group.coordinator.AwaitCase(0, WorkerMessage::kFailure);
+  ASSERT_TRUE(failure);
+  EXPECT_THAT(failure->failure().message(),
+              AllOf(HasSubstr(kModel), HasSubstr("not the model that the coordinator has")));
+  EXPECT_FALSE(failure->failure().recoverable());
+}
+
+TEST(WorkerProcess, ItsOwnStandingStillIsNotTheCoordinatorsSilence) {
+  const Golden golden = LoadGolden().front();
+  Group group(1);
+  ASSERT_TRUE(group.Form(1));
+  const auto deadline = std::chrono::steady_clock::now() + Bound(40);
+  const auto await_heartbeats = [&](size_t count) {
+    while (group.coordinator.num_heartbeats(0) < count) {
+      ASSERT_LT(std::chrono::steady_clock::now(), deadline);
+      ASSERT_FALSE(group.coordinator.AwaitEnd(0, 1));
+    }
+  };
+  await_heartbeats(2);  // it watches by now
+  group.coordinator.FallSilent(true);
+  group.processes[0]->Signal(SIGSTOP);
+  // What a silent coordinator would not be given.
+  std::this_thread::sleep_for(milliseconds(wire::kHeartbeatTimeoutMs + 500));
+  const size_t before = group.coordinator.num_heartbeats(0);
+  group.processes[0]->Signal(SIGCONT);
+  await_heartbeats(before + 3);
+  group.coordinator.FallSilent(false);
+  EXPECT_EQ(group.Generate(golden.prompt, 3).size(), 3u);
+}
+
 TEST(WorkerProcess, LeavesACollectiveWithAStoppedPeerWhenTheEpochIsClosed) {
   const Golden golden = LoadGolden().front();
   Group group(2);
@@ -307,9 +363,8 @@ TEST(WorkerProcess, EndsWithItsReasonWhenRefused) {
 
 TEST(WorkerProcess, NamesTheFileOfABrokenCheckpoint) {
   namespace fs = std::filesystem;
-  const fs::path broken =
-      fs::temp_directory_path() / ("lockstep_broken_" + std::to_string(getpid()));
-  fs::create_directories(broken);
+  const TempDir directory;
+  const fs::path broken = directory.path();
   fs::copy(std::string(kModel) + "/config.json", broken / "config.json",
            fs::copy_options::overwrite_existing);
   fs::copy(std::string(kModel) + "/model.safetensors", broken / "model.safetensors",
@@ -323,7 +378,6 @@ TEST(WorkerProcess, NamesTheFileOfABrokenCheckpoint) {
   ASSERT_TRUE(failure);
   EXPECT_THAT(failure->failure().message(), HasSubstr("model.safetensors"));
   EXPECT_FALSE(failure->failure().recoverable());
-  fs::remove_all(broken);
 }
 
 TEST(WorkerProcess, RefusesKeysAndValuesThatItsBackendDoesNotKeep) {
