@@ -43,7 +43,8 @@ class Gpu {
  public:
   virtual ~Gpu() = default;
   // Takes the device for this process: makes its context, loads every kernel.
-  // NotFound: no driver, no such device, or a build without CUDA.
+  // NotFound: no driver, no such device. Unimplemented: a build without CUDA, or without kernels
+  // for this device.
   static absl::StatusOr<std::unique_ptr<Gpu>> Open(int device);
 
   // From any thread.

@@ -35,6 +35,7 @@
 namespace lockstep {
 namespace {
 
+constexpr int kBadCommandLine = 2;
 constexpr int kStuckExitCode = 75;  // EX_TEMPFAIL
 
 struct WorkerOptions {
