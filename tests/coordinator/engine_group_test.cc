@@ -131,6 +131,7 @@ TEST_F(EngineGroupTest, AnswersOutliveKilledWorkers) {
     clients.emplace_back([&, c] {
       for (TokenId i = 0; !over; ++i) {
         const std::vector<TokenId> prompt = {c, i, 3, i / 4, c};
+        const uint64_t epoch = engine_->Info().epoch;
         auto sink = Submit(prompt, 5 + (i * 7 + c) % 60);
         ASSERT_TRUE(sink->WaitForTerminal());
         EXPECT_EQ(sink->misuse(), "");
@@ -144,6 +145,7 @@ TEST_F(EngineGroupTest, AnswersOutliveKilledWorkers) {
           EXPECT_TRUE(std::equal(tokens.begin(), tokens.end(), full.begin()));
           EXPECT_EQ(sink->failure().code(), absl::StatusCode::kUnavailable);
           EXPECT_THAT(std::string(sink->failure().message()), HasSubstr("rank"));
+          EXPECT_GT(engine_->Info().epoch, epoch) << "failed at its first death";
           ++unavailable;
         }
       }

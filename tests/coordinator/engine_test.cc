@@ -103,6 +103,36 @@ TEST_F(EngineTest, KeepsTwoPlansInFlightAndNoMore) {
   ExpectAnswer(*sink, {1, 2, 3}, 10);
 }
 
+// Two plans in flight do not count the same time twice.
+TEST_F(EngineTest, AStepBeginsWhenTheOneBeforeItEnds) {
+  using Clock = std::chrono::steady_clock;
+  StartWhole();
+  control_->Hold(true);
+  const Clock::time_point began = Clock::now();
+  auto sink = Submit(Prompt({1, 2, 3}, 10));
+  ASSERT_TRUE(control_->WaitForHeldPlans(2));
+  const Clock::time_point both = Clock::now();
+  while (Clock::now() < both + std::chrono::milliseconds(50)) std::this_thread::yield();
+  control_->Hold(false);
+  ExpectAnswer(*sink, {1, 2, 3}, 10);
+  Settle();
+  EXPECT_GE(observer_->steps, 10);
+  EXPECT_GE(observer_->seconds, 0.05);
+  EXPECT_LE(observer_->seconds, std::chrono::duration<double>(Clock::now() - began).count());
+}
+
+TEST_F(EngineTest, UnlessToldFourTimesWhatRunsMayWait) {
+  control_->max_num_seqs = 40;
+  StartWhole();
+  EXPECT_EQ(engine_->Info().max_queued_requests, 160u);
+}
+
+TEST_F(EngineTest, UnlessToldAtLeast64MayWait) {
+  control_->max_num_seqs = 8;
+  StartWhole();
+  EXPECT_EQ(engine_->Info().max_queued_requests, 64u);
+}
+
 // What the doors take a batch for that can never fit.
 TEST_F(EngineTest, AnIdleGroupAdmitsAsManyAsItSays) {
   StartWhole();

@@ -30,10 +30,12 @@ class CheckingObserver final : public EngineObserver {
       mismatch = true;
     }
     ++steps;
+    seconds = seconds + step_seconds;
   }
   std::atomic<bool> mismatch = false;
   void OnRejected(const absl::Status&) override { ++rejections; }
   std::atomic<int> steps = 0;
+  std::atomic<double> seconds = 0;  // of all steps
   std::atomic<int> rejections = 0;
 };
 

@@ -106,6 +106,16 @@ TEST(StepLedgerTest, StepsQueuedBehindOthersAreTimedFromTheirEnd) {
   EXPECT_EQ((**ledger.Answer(0, Result(2), 160)).milliseconds, 10);
 }
 
+TEST(StepLedgerTest, AStepQueuedBehindAnotherIsForgivenToo) {
+  StepLedger ledger(1);
+  ledger.Sent(Plan(1, 1), 100);
+  ledger.Sent(Plan(2, 1), 110);
+  ledger.Forgive(5'000);  // of which both had something
+  EXPECT_EQ((**ledger.Answer(0, Result(1), 5'105)).milliseconds, 5);
+  ASSERT_NE(ledger.oldest(), nullptr);
+  EXPECT_EQ(ledger.oldest()->began_ms, 5'110);
+}
+
 TEST(StepLedgerTest, ContradictionsAreErrorsThatSayWhich) {
   StepLedger ledger(2);
   EXPECT_THAT(std::string(ledger.Answer(0, Result(1), 0).status().message()),

@@ -8,8 +8,10 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <thread>
@@ -88,6 +90,7 @@ class DoorTest : public ::testing::Test {
 
   // Nothing of what a test did may have cost anybody else.
   void TearDown() override {
+    if (served_ == nullptr) return;
     EXPECT_TRUE(Eventually([] {
       return served_->Metric("lockstep_kv_blocks{state=\"active\"}") == 0 &&
              served_->Metric("lockstep_kv_blocks{state=\"pending\"}") == 0 &&
@@ -120,6 +123,11 @@ class DoorTest : public ::testing::Test {
       }
     }
     return 0;
+  }
+  static size_t OpenFiles() {
+    const std::filesystem::directory_iterator files(
+        absl::StrCat("/proc/", served_->CoordinatorPid(), "/fd"));
+    return static_cast<size_t>(std::distance(begin(files), end(files)));
   }
   static void ForgetPeak() {
     std::ofstream(absl::StrCat("/proc/", served_->CoordinatorPid(), "/clear_refs")) << "5";
@@ -227,15 +235,24 @@ TEST_F(DoorTest, ANulByteIsNoEndOfABody) {
   EXPECT_THAT(answer, HasSubstr("NUL"));
 }
 
-// Gone after k bytes of the answer, for every k up to several chunks.
+// Gone after k bytes of the answer, for every k up to several chunks: each before its end.
 TEST_F(DoorTest, ClientsThatVanishAtEveryByteLeaveNothingBehind) {
+  constexpr char kCancelled[] = "lockstep_requests_total{outcome=\"cancelled\"}";
   const std::string request =
-      Post("/v1/completions", R"({"prompt":"Count","max_tokens":1500,"stream":true,"n":2})");
-  for (size_t bytes = 0; bytes < 1200; bytes += 13) {
-    RawConnection client(port());
-    ASSERT_TRUE(client.open());
-    ASSERT_EQ(client.Push(request), request.size());
-    client.Read(bytes);
+      Post("/v1/completions",
+           R"({"prompt":"Count","max_tokens":1500,"stream":true,"n":2,"ignore_eos":true})");
+  const double before = served_->Metric(kCancelled);
+  double vanished = 0;
+  for (size_t bytes = 1; bytes < 1200; bytes += 13) {
+    {
+      RawConnection client(port());
+      ASSERT_TRUE(client.open());
+      ASSERT_EQ(client.Push(request), request.size());
+      ASSERT_EQ(client.Read(bytes).size(), bytes);
+    }
+    ++vanished;
+    ASSERT_TRUE(Eventually([&] { return served_->Metric(kCancelled) == before + vanished; }))
+        << "after " << bytes << " bytes";
   }
 }
 
@@ -243,10 +260,13 @@ TEST_F(DoorTest, ClientsThatVanishAtEveryByteLeaveNothingBehind) {
 TEST_F(DoorTest, ClientsThatVanishWithinTheirRequestLeaveNothingBehind) {
   const std::string request =
       Post("/v1/completions", R"({"prompt":"Count","max_tokens":1500,"stream":true})");
+  const size_t before = OpenFiles();
   for (size_t bytes = 0; bytes < request.size(); ++bytes) {
     RawConnection client(port());
     ASSERT_EQ(client.Push(std::string_view(request).substr(0, bytes)), bytes);
   }
+  // Within a body the server would wait a minute for the rest. A few files are others'.
+  EXPECT_TRUE(Eventually([&] { return OpenFiles() <= before + 8; })) << OpenFiles() - before;
 }
 
 TEST_F(DoorTest, ClientsThatNeverReadSlowNobody) {

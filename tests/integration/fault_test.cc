@@ -243,11 +243,30 @@ TEST_F(FaultTest, AKilledCoordinatorEndsStreamsAndWorkersReattach) {
   const auto killed = std::chrono::steady_clock::now();
   EXPECT_EQ(stream->Await().code(), absl::StatusCode::kUnavailable);
   EXPECT_LE(std::chrono::steady_clock::now() - killed, Bound(1));
-  EXPECT_TRUE(Eventually([&] {
-    return served_->server().Log().find("ready") != std::string::npos &&
-           served_->CoordinatorPid() != 0;
-  }));
-  for (const pid_t worker : workers) EXPECT_FALSE(ProcessGone(worker));
+  // The new coordinator has ports of its own.
+  const auto ports = [&] {
+    std::vector<std::string> found;
+    const std::string log = served_->server().Log();
+    const std::string before = ", gRPC ";
+    for (size_t at = 0; (at = log.find(before, at)) != std::string::npos;) {
+      at += before.size();
+      const size_t end = log.find(';', at);
+      if (end != std::string::npos) found.push_back(log.substr(at, end - at));
+    }
+    return found;
+  };
+  ASSERT_TRUE(Eventually([&] { return ports().size() == 2; })) << served_->server().Log();
+  Client client("127.0.0.1:" + ports()[1]);
+  const absl::StatusOr<v1::GetModelInfoResponse> info = client.WaitReady(10'000 * kSlowdown);
+  ASSERT_TRUE(info.ok()) << info.status() << served_->server().Log();
+  EXPECT_EQ(info->epoch(), 1u);  // its own first
+  for (const v1::RankInfo& rank : info->ranks()) {
+    EXPECT_EQ(static_cast<pid_t>(rank.pid()), workers.at(rank.rank()));
+  }
+  EXPECT_EQ(info->ranks_size(), 2);
+  StreamedAnswer answer(&client, LongGreedy(Prompt(0), 20));
+  EXPECT_TRUE(answer.Await().ok()) << answer.Await();
+  EXPECT_EQ(answer.token_ids().size(), 20u);
 }
 
 TEST_F(FaultTest, SigtermDrainsRunningStreams) {

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <csignal>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -20,6 +21,7 @@
 namespace lockstep {
 namespace {
 
+namespace fs = std::filesystem;
 using nlohmann::json;
 using ::testing::HasSubstr;
 
@@ -52,7 +54,13 @@ class ProfileTest : public ::testing::Test {
   void SetUp() override {
     server_ = TestServer::Start(DemoModel(), 2, {"--dtype", "float32"});
     ASSERT_NE(server_, nullptr);
-    path_ = ::testing::TempDir() + "/trace.json";
+    std::string folder = (fs::temp_directory_path() / "lockstep-profile.XXXXXX").string();
+    ASSERT_NE(mkdtemp(folder.data()), nullptr);
+    folder_ = folder;
+    path_ = folder_ / "trace.json";
+  }
+  void TearDown() override {
+    if (!folder_.empty()) fs::remove_all(folder_);
   }
   Shell Run(const std::string& flags) {
     return Profile(absl::StrCat("--address ", server_->server().admin_address(), " --output ",
@@ -64,6 +72,7 @@ class ProfileTest : public ::testing::Test {
   }
 
   std::unique_ptr<TestServer> server_;
+  fs::path folder_;
   std::string path_;
 };
 

@@ -78,6 +78,21 @@ TEST(ChatTemplateTest, GivesTheTemplateItsOwnTokens) {
   EXPECT_EQ(*(*chat_template)->Render({{"user", "x"}}, false), "<s>x</s>");
 }
 
+TEST(ChatTemplateTest, AVariableTakesNoNameThatIsInUse) {
+  const ChatTemplate shown = Compile("{{ messages[0].content }}{{ tools }}{{ mood }}");
+  const auto with = [&](const std::string& name) {
+    ChatContext context;
+    context.variables_json = "{\"" + name + "\":\"y\"}";
+    return shown.Render({{"user", "x"}}, context);
+  };
+  EXPECT_TRUE(with("mood").ok()) << with("mood").status();
+  for (const char* name : {"messages", "tools", "documents", "add_generation_prompt"}) {
+    EXPECT_EQ(with(name).status().code(), absl::StatusCode::kInvalidArgument) << name;
+    EXPECT_THAT(std::string(with(name).status().message()),
+                HasSubstr("'" + std::string(name) + "' is not free"));
+  }
+}
+
 TEST(ChatTemplateTest, RaiseExceptionIsTheClientsError) {
   absl::Status status = RenderError("{{ raise_exception('roles must\nalternate') }}");
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);

@@ -203,5 +203,40 @@ TEST(TokenizerConfigTest, ReadsBothWaysOfWritingTokens) {
   EXPECT_EQ(config->special_tokens.size(), 2u);
 }
 
+TEST(TokenizerConfigTest, TheFirstFileThatNamesATokenDecides) {
+  ModelDir dir;
+  dir.Write("tokenizer_config.json", R"({"eos_token": {"content": "</s>", "lstrip": true}})");
+  dir.Write("special_tokens_map.json", R"({"eos_token": {"content": "late", "rstrip": true}})");
+  auto config = TokenizerConfig::Load(dir.path());
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->eos_token(), "</s>");
+  EXPECT_EQ(nlohmann::json::parse(config->added_tokens_json),
+            nlohmann::json::parse(R"([{"content": "</s>", "lstrip": true, "special": true}])"));
+}
+
+TEST(TokenizerConfigTest, TokensKeepTheirFlags) {
+  const char kToken[] = R"({"content": "<x>", "special": false, "single_word": true,
+                            "lstrip": true, "rstrip": false, "normalized": true})";
+  ModelDir dir;
+  dir.Write("tokenizer_config.json",
+            std::string(R"({"added_tokens_decoder": {"7": )") + kToken + "}}");
+  auto config = TokenizerConfig::Load(dir.path());
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(nlohmann::json::parse(config->added_tokens_json),
+            nlohmann::json::array({nlohmann::json::parse(kToken)}));
+}
+
+TEST(TokenizerConfigTest, FilesOfAnySizeAreNotRead) {
+  ModelDir dir;
+  dir.Write("tokenizer_config.json", "{}  ");
+  const std::string path = dir.path() + "/tokenizer_config.json";
+  EXPECT_TRUE(ReadModelFile(path, 4).ok());
+  EXPECT_THAT(std::string(ReadModelFile(path, 3).status().message()),
+              AllOf(HasSubstr(path), HasSubstr("4 bytes; at most 3")));
+  std::filesystem::resize_file(path, (size_t{64} << 20) + 1);  // a hole
+  EXPECT_THAT(std::string(TokenizerConfig::Load(dir.path()).status().message()),
+              HasSubstr("at most 67108864"));
+}
+
 }  // namespace
 }  // namespace lockstep

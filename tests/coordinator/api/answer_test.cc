@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <functional>
 #include <future>
 #include <memory>
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "tests/coordinator/api/api_testing.h"
 
 namespace lockstep {
@@ -78,6 +80,25 @@ class AnswerTest : public ::testing::Test {
     pool_->Post([&] { done.set_value(); });
     done.get_future().wait();
   }
+  // The calls that `make` makes are heard together.
+  void AtOnce(const std::function<void()>& make) {
+    std::promise<void> go;
+    pool_->Post([&] { go.get_future().wait(); });
+    make();
+    go.set_value();
+    Settle();
+  }
+  double Metric(const std::string& name, const std::string& labels = "") {
+    const std::string series =
+        absl::StrCat("\nvllm:", name, "{engine=\"0\"", labels, ",model_name=\"demo\"} ");
+    const std::string text = metrics_.Expose({}, {});
+    const size_t at = text.find(series);
+    EXPECT_NE(at, std::string::npos) << series;
+    return at == std::string::npos ? -1 : std::stod(text.substr(at + series.size()));
+  }
+  double Finished(const std::string& reason) {
+    return Metric("request_success_total", absl::StrCat(",finished_reason=\"", reason, "\""));
+  }
 
   ServedModel model_ = DemoModel();
   SilentEngine engine_;
@@ -98,7 +119,7 @@ TEST_F(AnswerTest, WhatNobodyTookMerges) {
   const auto answer = Start(Ask(2));
   answer->OnStarted(0);
   for (int i = 0; i < 500; ++i) {
-    answer->OnToken(0, 70, std::nullopt);
+    answer->OnToken(0, 70, TokenLogprobs{.logprob = static_cast<float>(-i), .rank = 1, .top = {}});
     answer->OnToken(1, 71, std::nullopt);
   }
   answer->OnFinished(0, FinishReason::kLength, std::nullopt, 500);
@@ -108,11 +129,15 @@ TEST_F(AnswerTest, WhatNobodyTookMerges) {
   EXPECT_LE(taken.events.size(), 64u + 2u);
   std::vector<size_t> tokens(2);
   std::vector<std::string> texts(2);
+  std::vector<float> logprobs;
   for (const TextDelta& delta : Of<TextDelta>(taken.events)) {
     tokens[delta.index] += delta.token_ids.size();
     texts[delta.index] += delta.text;
+    for (const TokenLogprobs& each : delta.logprobs) logprobs.push_back(each.logprob);
   }
   EXPECT_THAT(tokens, ElementsAre(500u, 500u));
+  ASSERT_EQ(logprobs.size(), 500u);
+  for (size_t i = 0; i < logprobs.size(); ++i) EXPECT_EQ(logprobs[i], -static_cast<float>(i));
   EXPECT_EQ(texts[0], model_.tokenizer->DecodeAnswer(std::vector<TokenId>(500, 70), true));
   EXPECT_EQ(Of<SequenceEnd>(taken.events).size(), 2u);
   ASSERT_TRUE(taken.terminal.has_value());
@@ -153,6 +178,92 @@ TEST_F(AnswerTest, CallsUnderWayAfterAStopAreIgnored) {
   EXPECT_EQ(ends[1].ending_token, 2u);
   EXPECT_TRUE(taken.terminal->ok());
   EXPECT_EQ(engine_.stopped().size(), 1u);
+}
+
+// Tokens of one character each: those of "a", "b" and so on.
+constexpr TokenId kA = 70, kB = 71, kC = 72;
+
+TEST_F(AnswerTest, WhatWasHeldBackIsItsOwnSequences) {
+  Request request = Ask(2);
+  request.sampling.stop = {"abcd"};
+  const auto answer = Start(request);
+  AtOnce([&] {
+    answer->OnStarted(0);
+    answer->OnToken(0, kA, std::nullopt);  // may yet become the stop string
+    answer->OnToken(1, kC, std::nullopt);
+    answer->OnFinished(0, FinishReason::kLength, std::nullopt, 1);
+  });
+  std::vector<std::string> texts(2);
+  for (const TextDelta& delta : Of<TextDelta>(answer->Take().events)) {
+    texts[delta.index] += delta.text;
+  }
+  EXPECT_THAT(texts, ElementsAre("a", "c"));
+}
+
+// A longer stop string hid it until nothing more could come.
+TEST_F(AnswerTest, AStopStringFoundAtTheEndIsAStop) {
+  for (const bool ending_token : {false, true}) {
+    Request request = Ask();
+    request.sampling.stop = {"abcd", "bc"};
+    const auto answer = Start(request);
+    answer->OnStarted(0);
+    for (const TokenId token : {kA, kB, kC}) answer->OnToken(0, token, std::nullopt);
+    if (ending_token) {
+      answer->OnToken(0, 2, std::nullopt);
+      answer->OnFinished(0, FinishReason::kStop, 2, 4);
+    } else {
+      answer->OnFinished(0, FinishReason::kLength, std::nullopt, 3);
+    }
+    Settle();
+    const Answer::Taken taken = answer->Take();
+    std::string text;
+    for (const TextDelta& delta : Of<TextDelta>(taken.events)) text += delta.text;
+    EXPECT_EQ(text, "a");
+    const SequenceEnd end = Of<SequenceEnd>(taken.events).at(0);
+    EXPECT_EQ(end.reason, FinishReason::kStop);
+    EXPECT_EQ(end.stop_string, "bc");
+    EXPECT_EQ(end.ending_token, std::nullopt);
+  }
+}
+
+TEST_F(AnswerTest, StopStringsCountFromTheTokenAfterMinTokens) {
+  Request request = Ask();
+  request.sampling.stop = {"a"};
+  request.sampling.min_tokens = 2;
+  const auto answer = Start(request);
+  answer->OnStarted(0);
+  for (int i = 0; i < 4; ++i) answer->OnToken(0, kA, std::nullopt);
+  Settle();
+  const Answer::Taken taken = answer->Take();
+  std::string text;
+  for (const TextDelta& delta : Of<TextDelta>(taken.events)) text += delta.text;
+  EXPECT_EQ(text, "aa");
+  EXPECT_EQ(Of<SequenceEnd>(taken.events).at(0).completion_tokens, 3u);
+}
+
+TEST_F(AnswerTest, AFailureCountsTheSequencesThatStillRan) {
+  const auto answer = Start(Ask(3));
+  answer->OnStarted(0);
+  answer->OnToken(0, kA, std::nullopt);
+  answer->OnFinished(0, FinishReason::kLength, std::nullopt, 1);
+  answer->OnFailed(absl::UnavailableError("gone"));
+  Settle();
+  EXPECT_EQ(Finished("length"), 1);
+  EXPECT_EQ(Finished("error"), 2);
+}
+
+TEST_F(AnswerTest, TheFirstTokensTimeIsSinceTheArrival) {
+  const auto answer = Start(Ask());
+  const auto now = [] { return std::chrono::steady_clock::now(); };
+  for (const auto began = now(); now() < began + std::chrono::milliseconds(2);) {
+  }  // it waits in the queue
+  answer->OnStarted(0);
+  answer->OnToken(0, kA, std::nullopt);
+  Settle();
+  const double queue = Metric("request_queue_time_seconds_sum");
+  EXPECT_GE(queue, 0.002);
+  EXPECT_NEAR(Metric("time_to_first_token_seconds_sum"),
+              queue + Metric("request_prefill_time_seconds_sum"), 1e-9);
 }
 
 TEST_F(AnswerTest, PromptLogprobsMayComeTwiceAndInPieces) {

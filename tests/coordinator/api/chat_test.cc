@@ -302,6 +302,17 @@ TEST_F(Chat, CallsOfTheHermesFormBecomeToolCalls) {
   EXPECT_EQ(streamed.tool_calls[1]["function"], calls[1]["function"]);
 }
 
+TEST_F(Chat, ACallThatIsFollowedByTheLimitEndsByLength) {
+  const std::vector<TokenId> tokens = Ids(
+      model_, "<tool_call>\n{\"name\": \"time\", \"arguments\": {}}\n</tool_call>\n<tool_call>");
+  engine_.script = [&](const Request&) { return Script{.tokens = {tokens}}; };
+  const json body = {{"messages", kHi}, {"tools", tools_}, {"max_tokens", tokens.size()}};
+  const json choice = Ask(body).json()["choices"][0];
+  EXPECT_EQ(choice["message"]["tool_calls"].size(), 1u) << choice;
+  EXPECT_EQ(choice["finish_reason"], "length");
+  EXPECT_EQ(Join(Stream(body)).finish, "length");
+}
+
 TEST_F(Chat, ACallOfTheLlamaFormBecomesAToolCall) {
   AnswerWith(R"({"name": "weather", "parameters": {"city": "Graz"}})");
   const json body = {{"messages", kHi}, {"tools", tools_}, {"tool_choice", "auto"}};
@@ -368,6 +379,15 @@ TEST_F(Chat, WhatIsNotSupportedIsNamed) {
   EXPECT_EQ(Ask(with("response_format", {{"type", "text"}})).status, 200);
   EXPECT_EQ(Ask(with("stop", nullptr)).status, 200);
   EXPECT_EQ(engine_.submitted().size(), 2u);
+}
+
+TEST_F(Chat, TokenizeTakesMessagesOrAPrompt) {
+  const auto tokenize = [this](const json& body) { return Post(http(), "/tokenize", body.dump()); };
+  EXPECT_EQ(tokenize({{"prompt", "x"}}).status, 200);
+  EXPECT_EQ(tokenize({{"messages", kHi}}).status, 200);
+  const RawResponse both = tokenize({{"prompt", "x"}, {"messages", kHi}});
+  EXPECT_EQ(both.status, 400);
+  EXPECT_EQ(both.error()["param"], "messages") << both.body;
 }
 
 TEST_F(Chat, BadMessagesAreNamedByIndex) {

@@ -2,9 +2,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <string>
 #include <vector>
 
+#include "coordinator/api/http/completion_format.h"
 #include "tests/coordinator/api/api_fixture.h"
 
 namespace lockstep {
@@ -269,6 +271,32 @@ TEST_F(Completions, LogprobsHaveOpenAIsShape) {
   EXPECT_EQ(logprobs["top_logprobs"][0], json({{text(70), -0.5}, {text(71), -1.5}}));
 }
 
+TEST_F(Completions, TextOffsetsCountCharacters) {
+  std::vector<TokenId> tokens = Ids(model_, "\xe2\x9c\x93");
+  ASSERT_GT(tokens.size(), 1u) << "the demo tokenizer spells this in bytes";
+  tokens.push_back(2);
+  engine_.script = [tokens](const Request&) { return Script{.tokens = {tokens}}; };
+  const json logprobs =
+      Complete({{"prompt", "x"}, {"logprobs", 0}}).json()["choices"][0]["logprobs"];
+  ASSERT_EQ(logprobs["text_offset"].size(), tokens.size());
+  for (size_t i = 0; i < tokens.size(); ++i) {  // each is shown as one replacement character
+    EXPECT_EQ(logprobs["text_offset"][i], i) << logprobs;
+  }
+}
+
+TEST_F(Completions, ATokenThatCannotComeHasANumber) {
+  CompletionRequest request;
+  request.logprobs = true;
+  CompletionChoice choice(0, request, model_);
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  choice.AddDelta({.text = "a",
+                   .token_ids = {70},
+                   .logprobs = {{.logprob = kNever, .rank = 1, .top = {{71, kNever}}}}});
+  const json logprobs = json::parse(Dump(choice.Take()))["logprobs"];
+  EXPECT_EQ(logprobs["token_logprobs"], json({-9999}));
+  EXPECT_EQ(logprobs["top_logprobs"][0][model_.tokenizer->TokenText(71)], -9999);
+}
+
 TEST_F(Completions, ZeroLogprobsStillShowTheToken) {
   engine_.script = [](const Request&) { return Script{.tokens = {{70, 2}}}; };
   const json logprobs =
@@ -307,6 +335,16 @@ TEST_F(Completions, EchoScoresAPrompt) {
   EXPECT_EQ(logprobs["top_logprobs"][1].size(), 1u);
   EXPECT_EQ(logprobs["tokens"].size(), 3u);
   EXPECT_EQ(answer["usage"]["completion_tokens"], 0);
+}
+
+TEST_F(Completions, EchoLeavesThePromptLogprobsThatWereAskedFor) {
+  const json choice = Complete({{"prompt", {70, 71}},
+                                {"echo", true},
+                                {"logprobs", 1},
+                                {"prompt_logprobs", 3},
+                                {"max_tokens", 0}})
+                          .json()["choices"][0];
+  EXPECT_EQ(choice["prompt_logprobs"][1].size(), 3u) << choice;
 }
 
 TEST_F(Completions, EchoThenContinues) {
@@ -364,8 +402,11 @@ TEST_F(Completions, MaxCompletionTokensIsMaxTokens) {
 
 TEST_F(Completions, CachedTokensAreReported) {
   engine_.script = [](const Request&) { return Script{.tokens = {{80, 2}}, .cached_tokens = 16}; };
-  const json usage = Complete({{"prompt", "x"}}).json()["usage"];
-  EXPECT_EQ(usage["prompt_tokens_details"]["cached_tokens"], 16);
+  const auto cached = [this](const json& prompt) {
+    return Complete({{"prompt", prompt}}).json()["usage"]["prompt_tokens_details"]["cached_tokens"];
+  };
+  EXPECT_EQ(cached("x"), 16);
+  EXPECT_EQ(cached({"x", "y", "z"}), 48);
 }
 
 TEST_F(Completions, FailuresBeforeTheFirstByteHaveTheirStatus) {

@@ -115,7 +115,7 @@ TEST_F(GrpcDoorTest, UnaryEqualsTheStreamJoined) {
   };
   v1::GenerateRequest request = Ask("x");
   request.mutable_sampling()->set_n(2);
-  request.mutable_sampling()->set_logprobs(1);
+  request.mutable_sampling()->set_logprobs(2);
   request.mutable_sampling()->set_prompt_logprobs(0);
   v1::GenerateResponse whole;
   ASSERT_TRUE(Generate(request, &whole).ok());
@@ -144,6 +144,9 @@ TEST_F(GrpcDoorTest, UnaryEqualsTheStreamJoined) {
   EXPECT_FALSE(whole.prompt().prompt_logprobs(0).has_chosen());
   EXPECT_EQ(whole.completions(0).logprobs_size(), 4);
   EXPECT_EQ(whole.completions(0).logprobs(0).chosen().token(), model_.tokenizer->TokenText(70));
+  ASSERT_EQ(whole.completions(0).logprobs(0).top_size(), 2);
+  EXPECT_EQ(whole.completions(0).logprobs(0).top(0).rank(), 1u);
+  EXPECT_EQ(whole.completions(0).logprobs(0).top(1).rank(), 2u);
 }
 
 // One request, described to either door, is the same request to the engine and
@@ -443,6 +446,17 @@ TEST_F(GrpcDoorTest, MessagesStopAt8MiB) {
   v1::GenerateResponse response;
   EXPECT_EQ(Generate(request, &response).error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_TRUE(engine_.submitted().empty());
+}
+
+// One after another they are more than may be held at once.
+TEST_F(GrpcDoorTest, LargeMessagesGiveTheirPlacesBack) {
+  const v1::GenerateRequest request = Ask(std::string(1024 * 1024, 'x'));
+  for (int i = 0; i < 40; ++i) {
+    v1::GenerateResponse response;
+    const grpc::Status status = Generate(request, &response);
+    ASSERT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT)
+        << i << status.error_message();
+  }
 }
 
 TEST_F(GrpcDoorTest, ReflectionIsOffUnlessAsked) {

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <deque>
 #include <memory>
 #include <string>
 #include <thread>
@@ -53,13 +54,26 @@ TEST_F(Lifecycle, AClientThatLeavesWhileWaitingIsCancelled) {
   EXPECT_TRUE(engine_.WaitCancelled(1));
 }
 
-TEST_F(Lifecycle, LeavingAtEveryChunkLeavesNothing) {
-  engine_.script = [](const Request&) { return Script{.tokens = {{70}}}; };
-  for (int i = 0; i < 60; ++i) {
+// None of the answers would end by itself.
+TEST_F(Lifecycle, LeavingAtEveryChunkIsNoticed) {
+  engine_.Hold();
+  engine_.script = [](const Request&) {
+    Script script;
+    for (TokenId token = 70; token < 130; ++token) script.tokens[0].push_back(token);
+    return script;
+  };
+  const std::string request = PostBytes(
+      "/v1/completions", R"({"prompt":[5],"stream":true,"max_tokens":60,"return_token_ids":true})");
+  for (uint32_t chunks = 0; chunks < 59; ++chunks) {
     RawClient client(http());
-    client.Send(Streaming());
-    for (int k = 0; k < i; ++k) client.WaitFor("data: ");
-    i % 2 == 0 ? client.Close() : client.Reset();
+    client.Send(request);
+    ASSERT_TRUE(engine_.WaitSubmitted(chunks + 1));
+    engine_.Tick(chunks);
+    if (chunks > 0) {
+      ASSERT_TRUE(client.WaitFor("\"token_ids\":[" + std::to_string(69 + chunks) + "]"));
+    }
+    chunks % 2 == 0 ? client.Close() : client.Reset();
+    ASSERT_TRUE(engine_.WaitCancelled(chunks + 1)) << chunks;
   }
   EXPECT_TRUE(engine_.WaitIdle());
 }
@@ -237,6 +251,13 @@ TEST_F(Lifecycle, DrainingRefusesNewWorkAndFinishesOld) {
   EXPECT_EQ(Events(running.Read().body).back(), "[DONE]");
 }
 
+TEST_F(Lifecycle, DrainingDoesNotHideThatTheServerHasFailed) {
+  server_->BeginDrain();
+  EXPECT_EQ(Get(http(), "/health").status, 200);
+  engine_.SetState(EngineState::kFailed, absl::UnavailableError("rank 1 did not come back"));
+  EXPECT_EQ(Get(http(), "/health").status, 503);
+}
+
 TEST_F(Lifecycle, StopLetsLastBytesOutAndCancelsTheRest) {
   engine_.Hold();
   RawClient running(http());
@@ -274,14 +295,25 @@ TEST_F(Lifecycle, ManyClientsAtOnce) {
   EXPECT_EQ(good, 160);
 }
 
-// A client that never reads costs the memory of its answer, once, and nobody
-// else anything.
-TEST_F(Lifecycle, AClientThatNeverReadsHoldsUpNobody) {
-  RawClient deaf(http());
-  deaf.Send(Streaming());
-  ASSERT_TRUE(engine_.WaitSubmitted(1));
+// Clients that never read cost the memory of their answers, once, and nobody else
+// anything. The answers are more than sockets hold, the clients more than the
+// server's threads.
+TEST_F(Lifecycle, ClientsThatNeverReadHoldUpNobody) {
+  model_.max_model_len = 100'000;
+  Open();
+  engine_.Hold();
+  std::deque<RawClient> deaf;
+  for (uint32_t i = 0; i < 4; ++i) {
+    deaf.emplace_back(http()).Send(PostBytes(
+        "/v1/completions", R"({"prompt":[5],"stream":true,"max_tokens":90000,"logprobs":10})"));
+    ASSERT_TRUE(engine_.WaitSubmitted(i + 1));
+  }
+  engine_.Tick(90'000);
   EXPECT_TRUE(engine_.WaitIdle());
-  EXPECT_EQ(Complete({{"prompt", "x"}}).status, 200);
+  engine_.Release();
+  for (int i = 0; i < 16; ++i) ASSERT_EQ(Complete({{"prompt", "x"}}).status, 200) << i;
+  // Nor is anything of them lost.
+  EXPECT_EQ(Events(deaf.front().Read().body).back(), "[DONE]");
 }
 
 // The server alone, with short times.
@@ -355,6 +387,13 @@ TEST_F(SlowClients, AStreamIsFramedAsOneHoweverFastItCame) {
   EXPECT_FALSE(response.headers.contains("content-length"));
   EXPECT_EQ(response.headers.at("connection"), "close");
   EXPECT_EQ(response.body, "data: [DONE]\n\n");
+}
+
+// One after another they are more than may be held at once.
+TEST_F(SlowClients, LargeBodiesGiveTheirPlacesBack) {
+  Open({});
+  const std::string body(1 << 20, 'x');
+  for (int i = 0; i < 40; ++i) ASSERT_EQ(Post(port(), "/", body).status, 200) << i;
 }
 
 TEST_F(SlowClients, ADrippedHeaderTimesOut) {

@@ -138,7 +138,10 @@ TEST_F(MetricsTest, ARequestWhoseDeadlinePassedIsAnAbort) {
 TEST_F(MetricsTest, DrainingDoesNotHideThatTheGroupIsBroken) {
   engine_.SetRanks({RankReport{}});
   const auto up = [this] { return Scrape()["lockstep_worker_up{rank=\"0\"}"]; };
+  const auto ready = [this] { return Scrape().at("lockstep_ready"); };
+  EXPECT_EQ(ready(), 1);
   server_->BeginDrain();
+  EXPECT_EQ(ready(), 0);
   EXPECT_EQ(up(), 1);
   engine_.SetState(EngineState::kRecovering);
   EXPECT_EQ(up(), 0);
@@ -261,18 +264,28 @@ TEST_F(MetricsTest, TheRankThatTheOthersWaitForIsCounted) {
     for (size_t rank = 0; rank < 3; ++rank) step.timings[rank].collective_wait_ns = waits_ns[rank];
     observer->OnStep(plan, step, 1e-5, 0.001);
   };
-  run({400'000, 100'000, 300'000});
-  run({400'000, 340'000, 300'000});
+  for (int i = 0; i < 3; ++i) run({400'000, 100'000, 300'000});
+  for (int i = 0; i < 2; ++i) run({400'000, 340'000, 300'000});
   run({400'000, 380'000, 360'000});  // less than a twentieth of the step: nobody's fault
   run({0, 0, 0});                    // as where a backend does not tell
   run({0, 0, 900'000});              // two that are late alike: the first
   auto series = Scrape();
-  const std::vector<double> expected = {1, 1, 1};
+  const std::vector<double> expected = {1, 3, 2};
   for (int rank = 0; rank < 3; ++rank) {
     EXPECT_EQ(series["lockstep_straggler_steps_total{rank=\"" + std::to_string(rank) + "\"}"],
               expected[static_cast<size_t>(rank)])
         << rank;
   }
+}
+
+TEST(MetricsOfASequence, TheTimeOfATokenIsThatSinceTheOneBefore) {
+  Metrics metrics{{.model_name = "demo"}};
+  metrics.SequenceFinished(RequestOutcome::kStop, 3, 1.0);
+  metrics.SequenceFinished(RequestOutcome::kStop, 1, 0);  // there is none before its token
+  auto series = Parse(metrics.Expose({}, {}));
+  const std::string name = "vllm:request_time_per_output_token_seconds";
+  EXPECT_EQ(series[name + "_sum" + kLabels], 0.5);
+  EXPECT_EQ(series[name + "_count" + kLabels], 1);
 }
 
 // What dashboards and autoscalers ask for is there before the first request.
