@@ -52,6 +52,7 @@ void CudaBackend::SetParts(int cut, int decode_rows) {
 bool CudaBackend::Begin(absl::Span<const BatchSpan> spans, absl::Span<const LogitRow> rows) {
   replay_ = nullptr;
   capturing_ = folded_ = stacked_ = narrowed_ = false;
+  reduce_pending_ = false;  // a captured row's, which its stack takes by itself
   quantized_from_ = nullptr;
   if (!status_.ok()) return true;
   collectives_.ResetStats();
