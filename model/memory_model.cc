@@ -302,6 +302,11 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
     return status;
   }
   if (!shape.quantization.empty()) {
+    if (backend == BackendKind::kCuda && shape.dtype == DType::kFloat32) {
+      return absl::InvalidArgumentError(
+          "quantization fp8: its products give 16 bits, not float32; use dtype bfloat16 or "
+          "float16");
+    }
     if (absl::Status status = CheckQuantizable(config, *plan); !status.ok()) return status;
   }
   RankMemory memory;

@@ -69,6 +69,13 @@ absl::StatusOr<std::vector<WeightPiece>> CutIntoPieces(
       }
       absl::StatusOr<const TensorInfo*> info = find_info(slice);
       if (!info.ok()) return info.status();
+      if (((*info)->dtype == DType::kFloat8E4M3) != (dtype == DType::kFloat8E4M3)) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("tensor ", slice.name, ": is ", std::string((*info)->dtype_name),
+                         "; float8 is read for matrices of layers alone, and for all that are "
+                         "one matrix here (",
+                         local.name, ")"));
+      }
       const int64_t step = std::max<int64_t>(1, kPieceBytes / (cols * DTypeBytes(dtype)));
       for (int64_t row = 0; row < rows; row += step) {
         pieces.push_back({.slice = &slice,

@@ -178,6 +178,11 @@ TEST(PlanForMemoryTest, ShapesOutOfBoundsAreRefused) {
   EXPECT_THAT(refusal([](ServingShape& s) { s.max_batched_tokens = 0; }), HasSubstr("batched"));
   EXPECT_THAT(refusal([](ServingShape& s) { s.quantization = "int4"; }), HasSubstr("int4"));
   EXPECT_THAT(refusal([](ServingShape& s) { s.dtype = DType::kFloat8E4M3; }), HasSubstr("dtype"));
+  EXPECT_THAT(refusal([](ServingShape& s) {
+                s.dtype = DType::kFloat32;
+                s.quantization = "fp8";
+              }),
+              HasSubstr("use dtype bfloat16"));
   EXPECT_THAT(refusal([](ServingShape& s) { s.memory_utilization = 1.5; }),
               HasSubstr("utilization"));
   EXPECT_FALSE(PlanForMemory(config, PlanShape(config), BackendKind::kCuda, 0).ok());

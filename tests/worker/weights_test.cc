@@ -186,6 +186,35 @@ TEST(WeightsTest, AFileThatShrankIsAnErrorAndNotASignal) {
   EXPECT_THAT(std::string(weights.status().message()), HasSubstr("model.safetensors"));
 }
 
+// Read as another type they would be noise: a head that was quantised, parts of one matrix that
+// were and others that were not.
+TEST(WeightPiecesTest, FloatsOf8BitsAreReadWhereTheyAreExpectedAlone) {
+  const TensorInfo wide{.dtype = DType::kBFloat16, .dtype_name = "BF16", .shape = {2, 4}};
+  const TensorInfo narrow{.dtype = DType::kFloat8E4M3, .dtype_name = "F8_E4M3", .shape = {2, 4}};
+  const auto slice = [](const char* name) {
+    return TensorSlice{
+        .name = name, .alternatives = {}, .rows = 2, .cols = 4, .row_end = 2, .col_end = 4};
+  };
+  ShardPlan plan;
+  plan.tensors = {{.name = "matrix", .rows = 4, .cols = 4, .slices = {slice("q"), slice("k")}}};
+  const auto cut = [&](DType as, const TensorInfo& q, const TensorInfo& k) {
+    return CutIntoPieces(
+               plan, [&](const LocalTensor&) { return as; },
+               [&](const TensorSlice& s) -> absl::StatusOr<const TensorInfo*> {
+                 return s.name == "q" ? &q : &k;
+               })
+        .status();
+  };
+  EXPECT_TRUE(cut(DType::kBFloat16, wide, wide).ok());
+  EXPECT_TRUE(cut(DType::kFloat8E4M3, narrow, narrow).ok());
+  for (const auto& refused :
+       {cut(DType::kBFloat16, narrow, narrow), cut(DType::kBFloat16, wide, narrow),
+        cut(DType::kFloat8E4M3, narrow, wide)}) {
+    EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(refused.message()), HasSubstr("float8"));
+  }
+}
+
 TEST(WeightsTest, RefusesADTypeItCannotKeep) {
   ThreadPool pool(1);
   const Loaded model = Open("llama");
