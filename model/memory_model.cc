@@ -56,7 +56,7 @@ struct Bound {
   int64_t value, max;
 };
 
-absl::Status CheckShape(const ModelConfig& config, const ServingShape& shape) {
+absl::Status CheckShape(const ModelConfig& config, const ServingShape& shape, BackendKind backend) {
   const Bound bounds[] = {
       {"block size", shape.block_size, 1 << 16},
       {"max-num-seqs", shape.max_num_seqs, 1 << 20},
@@ -77,6 +77,11 @@ absl::Status CheckShape(const ModelConfig& config, const ServingShape& shape) {
   if (!shape.quantization.empty() && shape.quantization != "fp8") {
     return absl::InvalidArgumentError(
         absl::StrCat("quantization is ", shape.quantization, "; supported: fp8"));
+  }
+  if (!shape.quantization.empty() && backend == BackendKind::kCuda &&
+      shape.dtype == DType::kFloat32) {
+    return absl::InvalidArgumentError(
+        "quantization fp8: its products give 16 bits, not float32; use dtype bfloat16 or float16");
   }
   return absl::OkStatus();
 }
@@ -296,17 +301,12 @@ absl::StatusOr<RankMemory> PredictRankMemory(const ModelConfig& config, const Se
                                              int64_t tp_size, int64_t rank, BackendKind backend) {
   const absl::StatusOr<ShardPlan> plan = MakeShardPlan(config, tp_size, rank);
   if (!plan.ok()) return plan.status();
-  if (absl::Status status = CheckShape(config, shape); !status.ok()) return status;
+  if (absl::Status status = CheckShape(config, shape, backend); !status.ok()) return status;
   const DType kv_dtype = shape.kv_dtype.value_or(shape.dtype);
   if (absl::Status status = CheckKvDType(kv_dtype, shape.dtype, backend); !status.ok()) {
     return status;
   }
   if (!shape.quantization.empty()) {
-    if (backend == BackendKind::kCuda && shape.dtype == DType::kFloat32) {
-      return absl::InvalidArgumentError(
-          "quantization fp8: its products give 16 bits, not float32; use dtype bfloat16 or "
-          "float16");
-    }
     if (absl::Status status = CheckQuantizable(config, *plan); !status.ok()) return status;
   }
   RankMemory memory;
@@ -354,7 +354,7 @@ absl::StatusOr<int64_t> KvBlocksThatFit(const ModelConfig& config, const Serving
 
 absl::StatusOr<PlanReport> PlanForMemory(const ModelConfig& config, const ServingShape& shape,
                                          BackendKind backend, int64_t memory_bytes) {
-  if (absl::Status status = CheckShape(config, shape); !status.ok()) return status;
+  if (absl::Status status = CheckShape(config, shape, backend); !status.ok()) return status;
   if (memory_bytes < 1 || !(shape.memory_utilization > 0 && shape.memory_utilization <= 1)) {
     return absl::InvalidArgumentError(
         "memory and its utilization must be above 0, and the "

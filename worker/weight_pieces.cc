@@ -69,7 +69,8 @@ absl::StatusOr<std::vector<WeightPiece>> CutIntoPieces(
       }
       absl::StatusOr<const TensorInfo*> info = find_info(slice);
       if (!info.ok()) return info.status();
-      if (((*info)->dtype == DType::kFloat8E4M3) != (dtype == DType::kFloat8E4M3)) {
+      if (*info != nullptr &&
+          ((*info)->dtype == DType::kFloat8E4M3) != (dtype == DType::kFloat8E4M3)) {
         return absl::InvalidArgumentError(
             absl::StrCat("tensor ", slice.name, ": is ", std::string((*info)->dtype_name),
                          "; float8 is read for matrices of layers alone, and for all that are "
