@@ -110,6 +110,8 @@ absl::Status CudaBackend::Init() {
           MakeRotary(config_.rope_local, config_.head_dim, limits_.max_model_len, &rope_local_);
     }
   }
+  // What was cleared was so on the default stream, which `stream_` does not wait for.
+  if (status.ok()) status = ToStatus(cudaDeviceSynchronize(), "clearing buffers");
   if (!status.ok()) return status;
   activation_bytes_ = HeldDeviceBytes() - held_before - kv_bytes();
   runtime_bytes_ = MeasureRuntime();
