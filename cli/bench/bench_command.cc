@@ -37,6 +37,13 @@ void AddCount(CLI::App* command, const std::string& name, uint32_t* count,
               const std::string& what) {
   command->add_option(name, *count, what)->check(CLI::Range(1u, 1u << 20))->capture_default_str();
 }
+// Of the commands whose cases are measured several times.
+void AddRuns(CLI::App* command, BenchFlags* flags) {
+  command->add_option("--runs", flags->runs, "Runs of each case; the median counts")
+      ->group("Report")
+      ->check(CLI::Range(1u, 1000u))
+      ->capture_default_str();
+}
 void AddOutputLength(CLI::App* command, uint32_t* tokens) {
   AddCount(command, "--output-len", tokens, "Tokens of an answer");
 }
@@ -53,6 +60,7 @@ void AddLatency(CLI::App* bench, Command* chosen) {
       ->capture_default_str();
   AddCount(command, "--context,--input-len", &flags->context, "Tokens of a prompt");
   AddOutputLength(command, &flags->output);
+  AddRuns(command, &flags->bench);
 }
 
 void AddPrefill(CLI::App* bench, Command* chosen) {
@@ -63,6 +71,7 @@ void AddPrefill(CLI::App* bench, Command* chosen) {
       ->expected(1, 64)
       ->delimiter(',')
       ->capture_default_str();
+  AddRuns(command, &flags->bench);
 }
 
 void AddThroughput(CLI::App* bench, Command* chosen) {
@@ -73,6 +82,7 @@ void AddThroughput(CLI::App* bench, Command* chosen) {
   AddCount(command, "--requests", &flags->requests, "How many");
   AddCount(command, "--input-len", &flags->input, "Tokens of a prompt");
   AddOutputLength(command, &flags->output);
+  AddRuns(command, &flags->bench);
 }
 
 void AddServe(CLI::App* bench, Command* chosen) {
@@ -87,7 +97,9 @@ void AddServe(CLI::App* bench, Command* chosen) {
       ->expected(1, 64)
       ->check(CLI::Range(1u, 65536u))
       ->delimiter(',');
-  AddCount(command, "--requests", &flags->requests, "Of each load point");
+  command->add_option("--requests", flags->requests, "Of each load point")
+      ->check(CLI::Range(1u, 1u << 20))
+      ->default_str("200, or 4 for each of the largest --concurrency");
   command->add_option("--lengths", flags->lengths, "fixed (--input-len, --output-len) or sharegpt")
       ->check(CLI::IsMember({"fixed", "sharegpt"}))
       ->capture_default_str();

@@ -17,13 +17,6 @@ constexpr int64_t kConnectTimeoutMs = 10'000;
 constexpr uint32_t kWarmUpTokens = 16;
 constexpr int kLogLines = 12;
 
-// The end of what a server of our own has said, when a round failed.
-void PrintLogTail(const LocalServer& server) {
-  const std::vector<std::string> lines = absl::StrSplit(server.Log(), '\n', absl::SkipEmpty());
-  const size_t first = lines.size() > kLogLines ? lines.size() - kLogLines : 0;
-  for (size_t i = first; i < lines.size(); ++i) std::fprintf(stderr, "  %s\n", lines[i].c_str());
-}
-
 }  // namespace
 
 double Round::last_first_token_s() const {
@@ -111,10 +104,18 @@ absl::StatusOr<std::vector<Round>> BenchSession::Measure(const std::string& name
   }
   std::fputc('\n', stderr);
   if (!status.ok()) {
-    if (target_.local != nullptr && !absl::IsCancelled(status)) PrintLogTail(*target_.local);
+    if (!absl::IsCancelled(status)) PrintLogTail();
     return absl::Status(status.code(), absl::StrCat(name, ": ", std::string(status.message())));
   }
   return rounds;
+}
+
+void BenchSession::PrintLogTail() const {
+  if (target_.local == nullptr) return;
+  const std::vector<std::string> lines =
+      absl::StrSplit(target_.local->Log(), '\n', absl::SkipEmpty());
+  const size_t first = lines.size() > kLogLines ? lines.size() - kLogLines : 0;
+  for (size_t i = first; i < lines.size(); ++i) std::fprintf(stderr, "  %s\n", lines[i].c_str());
 }
 
 }  // namespace lockstep

@@ -49,6 +49,9 @@ class BenchSession {
   absl::StatusOr<std::vector<Round>> Measure(const std::string& name, int64_t count,
                                              const Lengths& lengths);
 
+  // On stderr: the end of what a server of our own has said; of another, nothing.
+  void PrintLogTail() const;
+
   const BenchTarget& target() const { return target_; }
   LoadClient* client() { return client_.get(); }
   std::mt19937_64* random() { return &random_; }

@@ -23,6 +23,11 @@ constexpr int64_t kConnectTimeoutMs = 10'000;
 // What was measured on the cards the targets were set for (H200).
 constexpr double kCudaBytesPerS = 4.3e12;
 constexpr double kCudaFlopsPerS = 770e12;
+// What others' best products of FP8 matrices reach there: a floor is not set by ours.
+constexpr double kCudaQuantizedFlopsPerS = 1350e12;
+// Of one byte against two, at the most: where only --compute is known.
+constexpr double kQuantizedSpeedup = 2;
+constexpr double kLeastCompute = 1e12;
 
 bool HasFlag(const std::vector<std::string>& flags, const std::string& name) {
   return std::any_of(flags.begin(), flags.end(), [&](const std::string& flag) {
@@ -78,7 +83,12 @@ absl::StatusOr<double> ParseRate(std::string_view flag, std::string text) {
     scale = 1e12;
   }
   double value = 0;
-  if (absl::SimpleAtod(text, &value) && value > 0) return value * scale;
+  if (absl::SimpleAtod(text, &value) && value > 0) {
+    // A unit was forgotten, and every floor would be days.
+    if (value * scale >= kLeastCompute) return value * scale;
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "--compute: %g operations a second are below 1 TFLOP/s; as in 770TFLOPS", value * scale));
+  }
   return absl::InvalidArgumentError(
       absl::StrCat("--compute: \"", text, "\" is no rate; as in 770TFLOPS"));
 }
@@ -88,10 +98,9 @@ std::string Dump(const nlohmann::ordered_json& report) {
   return report.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
-absl::StatusOr<std::optional<Floor>> MakeFloor(const BenchFlags& flags,
-                                               const v1::GetModelInfoResponse& info) {
+absl::StatusOr<Hardware> HardwareOf(const BenchFlags& flags, const v1::GetModelInfoResponse& info) {
   Hardware hardware;
-  if (OnCuda(flags, info)) hardware = {kCudaBytesPerS, kCudaFlopsPerS};
+  if (OnCuda(flags, info)) hardware = {kCudaBytesPerS, kCudaFlopsPerS, kCudaQuantizedFlopsPerS};
   if (!flags.bandwidth.empty()) {
     const absl::StatusOr<double> rate = ParseRate("--bandwidth", flags.bandwidth);
     if (!rate.ok()) return rate.status();
@@ -101,10 +110,27 @@ absl::StatusOr<std::optional<Floor>> MakeFloor(const BenchFlags& flags,
     const absl::StatusOr<double> rate = ParseRate("--compute", flags.compute);
     if (!rate.ok()) return rate.status();
     hardware.flops_per_s = *rate;
+    hardware.quantized_flops_per_s = kQuantizedSpeedup * *rate;
   }
-  if (hardware.bytes_per_s == 0 || flags.model.empty()) return std::nullopt;
+  return hardware;
+}
+
+// What --model's config.json says of the target.
+absl::Status FillFromModel(const BenchFlags& flags, BenchTarget* target) {
+  const v1::GetModelInfoResponse& info = target->info;
+  const absl::StatusOr<Hardware> hardware = HardwareOf(flags, info);
+  if (!hardware.ok()) return hardware.status();
+  if (!flags.quantization.empty()) target->quantization = flags.quantization;
+  if (flags.model.empty()) return absl::OkStatus();
   const absl::StatusOr<ModelConfig> config = LoadModelConfig(flags.model);
   if (!config.ok()) return config.status();
+  if (config->architecture != info.architecture()) {
+    return absl::InvalidArgumentError(absl::StrCat("--model: ", flags.model, " is a ",
+                                                   config->architecture, ", and ", target->address,
+                                                   " serves a ", info.architecture()));
+  }
+  target->quantization = Quantization(*config, flags.quantization, flags.serve_flags);
+  if (hardware->bytes_per_s == 0) return absl::OkStatus();
   const absl::StatusOr<DType> dtype = ParseDType(info.dtype());
   if (!dtype.ok()) return dtype.status();
   // A server of before FP8 KV does not say.
@@ -112,11 +138,10 @@ absl::StatusOr<std::optional<Floor>> MakeFloor(const BenchFlags& flags,
       info.kv_cache_dtype().empty() ? dtype : ParseDType(info.kv_cache_dtype());
   if (!kv_dtype.ok()) return kv_dtype.status();
   absl::StatusOr<Floor> floor =
-      Floor::Make(*config, *dtype, *kv_dtype,
-                  flags.quantization.empty() ? config->quantization : flags.quantization,
-                  info.tp_size(), hardware);
+      Floor::Make(*config, *dtype, *kv_dtype, *target->quantization, info.tp_size(), *hardware);
   if (!floor.ok()) return floor.status();
-  return *std::move(floor);
+  target->floor = *std::move(floor);
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -137,7 +162,8 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags) {
   app->add_option("--backend", flags->backend, "cpu or cuda, with --model")->group(group);
   app->add_option("--dtype", flags->dtype, "As serve's, with --model")->group(group);
   app->add_option("--load-format", flags->load_format, "auto or dummy, with --model")->group(group);
-  app->add_option("--quantization", flags->quantization, "fp8: with --model, and for the floor")
+  app->add_option("--quantization", flags->quantization,
+                  "fp8, with --model; with --server: what it has, for the floor")
       ->group(group);
   app->add_option("--kv-cache-dtype", flags->kv_cache_dtype, "auto or fp8, with --model")
       ->group(group);
@@ -154,10 +180,6 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags) {
   app->add_option("--compute", flags->compute,
                   "Arithmetic rate of a rank, for prefill's floor (cuda: 770TFLOPS)")
       ->group(group);
-  app->add_option("--runs", flags->runs, "Runs of each case; the median counts")
-      ->group(group)
-      ->check(CLI::Range(1u, 1000u))
-      ->capture_default_str();
   app->add_option("--seed", flags->seed, "Of the prompts; 0: drawn and reported")->group(group);
   app->add_flag("--json", flags->json, "Print JSON instead of the table")->group(group);
   app->add_option("--output", flags->output, "Write the JSON to this file as well")->group(group);
@@ -198,9 +220,7 @@ absl::StatusOr<BenchTarget> OpenBenchTarget(const BenchFlags& flags, const Serve
                                      std::string(info.status().message()), ")"));
   }
   target.info = *std::move(info);
-  absl::StatusOr<std::optional<Floor>> floor = MakeFloor(flags, target.info);
-  if (!floor.ok()) return floor.status();
-  target.floor = *std::move(floor);
+  if (absl::Status filled = FillFromModel(flags, &target); !filled.ok()) return filled;
   return target;
 }
 
@@ -232,7 +252,7 @@ nlohmann::ordered_json DescribeTarget(const BenchFlags& flags, const BenchTarget
       {"model", info.model()},
       {"architecture", info.architecture()},
       {"dtype", info.dtype()},
-      {"quantization", flags.quantization},
+      {"quantization", nullptr},
       {"kv_cache_dtype", info.kv_cache_dtype()},
       {"tensor_parallel_size", info.tp_size()},
       {"device", info.ranks_size() > 0 ? info.ranks(0).device() : ""},
@@ -241,6 +261,7 @@ nlohmann::ordered_json DescribeTarget(const BenchFlags& flags, const BenchTarget
       {"seed", target.seed},
       {"serve_flags", flags.serve_flags},
   };
+  if (target.quantization) json["quantization"] = *target.quantization;
   if (target.local != nullptr) json["start_seconds"] = target.started_s;
   if (target.floor) json["weight_bytes_read_a_step"] = target.floor->weight_bytes();
   return json;
@@ -248,12 +269,13 @@ nlohmann::ordered_json DescribeTarget(const BenchFlags& flags, const BenchTarget
 
 std::string TargetLine(const BenchTarget& target) {
   const v1::GetModelInfoResponse& info = target.info;
-  std::string line =
-      absl::StrFormat("%s (%s, %s%s), tp %u on %s", info.model(), info.architecture(), info.dtype(),
-                      info.kv_cache_dtype() == info.dtype() || info.kv_cache_dtype().empty()
-                          ? ""
-                          : ", KV " + info.kv_cache_dtype(),
-                      info.tp_size(), info.ranks_size() > 0 ? info.ranks(0).device() : "?");
+  std::string line = absl::StrFormat(
+      "%s (%s, %s%s%s), tp %u on %s", info.model(), info.architecture(), info.dtype(),
+      target.quantization.value_or("").empty() ? "" : " with " + *target.quantization + " matrices",
+      info.kv_cache_dtype() == info.dtype() || info.kv_cache_dtype().empty()
+          ? ""
+          : ", KV " + info.kv_cache_dtype(),
+      info.tp_size(), info.ranks_size() > 0 ? info.ranks(0).device() : "?");
   if (target.local != nullptr) absl::StrAppendFormat(&line, ", ready in %.2f s", target.started_s);
   if (target.floor) {
     absl::StrAppendFormat(&line, "; a step reads %s of weights a rank",
@@ -268,24 +290,33 @@ std::string CachedLine(const nlohmann::ordered_json& report) {
   return absl::StrFormat("       %u prompt tokens came from the prefix cache\n", cached);
 }
 
+absl::Status WriteReportFile(const std::string& flag, const std::string& path,
+                             const std::string& text) {
+  if (path.empty()) return absl::OkStatus();
+  std::ofstream file(path, std::ios::trunc);
+  file << text << std::flush;
+  if (file) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat(flag, " ", path, ": cannot be written"));
+}
+
 void BenchOutput::Text(const std::string& text) const {
   if (flags_.json) return;
   std::fputs(text.c_str(), stdout);
   std::fflush(stdout);
 }
 
-absl::Status BenchOutput::Save(const nlohmann::ordered_json& report) const {
-  if (flags_.output.empty()) return absl::OkStatus();
-  std::ofstream file(flags_.output, std::ios::trunc);
-  file << Dump(report) << std::flush;
-  if (file) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("--output ", flags_.output, ": cannot be written"));
+absl::Status BenchOutput::Begin() const { return Save(nlohmann::ordered_json::object()); }
+
+absl::Status BenchOutput::Save(nlohmann::ordered_json report) const {
+  report["complete"] = false;
+  return WriteReportFile("--output", flags_.output, Dump(report));
 }
 
-absl::Status BenchOutput::Finish(const nlohmann::ordered_json& report) const {
+absl::Status BenchOutput::Finish(nlohmann::ordered_json report) const {
+  report["complete"] = true;
   if (flags_.json) std::fputs(Dump(report).c_str(), stdout);
   std::fflush(stdout);
-  return Save(report);
+  return WriteReportFile("--output", flags_.output, Dump(report));
 }
 
 }  // namespace lockstep

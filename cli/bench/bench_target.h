@@ -27,8 +27,8 @@ struct BenchFlags {
   std::string backend, dtype, load_format, quantization, kv_cache_dtype;  // empty: as serve has it
   std::vector<std::string> serve_flags;                                   // after --
   std::string bandwidth, compute;  // of a rank; empty: the backend's
-  uint32_t runs = 3;
-  uint64_t seed = 0;  // 0: drawn
+  uint32_t runs = 3;               // of each case, where the command has cases
+  uint64_t seed = 0;               // 0: drawn
   bool json = false;
   std::string output;
   std::string server_log;  // where to keep what a server that was started here said
@@ -42,6 +42,7 @@ struct BenchTarget {
   ServerAccess access;  // none where it was started here
   v1::GetModelInfoResponse info;
   std::optional<Floor> floor;
+  std::optional<std::string> quantization;  // "" or "fp8"; nothing: not known here
   double started_s = 0;  // from the start of `lockstep serve` until it answered; 0: it ran already
   uint64_t seed = 0;
 };
@@ -66,18 +67,25 @@ std::string TargetLine(const BenchTarget& target);
 // A line that warns when `report` counts "cached_prompt_tokens"; empty otherwise.
 std::string CachedLine(const nlohmann::ordered_json& report);
 
+// Over what the file had; an empty path is none. The flag is for the error.
+absl::Status WriteReportFile(const std::string& flag, const std::string& path,
+                             const std::string& text);
+
 // How a command reports: the table line by line as it is measured, so that a run
 // that is cut short has said what it knew; the JSON at the end with --json, and
-// in --output after every case.
+// in --output after every case. "complete" in it says whether all was measured.
 class BenchOutput {
  public:
   explicit BenchOutput(const BenchFlags& flags) : flags_(flags) {}
 
   void Text(const std::string& text) const;  // nothing with --json
-  // Over what was saved before.
-  absl::Status Save(const nlohmann::ordered_json& report) const;
+  // Before anything is measured: a file that cannot be written costs no measurement,
+  // and what an earlier run left is not taken for this one's.
+  absl::Status Begin() const;
+  // What there is so far, over what was saved before.
+  absl::Status Save(nlohmann::ordered_json report) const;
   // Saves, and prints with --json.
-  absl::Status Finish(const nlohmann::ordered_json& report) const;
+  absl::Status Finish(nlohmann::ordered_json report) const;
 
  private:
   const BenchFlags& flags_;

@@ -17,6 +17,18 @@ bool IsHead(const LocalTensor& tensor) { return tensor.name == "head.weight"; }
 
 }  // namespace
 
+std::string Quantization(const ModelConfig& config, const std::string& flag,
+                         const std::vector<std::string>& serve_flags) {
+  constexpr std::string_view kName = "--quantization", kNameIs = "--quantization=";
+  std::string quantization = flag.empty() ? config.quantization : flag;
+  for (size_t i = 0; i < serve_flags.size(); ++i) {
+    if (serve_flags[i].starts_with(kNameIs)) quantization = serve_flags[i].substr(kNameIs.size());
+    if (serve_flags[i] == kName && i + 1 < serve_flags.size()) quantization = serve_flags[i + 1];
+  }
+  // An empty one is serve's way to say: as the checkpoint.
+  return quantization.empty() ? config.quantization : quantization;
+}
+
 absl::StatusOr<Floor> Floor::Make(const ModelConfig& config, DType dtype, DType kv_dtype,
                                   const std::string& quantization, int64_t tp_size,
                                   const Hardware& hardware) {
@@ -24,6 +36,8 @@ absl::StatusOr<Floor> Floor::Make(const ModelConfig& config, DType dtype, DType 
   if (!plan.ok()) return plan.status();
   Floor floor;
   floor.hardware_ = hardware;
+  const bool faster = !quantization.empty() && hardware.quantized_flops_per_s > 0;
+  floor.layer_flops_per_s_ = faster ? hardware.quantized_flops_per_s : hardware.flops_per_s;
 
   ShardPlan read = *plan;  // the tensors a step reads whole
   std::erase_if(read.tensors, [&](const LocalTensor& tensor) {
@@ -68,9 +82,10 @@ double Floor::PrefillSeconds(double count, double tokens) const {
   // Pairs of positions that see each other; the window cuts the triangle's far corner off.
   const double beyond = sliding_window_ > 0 ? std::max(tokens - sliding_window_, 0.0) : 0.0;
   const double pairs = tokens * tokens / 2, near_pairs = pairs - beyond * beyond / 2;
-  const double flops = count * (2 * layer_weights_ * tokens + 2 * head_weights_ +
-                                pair_flops_full_ * pairs + pair_flops_sliding_ * near_pairs);
-  return std::max(read, flops / hardware_.flops_per_s);
+  const double layers = 2 * layer_weights_ * tokens;
+  const double others =
+      2 * head_weights_ + pair_flops_full_ * pairs + pair_flops_sliding_ * near_pairs;
+  return std::max(read, count * (layers / layer_flops_per_s_ + others / hardware_.flops_per_s));
 }
 
 double Floor::ThroughputTokensPerSecond(double count, double at_once, double prompt,

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "model/model_config.h"
@@ -16,7 +17,16 @@ namespace lockstep {
 struct Hardware {
   double bytes_per_s = 0;  // of memory, a rank
   double flops_per_s = 0;  // of dense products, a rank; 0: unknown
+  // Of products with quantized matrices; 0: as the others. Attention and head are
+  // never among them.
+  double quantized_flops_per_s = 0;
 };
+
+// How a server that was started with `serve_flags` behind `flag` (empty: not
+// given) holds the layers' matrices, "" or "fp8": the last --quantization wins,
+// and without one the checkpoint's.
+std::string Quantization(const ModelConfig& config, const std::string& flag,
+                         const std::vector<std::string>& serve_flags);
 
 class Floor {
  public:
@@ -48,6 +58,7 @@ class Floor {
   double kv_bytes_full_ = 0, kv_bytes_sliding_ = 0;  // a token, over layers of that kind
   double sliding_window_ = 0;
   double layer_weights_ = 0;  // elements a token is multiplied with
+  double layer_flops_per_s_ = 0;
   double head_weights_ = 0;
   double pair_flops_full_ = 0, pair_flops_sliding_ = 0;  // a pair of positions
 };

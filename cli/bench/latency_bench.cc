@@ -127,6 +127,8 @@ absl::Status RunLatencyBench(const LatencyFlags& flags) {
   if (flags.output < 3) {
     return absl::InvalidArgumentError("--output-len: a step is between two tokens; 3 at least");
   }
+  const BenchOutput output(flags.bench);
+  if (absl::Status begun = output.Begin(); !begun.ok()) return begun;
   ServerNeeds needs;
   needs.sequences = *std::max_element(flags.batches.begin(), flags.batches.end());
   needs.requests = needs.sequences;
@@ -138,7 +140,6 @@ absl::Status RunLatencyBench(const LatencyFlags& flags) {
     return absl::Status(fits.code(),
                         absl::StrCat(std::string(fits.message()), ", or lower --batch"));
   }
-  const BenchOutput output(flags.bench);
   output.Text(TargetLine(target));
   output.Text(absl::StrFormat("decoding at %u to %u tokens of context; median of %u runs\n\n",
                               flags.context, flags.context + flags.output, flags.bench.runs));

@@ -57,6 +57,7 @@ class LoadClient::Call {
   Call(Lane* lane, const v1::GenerateRequest& request, int64_t due_ns, Done done, Observe observe)
       : done_(std::move(done)), observe_(std::move(observe)) {
     log_.arrivals.reserve(std::max(1u, request.sampling().max_tokens()));
+    if (request.sampling().ignore_eos()) log_.asked_tokens = request.sampling().max_tokens();
     reader_ = lane->stub->PrepareAsyncGenerateStream(&context_, request, &lane->queue);
     log_.sent_ns = NowNs();
     log_.due_ns = due_ns == 0 ? log_.sent_ns : due_ns;

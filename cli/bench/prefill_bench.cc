@@ -89,6 +89,8 @@ absl::Status RunPrefillBench(const PrefillFlags& flags) {
     needs.tokens = std::max(needs.tokens, parsed->tokens + 1);
   }
   needs.requests = needs.sequences;
+  const BenchOutput output(flags.bench);
+  if (absl::Status begun = output.Begin(); !begun.ok()) return begun;
   absl::StatusOr<std::unique_ptr<BenchSession>> session = BenchSession::Open(flags.bench, needs);
   if (!session.ok()) return session.status();
   const BenchTarget& target = (*session)->target();
@@ -100,7 +102,6 @@ absl::Status RunPrefillBench(const PrefillFlags& flags) {
     }
   }
 
-  const BenchOutput output(flags.bench);
   output.Text(TargetLine(target));
   output.Text(
       absl::StrFormat("milliseconds to the first token; median of %u runs\n\n", flags.bench.runs));

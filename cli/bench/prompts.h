@@ -16,9 +16,9 @@ struct Lengths {
 };
 
 // The lengths of people's conversations, roughly those of the ShareGPT set as
-// serving benchmarks use it: log-normal, prompts of median 110 (sigma 1.2, mean
-// 226), answers of median 140 (sigma 0.9, mean 210), between 4 and 1024 tokens,
-// prompt and answer together at most max_total.
+// serving benchmarks use it: log-normal, prompts of median 110 (sigma 1.2), answers
+// of median 140 (sigma 0.9), between 4 and 1024 tokens, which leaves means of 201
+// and 204; prompt and answer together at most max_total.
 Lengths ChatLengths(std::mt19937_64* random, uint32_t max_total);
 
 // Greedy, past ending tokens: exactly `lengths.output` tokens come.

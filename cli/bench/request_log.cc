@@ -19,6 +19,16 @@ int64_t NowNs() {
       .count();
 }
 
+absl::Status RequestLog::Outcome() const {
+  if (!status.ok()) return status;
+  if (arrivals.empty()) return absl::DataLossError("the answer had no tokens");
+  if (asked_tokens != 0 && output_tokens != asked_tokens) {
+    return absl::DataLossError(
+        absl::StrCat("the answer had ", output_tokens, " tokens of ", asked_tokens));
+  }
+  return absl::OkStatus();
+}
+
 double RequestLog::first_token_s() const { return Seconds(arrivals.front().ns - due_ns); }
 
 double RequestLog::latency_s() const { return Seconds(arrivals.back().ns - due_ns); }
@@ -71,13 +81,10 @@ std::vector<double> GapsWithin(const std::vector<RequestLog>& logs, const TimeWi
 
 absl::Status FirstFailure(const std::vector<RequestLog>& logs) {
   for (size_t i = 0; i < logs.size(); ++i) {
-    const absl::Status& status = logs[i].status;
-    if (!status.ok()) {
-      return absl::Status(status.code(), absl::StrCat("request ", i, " of ", logs.size(), ": ",
-                                                      std::string(status.message())));
-    }
-    if (logs[i].arrivals.empty()) {
-      return absl::DataLossError(absl::StrCat("request ", i, ": the answer had no tokens"));
+    const absl::Status outcome = logs[i].Outcome();
+    if (!outcome.ok()) {
+      return absl::Status(outcome.code(), absl::StrCat("request ", i, " of ", logs.size(), ": ",
+                                                       std::string(outcome.message())));
     }
   }
   return absl::OkStatus();

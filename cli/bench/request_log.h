@@ -28,10 +28,14 @@ struct RequestLog {
   uint32_t prompt_tokens = 0;
   uint32_t cached_tokens = 0;
   uint32_t output_tokens = 0;
+  uint32_t asked_tokens = 0;  // that the answer was to have exactly; 0: any number
   std::vector<TokenArrival> arrivals;
   absl::Status status;
 
-  bool ok() const { return status.ok() && !arrivals.empty(); }
+  // `status`, or DataLoss for an answer that came without an error but is not
+  // the one that was asked for.
+  absl::Status Outcome() const;
+  bool ok() const { return Outcome().ok(); }
   // The following hold for ok() requests.
   double first_token_s() const;  // TTFT: due until the first token, queueing included
   double latency_s() const;      // due until the last token
@@ -54,7 +58,7 @@ std::optional<double> PerTokenWithin(const RequestLog& log, const TimeWindow& wi
 // Seconds between successive messages within the window, of all requests.
 std::vector<double> GapsWithin(const std::vector<RequestLog>& logs, const TimeWindow& window);
 
-// The first status that is not ok, or an error for an answer without tokens.
+// The first outcome that is not ok.
 absl::Status FirstFailure(const std::vector<RequestLog>& logs);
 
 }  // namespace lockstep

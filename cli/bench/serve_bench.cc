@@ -5,7 +5,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
-#include <fstream>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -27,6 +26,8 @@ constexpr uint32_t kWarmUpRequests = 8;
 constexpr uint32_t kWarmUpTokens = 16;    // of a prompt and of its answer, where they fit
 constexpr int64_t kSleepNs = 50'000'000;  // between two looks at an interruption
 constexpr uint32_t kChatTokens = 2048;    // of the longest conversation
+constexpr uint32_t kRequests = 200;       // a point
+constexpr uint32_t kRounds = 4;           // of a closed loop: most of it is not its ends
 
 // Sends one point's requests and gathers their logs.
 class Generator {
@@ -94,6 +95,12 @@ class Generator {
   std::vector<RequestLog> logs_;  // guarded by mutex_
 };
 
+uint32_t Requests(const ServeBenchFlags& flags) {
+  uint32_t most = 0;
+  for (const uint32_t n : flags.concurrency) most = std::max(most, n);
+  return flags.requests.value_or(std::max(kRequests, kRounds * most));
+}
+
 absl::Status CheckFlags(const ServeBenchFlags& flags) {
   if (flags.rates.empty() && flags.concurrency.empty()) {
     return absl::InvalidArgumentError(
@@ -105,6 +112,11 @@ absl::Status CheckFlags(const ServeBenchFlags& flags) {
           absl::StrCat("--request-rate ", rate, ": expected requests a second, above 0"));
     }
   }
+  for (const uint32_t n : flags.concurrency) {
+    if (n <= Requests(flags)) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--concurrency ", n, ": above --requests ",
+                                                   Requests(flags), ", never so many at once"));
+  }
   return absl::OkStatus();
 }
 
@@ -112,13 +124,13 @@ bool LikePeople(const ServeBenchFlags& flags) { return flags.lengths == "sharegp
 
 std::string DescribeLengths(const ServeBenchFlags& flags) {
   if (!LikePeople(flags)) {
-    return absl::StrFormat("%u requests a point of %u prompt and %u output tokens", flags.requests,
+    return absl::StrFormat("%u requests a point of %u prompt and %u output tokens", Requests(flags),
                            flags.input, flags.output);
   }
   return absl::StrFormat(
       "%u requests a point with ShareGPT-like lengths (log-normal: prompts median 110, sigma 1.2; "
       "answers median 140, sigma 0.9; 4 to 1024 tokens)",
-      flags.requests);
+      Requests(flags));
 }
 
 std::vector<v1::GenerateRequest> MakeRequests(const ServeBenchFlags& flags,
@@ -126,7 +138,7 @@ std::vector<v1::GenerateRequest> MakeRequests(const ServeBenchFlags& flags,
                                               std::mt19937_64* random) {
   const uint32_t longest = std::min(info.max_model_len(), kChatTokens);
   std::vector<v1::GenerateRequest> requests;
-  for (uint32_t i = 0; i < flags.requests; ++i) {
+  for (uint32_t i = 0; i < Requests(flags); ++i) {
     const Lengths lengths =
         LikePeople(flags) ? ChatLengths(random, longest) : Lengths{flags.input, flags.output};
     requests.push_back(RandomRequest(lengths, info.vocab_size(), random));
@@ -134,22 +146,18 @@ std::vector<v1::GenerateRequest> MakeRequests(const ServeBenchFlags& flags,
   return requests;
 }
 
-absl::Status WriteHtml(const std::string& path, const Json& report) {
-  std::ofstream file(path, std::ios::trunc);
-  file << ServeHtml(report) << std::flush;
-  if (file) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("--html ", path, ": cannot be written"));
-}
-
 }  // namespace
 
 absl::Status RunServeBench(const ServeBenchFlags& flags) {
   if (absl::Status status = CheckFlags(flags); !status.ok()) return status;
+  const BenchOutput output(flags.bench);
+  if (absl::Status begun = output.Begin(); !begun.ok()) return begun;
+  if (absl::Status empty = WriteReportFile("--html", flags.html, ""); !empty.ok()) return empty;
   ServerNeeds needs;
   // Of a server started for this: what the closed loop keeps under way.
   for (const uint32_t n : flags.concurrency) needs.sequences = std::max(needs.sequences, n);
   needs.requests =
-      std::max({kWarmUpRequests, needs.sequences, flags.rates.empty() ? 0 : flags.requests});
+      std::max({kWarmUpRequests, needs.sequences, flags.rates.empty() ? 0 : Requests(flags)});
   if (!LikePeople(flags)) needs.tokens = flags.input + flags.output;
   absl::StatusOr<std::unique_ptr<BenchSession>> session = BenchSession::Open(flags.bench, needs);
   if (!session.ok()) return session.status();
@@ -160,40 +168,46 @@ absl::Status RunServeBench(const ServeBenchFlags& flags) {
   const uint32_t warm = std::min(kWarmUpTokens, info.max_model_len() / 2);
   if (absl::StatusOr<Round> warm_up = (*session)->Run(kWarmUpRequests, {warm, warm});
       !warm_up.ok()) {
+    if (!absl::IsCancelled(warm_up.status())) (*session)->PrintLogTail();
     return warm_up.status();
   }
 
   std::vector<LoadPoint> points;
   for (const double rate : flags.rates) points.push_back({true, rate});
   for (const uint32_t n : flags.concurrency) points.push_back({false, double{1} * n});
-  Json results = Json::array();
+  Json report = {{"bench", "serve"},
+                 {"target", DescribeTarget(flags.bench, (*session)->target())},
+                 {"lengths", DescribeLengths(flags)},
+                 {"slo", {{"ttft_ms", flags.slo.ttft_ms}, {"tpot_ms", flags.slo.tpot_ms}}},
+                 {"client_us_per_token", nullptr},
+                 {"points", Json::array()}};
+  absl::Status verdict;
   const double cpu_begin_s = ProcessCpuSeconds();
   int64_t tokens = 0;
   for (const LoadPoint& point : points) {
-    std::fprintf(stderr, "%s: %u requests\n", point.Name().c_str(), flags.requests);
+    std::fprintf(stderr, "%s: %u requests\n", point.Name().c_str(), Requests(flags));
     Generator generator(client, MakeRequests(flags, info, random));
     const std::vector<RequestLog> logs = point.open
                                              ? generator.Open(point.value, random)
                                              : generator.Closed(static_cast<size_t>(point.value));
     if (client->cancelled()) return absl::CancelledError("interrupted");
     const ServeFigures figures = Summarize(point, logs, flags.slo);
+    verdict.Update(Verdict(figures));
     tokens += figures.output_tokens;
-    results.push_back(ToJson(figures));
+    report["points"].push_back(ToJson(figures));
+    report["client_us_per_token"] = (ProcessCpuSeconds() - cpu_begin_s) * 1e6 /
+                                    static_cast<double>(std::max<int64_t>(tokens, 1));
+    if (absl::Status saved = output.Save(report); !saved.ok()) return saved;
   }
-  const Json report = {
-      {"bench", "serve"},
-      {"target", DescribeTarget(flags.bench, (*session)->target())},
-      {"lengths", DescribeLengths(flags)},
-      {"slo", {{"ttft_ms", flags.slo.ttft_ms}, {"tpot_ms", flags.slo.tpot_ms}}},
-      {"client_us_per_token", (ProcessCpuSeconds() - cpu_begin_s) * 1e6 /
-                                  static_cast<double>(std::max<int64_t>(tokens, 1))},
-      {"points", results}};
-  if (!flags.html.empty()) {
-    if (absl::Status written = WriteHtml(flags.html, report); !written.ok()) return written;
-  }
-  const BenchOutput output(flags.bench);
   output.Text(ServeTable(report));
-  return output.Finish(report);
+  absl::Status status = output.Finish(report);
+  // Last: the figures are out, whatever becomes of the plots.
+  if (!flags.html.empty()) {
+    status.Update(WriteReportFile("--html", flags.html, ServeHtml(report)));
+  }
+  if (verdict.ok()) return status;
+  (*session)->PrintLogTail();
+  return verdict;
 }
 
 }  // namespace lockstep

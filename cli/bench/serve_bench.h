@@ -4,6 +4,7 @@
 #define LOCKSTEP_CLI_BENCH_SERVE_BENCH_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,7 +18,7 @@ struct ServeBenchFlags {
   BenchFlags bench;
   std::vector<double> rates;          // open loop: requests a second, one point each
   std::vector<uint32_t> concurrency;  // closed loop: requests under way, one point each
-  uint32_t requests = 200;            // a point
+  std::optional<uint32_t> requests;   // a point; nothing: as many as the loads need
   std::string lengths = "fixed";      // fixed, sharegpt
   uint32_t input = 256, output = 128;
   ServiceLevel slo;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "cli/bench/statistics.h"
 
@@ -21,7 +22,9 @@ bool Good(const RequestLog& log, const ServiceLevel& slo) {
   return log.per_token_s().value_or(0) * 1e3 <= slo.tpot_ms;
 }
 
+// Null where nothing was measured: a zero would read as the best there is.
 Json DistributionJson(const Distribution& d) {
+  if (d.percentiles.empty()) return nullptr;
   return {{"mean", d.mean},
           {"p50", d.p50},
           {"p90", d.p90},
@@ -98,8 +101,7 @@ ServeFigures Summarize(const LoadPoint& load, const std::vector<RequestLog>& log
     if (!log.ok()) {
       ++(absl::IsResourceExhausted(log.status) ? figures.refused : figures.failed);
       if (figures.first_failure.empty()) {
-        figures.first_failure =
-            log.status.ok() ? "an answer without tokens" : std::string(log.status.message());
+        figures.first_failure = std::string(log.Outcome().message());
       }
       continue;
     }
@@ -123,6 +125,16 @@ ServeFigures Summarize(const LoadPoint& load, const std::vector<RequestLog>& log
   figures.late_ms = Quantile(late, 0.99);
   FillSlices(logs, begin_ns, end_ns, &figures);
   return figures;
+}
+
+absl::Status Verdict(const ServeFigures& f) {
+  if (f.failed == 0 && f.completed > 0) return absl::OkStatus();
+  const int64_t sent = f.completed + f.refused + f.failed;
+  const std::string what = f.failed > 0
+                               ? absl::StrFormat("%d of %d requests failed", f.failed, sent)
+                               : absl::StrFormat("none of %d requests was answered", sent);
+  return absl::UnavailableError(
+      absl::StrCat(f.load.Name(), ": ", what, "; the first to go wrong: ", f.first_failure));
 }
 
 Json ToJson(const ServeFigures& f) {

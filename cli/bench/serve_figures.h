@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "cli/bench/request_log.h"
 #include "nlohmann/json.hpp"
 
@@ -31,7 +32,7 @@ struct LoadPoint {
 // Milliseconds, or seconds for whole requests.
 struct Distribution {
   double mean = 0, p50 = 0, p90 = 0, p95 = 0, p99 = 0, max = 0;
-  std::vector<double> percentiles;  // 0, 2, ... 100: enough to draw it
+  std::vector<double> percentiles;  // 0, 2, ... 100: enough to draw it; none of no values
 
   static Distribution Of(const std::vector<double>& values);
 };
@@ -63,6 +64,11 @@ struct ServeFigures {
 ServeFigures Summarize(const LoadPoint& load, const std::vector<RequestLog>& logs,
                        const ServiceLevel& slo);
 
+// Unavailable when requests failed or none was completed. Refusals beside answers
+// are what overload measures.
+absl::Status Verdict(const ServeFigures& figures);
+
+// A distribution of nothing is null.
 nlohmann::ordered_json ToJson(const ServeFigures& figures);
 
 }  // namespace lockstep

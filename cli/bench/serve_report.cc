@@ -37,8 +37,14 @@ struct Column {
 };
 
 double Number(const Json& point, const char* key) { return point.at(key).get<double>(); }
+// Of a distribution that is not null.
 double Number(const Json& point, const char* key, const char* part) {
   return point.at(key).at(part).get<double>();
+}
+
+std::string Part(const Json& point, const char* key, const char* part, int digits) {
+  if (point.at(key).is_null()) return "-";
+  return absl::StrFormat("%.*f", digits, Number(point, key, part));
 }
 
 const std::vector<Column>& Columns() {
@@ -57,14 +63,11 @@ const std::vector<Column>& Columns() {
        [](const Json& p) {
          return absl::StrFormat("%.0f", Number(p, "output_tokens_per_second"));
        }},
-      {"TTFT p50",
-       [](const Json& p) { return absl::StrFormat("%.1f", Number(p, "ttft_ms", "p50")); }},
-      {"p99", [](const Json& p) { return absl::StrFormat("%.1f", Number(p, "ttft_ms", "p99")); }},
-      {"TPOT p50",
-       [](const Json& p) { return absl::StrFormat("%.2f", Number(p, "tpot_ms", "p50")); }},
-      {"p99", [](const Json& p) { return absl::StrFormat("%.2f", Number(p, "tpot_ms", "p99")); }},
-      {"gap p99",
-       [](const Json& p) { return absl::StrFormat("%.2f", Number(p, "gap_ms", "p99")); }},
+      {"TTFT p50", [](const Json& p) { return Part(p, "ttft_ms", "p50", 1); }},
+      {"p99", [](const Json& p) { return Part(p, "ttft_ms", "p99", 1); }},
+      {"TPOT p50", [](const Json& p) { return Part(p, "tpot_ms", "p50", 2); }},
+      {"p99", [](const Json& p) { return Part(p, "tpot_ms", "p99", 2); }},
+      {"gap p99", [](const Json& p) { return Part(p, "gap_ms", "p99", 2); }},
   };
   return columns;
 }
@@ -87,6 +90,7 @@ PlotSeries AgainstLoad(const std::vector<Json>& points, const std::string& name,
                        const char* part = nullptr) {
   PlotSeries series{name, {}};
   for (const Json& point : points) {
+    if (point.at(key).is_null()) continue;
     series.points.emplace_back(Number(point, "value"),
                                part != nullptr ? Number(point, key, part) : Number(point, key));
   }
@@ -133,7 +137,9 @@ Plot Cumulative(const Json& report, const std::string& title, const char* key) {
   Plot plot{title, "ms", "% of requests", {}, /*markers=*/false};
   for (const Json& point : report.at("points")) {
     PlotSeries series{point.at("load").get<std::string>(), {}};
-    const Json& percentiles = point.at(key).at("percentiles");
+    // Without points it still has its place: colours are the same in every plot.
+    const Json percentiles =
+        point.at(key).is_null() ? Json::array() : point.at(key).at("percentiles");
     for (size_t i = 0; i < percentiles.size(); ++i) {
       series.points.emplace_back(
           percentiles[i].get<double>(),
@@ -159,13 +165,21 @@ Plot OverTime(const Json& report, const std::string& title, const std::string& u
   return plot;
 }
 
+// "bfloat16", "bfloat16 with fp8 matrices".
+std::string Precision(const Json& target) {
+  const Json quantization = target.value("quantization", Json());
+  const std::string dtype = target.at("dtype").get<std::string>();
+  if (!quantization.is_string() || quantization == "") return dtype;
+  return absl::StrCat(dtype, " with ", quantization.get<std::string>(), " matrices");
+}
+
 std::string Sentence(const Json& report) {
   const Json& target = report.at("target");
   return absl::StrFormat(
       "%s (%s, %s), tensor parallel size %d on %s. %s. A request is good with its first token "
       "within %g ms and at most %g ms a token after it.",
       target.at("model").get<std::string>(), target.at("architecture").get<std::string>(),
-      target.at("dtype").get<std::string>(), target.at("tensor_parallel_size").get<int>(),
+      Precision(target), target.at("tensor_parallel_size").get<int>(),
       target.at("device").get<std::string>(), report.at("lengths").get<std::string>(),
       report.at("slo").at("ttft_ms").get<double>(), report.at("slo").at("tpot_ms").get<double>());
 }

@@ -24,6 +24,8 @@ double AtOnce(const v1::GetModelInfoResponse& info, const ThroughputFlags& flags
 }  // namespace
 
 absl::Status RunThroughputBench(const ThroughputFlags& flags) {
+  const BenchOutput output(flags.bench);
+  if (absl::Status begun = output.Begin(); !begun.ok()) return begun;
   ServerNeeds needs;
   needs.sequences = flags.requests;
   needs.requests = flags.requests;
@@ -57,10 +59,11 @@ absl::Status RunThroughputBench(const ThroughputFlags& flags) {
                {"output_tokens_per_second", rate},
                {"runs_output_tokens_per_second", rates},
                {"ttft_median_ms", Median(first)},
-               {"tpot_median_ms", Median(per_token)},
+               {"tpot_median_ms", nullptr},  // answers of one token have none
                {"client_us_per_token", cost.us_per_token},
                {"client_cores", cost.cores},
                {"cached_prompt_tokens", cached}};
+  if (!per_token.empty()) json["tpot_median_ms"] = Median(per_token);
   std::string table =
       TargetLine(target) +
       absl::StrFormat("%u requests of %u in, %u out, all at once; median of %u runs\n\n",
@@ -74,11 +77,10 @@ absl::Status RunThroughputBench(const ThroughputFlags& flags) {
     absl::StrAppendFormat(&table, "bound         %.1f tok/s (%.0f %% reached)\n", most,
                           100 * rate / most);
   }
-  absl::StrAppendFormat(&table, "TTFT median   %.1f ms\nTPOT median   %.3f ms\n", Median(first),
-                        Median(per_token));
+  absl::StrAppendFormat(&table, "TTFT median   %.1f ms\nTPOT median   %s\n", Median(first),
+                        per_token.empty() ? "-" : absl::StrFormat("%.3f ms", Median(per_token)));
   absl::StrAppendFormat(&table, "client        %.2f us a token, %.2f cores\n", cost.us_per_token,
                         cost.cores);
-  const BenchOutput output(flags.bench);
   output.Text(table + CachedLine(json));
   return output.Finish(json);
 }

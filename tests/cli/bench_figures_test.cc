@@ -89,6 +89,16 @@ TEST(FirstFailure, NamesTheRequest) {
   EXPECT_FALSE(FirstFailure({Log({})}).ok());
 }
 
+TEST(FirstFailure, IsAnAnswerOfAnotherLengthThanWasAsked) {
+  std::vector<RequestLog> logs = {Log({1, 2, 3}), Log({1, 2})};
+  for (RequestLog& log : logs) log.asked_tokens = 3;
+  EXPECT_THAT(std::string(FirstFailure(logs).message()),
+              HasSubstr("request 1 of 2: the answer had 2 tokens of 3"));
+  EXPECT_EQ(Summarize({true, 1}, logs, {}).failed, 1);
+  logs.pop_back();
+  EXPECT_TRUE(FirstFailure(logs).ok());
+}
+
 TEST(Prompts, AreDistinctAndAsLongAsAsked) {
   std::mt19937_64 random(7);
   std::set<std::string> seen;
@@ -114,6 +124,8 @@ TEST(Prompts, ChatLengthsHaveTheStatedMediansAndFit) {
   }
   EXPECT_NEAR(Median(prompts), 110, 5);
   EXPECT_NEAR(Median(outputs), 140, 5);
+  EXPECT_NEAR(Mean(prompts), 201, 5);
+  EXPECT_NEAR(Mean(outputs), 204, 5);
 }
 
 TEST(ServeFigures, CountGoodRequestsAgainstBothLimits) {
@@ -158,6 +170,23 @@ TEST(ServeFigures, NothingSentIsNothingSaid) {
   EXPECT_TRUE(ToJson(figures).is_object());
 }
 
+RequestLog Ended(const absl::Status& status) {
+  RequestLog log = Log({});
+  log.status = status;
+  return log;
+}
+
+TEST(ServeFigures, RefusalsBesideAnswersAreNoErrorButFailuresAndSilenceAre) {
+  const RequestLog answered = Log({50, 60}), full = Ended(absl::ResourceExhaustedError("full")),
+                   gone = Ended(absl::UnavailableError("gone"));
+  EXPECT_TRUE(Verdict(Summarize({true, 2}, {answered, full}, {})).ok());
+  const absl::Status failed = Verdict(Summarize({true, 2}, {answered, gone, gone}, {}));
+  EXPECT_THAT(std::string(failed.message()), HasSubstr("2 req/s: 2 of 3 requests failed"));
+  EXPECT_THAT(std::string(failed.message()), HasSubstr("gone"));
+  const absl::Status silent = Verdict(Summarize({false, 4}, {full, full}, {}));
+  EXPECT_THAT(std::string(silent.message()), HasSubstr("4 at once: none of 2 requests"));
+}
+
 nlohmann::ordered_json Report() {
   nlohmann::ordered_json points = nlohmann::ordered_json::array();
   for (const double rate : {4.0, 1.0}) {
@@ -190,6 +219,35 @@ TEST(ServeReport, TableHasALineForEachPoint) {
   const std::string table = ServeTable(Report());
   EXPECT_THAT(table, HasSubstr("4 req/s"));
   EXPECT_THAT(table, HasSubstr("1 req/s"));
+}
+
+TEST(ServeReport, WhatWasNotMeasuredIsNoZero) {
+  nlohmann::ordered_json report = Report();
+  report["points"].push_back(
+      ToJson(Summarize({true, 8}, {Ended(absl::UnavailableError("gone"))}, {})));
+  report["points"].push_back(ToJson(Summarize({true, 16}, {Log({50})}, {})));
+  for (const char* key : {"ttft_ms", "tpot_ms", "gap_ms", "latency_s"}) {
+    EXPECT_TRUE(report["points"][2][key].is_null()) << key;
+  }
+  EXPECT_FALSE(report["points"][3]["ttft_ms"].is_null());
+  EXPECT_TRUE(report["points"][3]["tpot_ms"].is_null());
+  const std::string table = ServeTable(report);
+  const std::string dash = "         -";
+  EXPECT_THAT(table, HasSubstr(dash + dash + dash + dash + dash + "\n    first failure: gone"));
+  EXPECT_THAT(table, HasSubstr("      50.0      50.0" + dash + dash + dash));
+  // As a point's hint has it: its line, load and value.
+  const std::string html = ServeHtml(report);
+  EXPECT_THAT(html, HasSubstr("p50: 16, 50"));
+  EXPECT_THAT(html, Not(HasSubstr("p50: 16, 0")));
+  EXPECT_THAT(html, HasSubstr("p50: 4, "));
+  EXPECT_THAT(html, Not(HasSubstr("p50: 8, ")));
+}
+
+TEST(ServeReport, SaysHowTheMatricesAreHeld) {
+  nlohmann::ordered_json report = Report();
+  EXPECT_THAT(ServeTable(report), HasSubstr("(Llama, float32)"));
+  report["target"]["quantization"] = "fp8";
+  EXPECT_THAT(ServeTable(report), HasSubstr("(Llama, float32 with fp8 matrices)"));
 }
 
 TEST(SvgPlot, TicksAreRoundNumbers) {

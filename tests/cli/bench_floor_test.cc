@@ -7,7 +7,7 @@
 namespace lockstep {
 namespace {
 
-constexpr Hardware kH200 = {4.3e12, 770e12};
+constexpr Hardware kH200 = {4.3e12, 770e12, 1350e12};
 
 ModelConfig Llama(int64_t layers, int64_t hidden, int64_t heads, int64_t intermediate,
                   bool tied = false) {
@@ -78,6 +78,27 @@ TEST(Floor, OfPrefillIsArithmetic) {
   EXPECT_NEAR(Make(Llama8B(), "", 4).PrefillSeconds(1, 6144) * 1e3, 31, 2);
   // A short prompt still reads the weights once.
   EXPECT_NEAR(Make(Llama8B(), "", 1).PrefillSeconds(1, 1) * 1e3, 3.49, 0.04);
+}
+
+TEST(Floor, OfPrefillMultipliesEightBitMatricesFaster) {
+  // 2 x 7 G parameters x 6,144 tokens at 1,350 TFLOP/s, attention still at 770.
+  EXPECT_NEAR(Make(Llama8B(), "fp8", 1).PrefillSeconds(1, 6144) * 1e3, 63.5 + 12.9, 0.5);
+  // Without a rate of their own they are as fast as the others.
+  const absl::StatusOr<Floor> one_rate =
+      Floor::Make(Llama8B(), DType::kBFloat16, DType::kBFloat16, "fp8", 1, {4.3e12, 770e12});
+  ASSERT_TRUE(one_rate.ok());
+  EXPECT_EQ(one_rate->PrefillSeconds(1, 6144), Make(Llama8B(), "", 1).PrefillSeconds(1, 6144));
+}
+
+TEST(Quantization, IsTheLastFlagsAndWithoutOneTheCheckpoints) {
+  ModelConfig config = Llama8B();
+  EXPECT_EQ(Quantization(config, "", {}), "");
+  EXPECT_EQ(Quantization(config, "fp8", {}), "fp8");
+  EXPECT_EQ(Quantization(config, "", {"--max-num-seqs", "4", "--quantization", "fp8"}), "fp8");
+  EXPECT_EQ(Quantization(config, "", {"--quantization=fp8"}), "fp8");
+  EXPECT_EQ(Quantization(config, "x", {"--quantization=y", "--quantization", "fp8"}), "fp8");
+  config.quantization = "fp8";
+  EXPECT_EQ(Quantization(config, "", {"--max-num-seqs", "4"}), "fp8");
 }
 
 TEST(Floor, WithoutAnArithmeticRateIsOneReadOfTheWeights) {

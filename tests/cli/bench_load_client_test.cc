@@ -19,7 +19,8 @@ namespace lockstep {
 namespace {
 
 // Streams max_tokens tokens, two in each message after the first; refuses
-// prompts that start with token 9 and keeps those that start with 8 waiting.
+// prompts that start with token 9, keeps those that start with 8 waiting, and
+// ends those that start with 7 a token early.
 class Service final : public v1::Inference::Service {
  public:
   grpc::Status GenerateStream(grpc::ServerContext* context, const v1::GenerateRequest* request,
@@ -33,7 +34,7 @@ class Service final : public v1::Inference::Service {
     event.mutable_prompt()->set_cached_tokens(2);
     writer->Write(event);
     while (first == 8 && !context->IsCancelled()) std::this_thread::yield();
-    uint32_t left = request->sampling().max_tokens();
+    uint32_t left = request->sampling().max_tokens() - (first == 7 ? 1 : 0);
     for (bool one = true; left > 0 && !context->IsCancelled(); one = false) {
       const uint32_t tokens = std::min(left, one ? 1u : 2u);
       v1::Chunk* const chunk = event.mutable_chunk();
@@ -107,6 +108,16 @@ TEST_F(LoadClientTest, ARefusalIsAStatusAndSparesTheOthers) {
   EXPECT_TRUE(absl::IsResourceExhausted(logs[1].status));
   EXPECT_EQ(logs[1].output_tokens, 0u);
   EXPECT_TRUE(logs[2].ok());
+}
+
+TEST_F(LoadClientTest, AnAnswerPastEndingTokensIsWholeOrAnError) {
+  LoadClient client(Address(), 1);
+  std::vector<v1::GenerateRequest> requests = {Request(1, 5), Request(7, 5), Request(7, 5)};
+  for (size_t i : {0, 1}) requests[i].mutable_sampling()->set_ignore_eos(true);
+  const std::vector<RequestLog> logs = client.RunAll(requests);
+  EXPECT_TRUE(logs[0].ok());
+  EXPECT_TRUE(absl::IsDataLoss(logs[1].Outcome())) << logs[1].Outcome();
+  EXPECT_TRUE(logs[2].ok());  // may end where it likes
 }
 
 TEST_F(LoadClientTest, DueTimeIsTheCallersWhenGiven) {

@@ -1,8 +1,12 @@
 // bench, compare and top as a user types them, against the demo model.
+#include <signal.h>
+
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -39,6 +43,27 @@ json JsonOf(std::string arguments) {
 std::string ReadFile(const std::string& path) {
   std::ifstream file(path);
   return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// The demo model's config.json in `folder`, with `changes` to it; null takes a field out.
+std::string ModelLikeTheDemo(const std::string& folder, const json& changes) {
+  json config = json::parse(ReadFile(DemoModel() + "/config.json"));
+  config.merge_patch(changes);
+  std::filesystem::create_directory(folder);
+  std::ofstream(folder + "/config.json") << config;
+  return folder;
+}
+
+// In `folder`, a `lockstep` for commands that start a server: sh runs `lines`, and
+// then the real one with what is left of the arguments.
+std::string InsteadOfLockstep(const std::string& folder, const std::string& lines) {
+  const std::string programs = absl::StrCat(LOCKSTEP_BINARY_DIR, "/bin");
+  std::filesystem::create_directory(folder);
+  std::ofstream(folder + "/lockstep") << "#!/bin/sh\n"
+                                      << lines << "\nexport LOCKSTEP_PROGRAMS=" << programs
+                                      << "\nexec " << programs << "/lockstep \"$@\"\n";
+  std::filesystem::permissions(folder + "/lockstep", std::filesystem::perms::owner_all);
+  return folder;
 }
 
 class MeasureTest : public ::testing::Test {
@@ -132,6 +157,140 @@ TEST_F(MeasureTest, ServeWithAnImpossibleServiceLevelHasNoGoodput) {
              " --concurrency 2 --requests 3 --lengths sharegpt --slo-ttft-ms 0.001");
   EXPECT_EQ(report["points"][0]["completed"], 3);
   EXPECT_EQ(report["points"][0]["goodput_per_second"], 0);
+}
+
+TEST_F(MeasureTest, ServeReportsAndFailsWhenItsServerDies) {
+  const std::string pid = temp_.File("pid"), copy = temp_.File("dies.json"),
+                    said = temp_.File("said");
+  const std::string programs =
+      InsteadOfLockstep(temp_.File("programs"), absl::StrCat("echo $$ > ", pid));
+  UseBuiltPrograms();
+  Shell shell;
+  std::thread bench([&] {
+    shell = RunShell(absl::StrCat(
+        "LOCKSTEP_PROGRAMS=", programs, " ", LOCKSTEP_BINARY_DIR, "/bin/lockstep bench serve",
+        " --backend cpu --concurrency 2,4 --requests 200 --input-len 8 --output-len 64 --model ",
+        DemoModel(), " --output ", copy, " 2>", said));
+  });
+  const auto saved = [&] { return json::parse(ReadFile(copy), nullptr, false); };
+  // The first point is measured, and the second under way.
+  EXPECT_TRUE(
+      Eventually([&] { return ReadFile(said).find("4 at once") != std::string::npos; }, 90));
+  const json half = saved();
+  if (const std::string serve = ReadFile(pid); !serve.empty()) kill(std::stoi(serve), SIGKILL);
+  bench.join();
+  ASSERT_TRUE(half.is_object()) << ReadFile(said);
+  EXPECT_EQ(half["complete"], false);
+  ASSERT_EQ(half.value("points", json::array()).size(), 1u);
+  EXPECT_EQ(half["points"][0]["completed"], 200);
+
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("    first failure: "));
+  const json whole = saved();
+  EXPECT_EQ(whole["complete"], true);
+  ASSERT_EQ(whole["points"].size(), 2u);
+  EXPECT_GT(whole["points"][1]["failed"], 0);
+  EXPECT_THAT(ReadFile(said), HasSubstr("[coordinator]"));
+  EXPECT_THAT(ReadFile(said), HasSubstr("lockstep bench serve: 4 at once: "));
+}
+
+// What an earlier run left is not taken for this one's.
+TEST_F(MeasureTest, AReportIsNotCompleteBeforeItsEnd) {
+  const std::string copy = temp_.File("report.json");
+  struct Case {
+    std::string bench, fits, is_too_long;
+  };
+  const std::string fits = " --input-len 8 --output-len 4", is_too_long = " --output-len 5000";
+  for (const Case& each : {Case{"latency --batch 1", fits, is_too_long},
+                           {"prefill", " --prompts 1x8", " --prompts 1x5000"},
+                           {"throughput --requests 2", fits, is_too_long},
+                           {"serve --concurrency 1 --requests 2", fits, is_too_long}}) {
+    const std::string command = "bench " + each.bench + " " + At() + " --output " + copy;
+    EXPECT_EQ(Lockstep(command + each.fits).code, 0) << each.bench;
+    EXPECT_EQ(json::parse(ReadFile(copy))["complete"], true) << each.bench;
+    EXPECT_EQ(Lockstep(command + each.is_too_long).code, 1) << each.bench;
+    EXPECT_EQ(json::parse(ReadFile(copy)), json({{"complete", false}})) << each.bench;
+  }
+}
+
+TEST_F(MeasureTest, AnUnwritableHtmlCostsNoFigures) {
+  const std::string load =
+      "bench serve " + At() + " --concurrency 2 --requests 4 --input-len 8 --output-len 4 --html ";
+  // Takes nothing, but can be opened.
+  const Shell full = Lockstep(load + "/dev/full");
+  EXPECT_EQ(full.code, 1);
+  EXPECT_THAT(full.out, HasSubstr("TTFT p50"));
+  EXPECT_THAT(full.out, HasSubstr("--html /dev/full: cannot be written"));
+  const Shell nowhere = Lockstep(load + temp_.File("no-folder/x.html"));
+  EXPECT_EQ(nowhere.code, 1);
+  EXPECT_THAT(nowhere.out, HasSubstr("x.html: cannot be written"));
+  EXPECT_THAT(nowhere.out, Not(HasSubstr("2 at once")));  // said before it is measured
+}
+
+TEST_F(MeasureTest, TheQuantizationIsTheFlagsBehindTheDashesOrTheCheckpoints) {
+  const std::string small = " --batch 1 --context 8 --output-len 4 --runs 1 --bandwidth 20GB/s ";
+  const std::string quantized = ModelLikeTheDemo(
+      temp_.File("quantized"), {{"quantization_config", {{"quant_method", "fp8"}}}});
+  const auto target = [&](const std::string& arguments) {
+    return JsonOf("bench latency " + At() + small + arguments)["target"];
+  };
+  EXPECT_TRUE(target("")["quantization"].is_null());  // a server does not say
+  const json plain = target("--model " + DemoModel()), fp8 = target("--model " + quantized);
+  EXPECT_EQ(plain["quantization"], "");
+  EXPECT_EQ(fp8["quantization"], "fp8");
+  EXPECT_LT(fp8["weight_bytes_read_a_step"], plain["weight_bytes_read_a_step"]);
+  const std::string line = " with fp8 matrices";
+  EXPECT_THAT(Lockstep("bench latency " + At() + small + "--model " + quantized).out,
+              HasSubstr(line));
+  EXPECT_THAT(Lockstep("bench latency " + At() + small + "--model " + DemoModel()).out,
+              Not(HasSubstr(line)));
+
+  // The cpu backend has no such matrices: it is asked for others.
+  const std::string programs = InsteadOfLockstep(
+      temp_.File("programs"),
+      "for a; do shift; case $a in --quantization=fp8) ;; *) set -- \"$@\" \"$a\";; esac; done");
+  UseBuiltPrograms();
+  const Shell started = RunShell(absl::StrCat(
+      "LOCKSTEP_PROGRAMS=", programs, " ", LOCKSTEP_BINARY_DIR, "/bin/lockstep bench latency",
+      small, " --backend cpu --model ", DemoModel(), " -- --quantization=fp8 2>&1"));
+  EXPECT_EQ(started.code, 0) << started.out;
+  EXPECT_THAT(started.out, HasSubstr(line));
+}
+
+TEST_F(MeasureTest, AModelThatIsNotTheServersIsRefused) {
+  const std::string other =
+      ModelLikeTheDemo(temp_.File("other"), {{"architectures", {"MistralForCausalLM"}},
+                                             {"model_type", "mistral"},
+                                             {"attention_bias", nullptr},
+                                             {"mlp_bias", nullptr},
+                                             {"pretraining_tp", nullptr}});
+  const Shell shell = Lockstep("bench latency " + At() + " --model " + other);
+  EXPECT_EQ(shell.code, 1);
+  EXPECT_THAT(shell.out, HasSubstr("--model: " + other + " is a MistralForCausalLM, and "));
+}
+
+TEST_F(MeasureTest, ServeHasRequestsForItsConcurrency) {
+  const std::string serve = "bench serve " + At() + " --input-len 4 --output-len 2 --concurrency ";
+  const Shell few = Lockstep(serve + "2,256 --requests 8");
+  EXPECT_EQ(few.code, 1);
+  EXPECT_THAT(few.out, HasSubstr("--concurrency 256: above --requests 8"));
+  EXPECT_EQ(JsonOf(serve + "55,60")["points"][0]["completed"], 240);
+  EXPECT_THAT(Lockstep(serve + "2 --runs 2").out, HasSubstr("--runs"));
+  EXPECT_NE(Lockstep(serve + "2 --runs 2").code, 0);
+}
+
+TEST_F(MeasureTest, AnswersOfOneTokenHaveNoTimePerToken) {
+  const std::string one =
+      "bench throughput " + At() + " --requests 2 --input-len 8 --output-len 1 --runs 1";
+  EXPECT_TRUE(JsonOf(one)["tpot_median_ms"].is_null());
+  EXPECT_THAT(Lockstep(one).out, HasSubstr("TPOT median   -\n"));
+}
+
+TEST_F(MeasureTest, AComputeRateWithoutItsUnitIsRefused) {
+  const std::string prefill = "bench prefill " + At() + " --prompts 1x8 --compute ";
+  EXPECT_THAT(Lockstep(prefill + "770").out, HasSubstr("as in 770TFLOPS"));
+  EXPECT_EQ(Lockstep(prefill + "770").code, 1);
+  EXPECT_EQ(Lockstep(prefill + "770T").code, 0);
 }
 
 TEST_F(MeasureTest, BenchStartsAServerOfItsOwnAndPassesFlagsOn) {

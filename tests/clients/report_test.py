@@ -80,7 +80,7 @@ def main():
             harness.run(
                 harness.build_folder() / "bin" / "lockstep", "bench", "serve", "--server", server.target,
                 "--request-rate", ",".join(map(str, RATES)), "--concurrency", ",".join(map(str, AT_ONCE)),
-                "--requests", REQUESTS, "--input-len", 16, "--output-len", 16, "--runs", 1,
+                "--requests", REQUESTS, "--input-len", 16, "--output-len", 16,
                 "--html", html, "--output", figures,
             )  # fmt: skip
         points = json.loads(figures.read_text())["points"]
