@@ -60,9 +60,14 @@ void GroupMachine::Lied(StreamId stream, const Peer& peer, const std::string& wh
   const bool member = IsMember(peer);
   const int rank = static_cast<int>(peer.rank);
   const std::string named = absl::StrCat(Name(peer), ": ", what);
+  const std::string host = absl::StrCat(peer.hello.host(), ":", peer.hello.pid());
   Blame(peer);
   Distrust(stream);
-  if (member) EndEpoch(rank, named, false, now_ms);
+  if (member) {
+    EndEpoch(rank, named, false, now_ms);
+  } else {
+    LogWarning(absl::StrCat("worker ", host, " dropped: ", what));
+  }
   CheckClosing(now_ms);
 }
 
@@ -157,12 +162,15 @@ void GroupMachine::CheckLoad(int64_t now_ms) {
   if (phase_ != Phase::kLoading || now_ms - load_moved_ms_ < options_.timeouts.load_stall_ms) {
     return;
   }
+  // Who has loaded waits for who has not, and is no more ready than they are.
+  const bool one_hangs = std::any_of(members_.begin(), members_.end(),
+                                     [this](StreamId stream) { return !peers_.at(stream).loaded; });
   int culprit = -1;
   std::string who;
   for (const StreamId stream : members_) {
     const Peer& peer = peers_.at(stream);
-    if (peer.ready) continue;
-    Blame(peer);
+    if (peer.ready || (one_hangs && peer.loaded)) continue;
+    if (one_hangs) Blame(peer);
     culprit = static_cast<int>(peer.rank);
     absl::StrAppend(&who, who.empty() ? "" : ", ", Name(peer));
   }

@@ -160,6 +160,7 @@ void GroupMachine::SendConfigure(int64_t now_ms) {
     peer.rank = rank;
     peer.ready.reset();
     peer.load_bytes_done = 0;
+    peer.loaded = false;
     CoordinatorMessage message;
     worker::v1::Configure& configure = *message.mutable_configure();
     configure = options_.configure;
@@ -224,7 +225,7 @@ void GroupMachine::AnnounceFormed() {
   port_->Post(std::move(formed));
 }
 
-void GroupMachine::RelayKey(StreamId from, const Peer& peer, const worker::v1::CommKey& key,
+void GroupMachine::RelayKey(StreamId from, Peer& peer, const worker::v1::CommKey& key,
                             int64_t now_ms) {
   if (!IsMember(peer) || !EpochOpen() || key.epoch() != epoch_) return;
   if (std::ssize(key.key()) > wire::kMaxCommKeyBytes ||
@@ -235,6 +236,7 @@ void GroupMachine::RelayKey(StreamId from, const Peer& peer, const worker::v1::C
                      wire::kMaxCommValueBytes, " bytes and ", wire::kMaxCommKeys, " keys an epoch");
     return Lied(from, peer, what, now_ms);
   }
+  peer.loaded = true;
   CoordinatorMessage message;
   *message.mutable_comm_key() = key;
   std::vector<StreamId> others;

@@ -79,6 +79,7 @@ class GroupMachine {
     int64_t heard_ms = 0;
     std::optional<worker::v1::Ready> ready;
     uint64_t load_bytes_done = 0;
+    bool loaded = false;  // has said something to the others, which follows its load
     std::optional<worker::v1::DeviceStats> device_stats;
   };
   using Peers = std::map<StreamId, Peer>;  // in order of arrival
@@ -99,7 +100,7 @@ class GroupMachine {
   void OnProgress(Peer& peer, const worker::v1::LoadProgress& progress, int64_t now_ms);
   void OnReady(Peer& peer, const worker::v1::Ready& ready, int64_t now_ms);
   void AnnounceFormed();
-  void RelayKey(StreamId from, const Peer& peer, const worker::v1::CommKey& key, int64_t now_ms);
+  void RelayKey(StreamId from, Peer& peer, const worker::v1::CommKey& key, int64_t now_ms);
 
   // Serving.
   void OnResult(StreamId stream, const Peer& peer, const worker::v1::StepResult& result,

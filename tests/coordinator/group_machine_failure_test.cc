@@ -154,15 +154,17 @@ TEST_F(GroupMachineTest, ASecondHelloEndsTheStreamAndTheEpoch) {
 
 TEST_F(GroupMachineTest, WhoHangsInALoadGivesItsPlaceToASpare) {
   Make(2);
-  const StreamId a = Attach(), hung = Attach(), spare = Attach();
-  SayReady(a);
+  const StreamId hung = Attach(), a = Attach(), spare = Attach();
+  SayLoaded(a);  // and not ready, before the other is
   Pass(options_.timeouts.load_stall_ms + 1'000, {a, hung, spare});
   ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_EQ(Failed()[0].rank, 0);
   SayReleased(a);
   SayReleased(hung);
   Pass(4'000, {a, hung, spare});
   EXPECT_EQ(Epoch(spare), 2u);
-  EXPECT_EQ(Rank(spare), 1u);
+  EXPECT_EQ(Epoch(a), 2u);
+  EXPECT_EQ(Rank(a), 1u);
   EXPECT_EQ(Epoch(hung), 1u);
 }
 

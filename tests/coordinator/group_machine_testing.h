@@ -58,6 +58,12 @@ class GroupMachineTest : public ::testing::Test {
     message.mutable_ready()->set_weight_bytes(77);
     Say(stream, message);
   }
+  void SayLoaded(StreamId stream) {
+    WorkerMessage message;
+    message.mutable_comm_key()->set_epoch(Epoch(stream));
+    message.mutable_comm_key()->set_key(absl::StrCat("model/", Rank(stream)));
+    Say(stream, message);
+  }
   void SayReleased(StreamId stream) {
     WorkerMessage message;
     message.mutable_released()->set_epoch(Epoch(stream));
