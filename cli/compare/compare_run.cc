@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <thread>
 #include <utility>
@@ -84,6 +86,16 @@ absl::Status ForEach(size_t count, const std::function<absl::Status(size_t)>& wo
   return first;
 }
 
+// A server that is full says when to come again.
+absl::StatusOr<v1::GenerateResponse> Ask(Client* client, const v1::GenerateRequest& request) {
+  for (;;) {
+    absl::StatusOr<v1::GenerateResponse> answer = client->Generate(request);
+    const std::optional<int64_t> delay_ms = Client::RetryDelayMs(answer.status());
+    if (!delay_ms) return answer;
+    std::this_thread::sleep_for(std::chrono::milliseconds(*delay_ms));
+  }
+}
+
 PositionView View(const v1::TokenLogprobs& logprobs) {
   PositionView view;
   view.chosen = logprobs.chosen().logprob();
@@ -157,7 +169,7 @@ class Comparison {
       v1::GenerateRequest request = requests_[i];
       SetGreedy(&request);
       request.mutable_sampling()->set_logprobs(flags_.top);
-      const absl::StatusOr<v1::GenerateResponse> response = a.client->Generate(request);
+      const absl::StatusOr<v1::GenerateResponse> response = Ask(a.client.get(), request);
       if (!response.ok()) return Prefix(names_[i], response.status());
       const v1::Completion& answer = response->completions(0);
       prompts_[i].tokens_a.assign(answer.token_ids().begin(), answer.token_ids().end());
@@ -174,7 +186,7 @@ class Comparison {
       ComparedPrompt& prompt = prompts_[i];
       v1::GenerateRequest request = requests_[i];
       SetGreedy(&request);
-      const absl::StatusOr<v1::GenerateResponse> answer = b.client->Generate(request);
+      const absl::StatusOr<v1::GenerateResponse> answer = Ask(b.client.get(), request);
       if (!answer.ok()) return Prefix(prompt.name, answer.status());
       const auto& ids = answer->completions(0).token_ids();
       prompt.tokens_b.assign(ids.begin(), ids.end());
@@ -185,7 +197,7 @@ class Comparison {
       whole->Add(prompt.tokens_a.begin(), prompt.tokens_a.end());
       score.mutable_sampling()->set_max_tokens(0);
       score.mutable_sampling()->set_prompt_logprobs(flags_.top);
-      const absl::StatusOr<v1::GenerateResponse> scored = b.client->Generate(score);
+      const absl::StatusOr<v1::GenerateResponse> scored = Ask(b.client.get(), score);
       if (!scored.ok()) return Prefix(prompt.name, scored.status());
       const auto& views = scored->prompt().prompt_logprobs();
       if (views.size() != whole->size()) {

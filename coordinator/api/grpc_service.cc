@@ -116,6 +116,8 @@ class GenerateCall : public Reactor, public std::enable_shared_from_this<Generat
     client_ = {};
     held_ = std::shared_ptr<void>();
     if (!request.ok()) return FinishOnce(request.status());
+    held_ = path_->HoldLogprobs({&*request, 1});
+    if (!held_.ok()) return FinishOnce(held_.status());
     absl::StatusOr<std::shared_ptr<Answer>> started = path_->Submit(*std::move(request));
     if (!started.ok()) return FinishOnce(started.status());
     bool gone;
@@ -132,7 +134,7 @@ class GenerateCall : public Reactor, public std::enable_shared_from_this<Generat
 
   grpc::CallbackServerContext* const context_;  // alive until Finish
   const absl::Status allowed_;
-  absl::StatusOr<std::shared_ptr<void>> held_ = std::shared_ptr<void>();  // until client_ is read
+  absl::StatusOr<std::shared_ptr<void>> held_ = std::shared_ptr<void>();
   ClientRequest client_;
   std::shared_ptr<GenerateCall> self_;
 };

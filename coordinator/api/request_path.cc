@@ -63,7 +63,13 @@ absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldMessage(size_t bytes) {
   return Refuse(Full("too many large messages at once"));
 }
 
-absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldLogprobs(uint64_t entries) {
+absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldLogprobs(
+    absl::Span<const Request> requests) {
+  uint64_t entries = 0;
+  for (const Request& request : requests) {
+    const auto of_a_token = static_cast<uint64_t>(request.sampling.prompt_logprobs + 1);
+    entries += request.prompt.size() * of_a_token * request.sampling.n;  // each choice lists them
+  }
   if (entries <= kFewLogprobs) return std::shared_ptr<void>();
   if (entries > limits::kPromptLogprobs) {
     return Refuse(FieldError(

@@ -58,7 +58,6 @@ absl::Status CompletionExchange::Start(std::vector<std::shared_ptr<Answer>>* ans
   absl::Status fits = path_->CheckBatch(request_.prompts.size());
   if (!fits.ok()) return fits;
   std::vector<Request> requests;
-  uint64_t logprobs = 0;
   for (size_t i = 0; i < request_.prompts.size(); ++i) {
     ClientRequest& client = request_.prompts[i];
     client.request_id = request_id_;
@@ -66,12 +65,9 @@ absl::Status CompletionExchange::Start(std::vector<std::shared_ptr<Answer>>* ans
     absl::StatusOr<Request> request = path_->Build(client, api_.defaults);
     if (!request.ok()) return request.status();
     if (request_.prompts.size() > 1) absl::StrAppend(&request->external_id, "-", i);
-    const SamplingParams& sampling = request->sampling;
-    logprobs += request->prompt.size() * static_cast<uint64_t>(sampling.prompt_logprobs + 1) *
-                sampling.n;  // each choice lists them
     requests.push_back(*std::move(request));
   }
-  absl::StatusOr<std::shared_ptr<void>> held = path_->HoldLogprobs(logprobs);
+  absl::StatusOr<std::shared_ptr<void>> held = path_->HoldLogprobs(requests);
   if (!held.ok()) return held.status();
   held_logprobs_ = *std::move(held);
   for (Request& request : requests) {

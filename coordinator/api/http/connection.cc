@@ -213,12 +213,14 @@ class Connection::BusyGuard {
 // In the list of those that a newcomer may take the place of.
 class Connection::IdleMark {
  public:
-  explicit IdleMark(Connection* connection) : state_(connection->state_) {
+  explicit IdleMark(Connection* connection) : state_(connection->state_), connection_(connection) {
+    connection->idle_ = true;
     const std::lock_guard lock(state_->mutex);
     number_ = state_->times_idle++;
     state_->idle.emplace(number_, connection);
   }
   ~IdleMark() {
+    connection_->idle_ = false;
     const std::lock_guard lock(state_->mutex);
     state_->idle.erase(number_);
   }
@@ -227,6 +229,7 @@ class Connection::IdleMark {
 
  private:
   const std::shared_ptr<ServerState> state_;
+  Connection* const connection_;
   uint64_t number_;
 };
 
@@ -264,6 +267,13 @@ void Connection::Start() {
 void Connection::CloseSoon() {
   asio::post(socket_.get_executor(), [weak = weak_from_this()] {
     if (const auto self = weak.lock()) self->Close();
+  });
+}
+
+void Connection::CloseSoonIfIdle() {
+  asio::post(socket_.get_executor(), [weak = weak_from_this()] {
+    const auto self = weak.lock();
+    if (self && self->idle_ && self->in_.empty()) self->Close();
   });
 }
 

@@ -60,6 +60,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void Start();
   // From any thread.
   void CloseSoon();
+  // Likewise, unless a request has begun by then.
+  void CloseSoonIfIdle();
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -100,6 +102,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool eof_ = false;
   bool closed_ = false;
   bool woken_ = false;
+  bool idle_ = false;  // between requests
 };
 
 }  // namespace lockstep

@@ -41,7 +41,8 @@ struct HttpServer::Impl {
   }
 
   asio::awaitable<void> Accept();
-  bool MakeRoom();
+  bool HasRoom();
+  bool CloseLongestIdle();
   void TurnAway(tcp::socket socket);
 
   const std::shared_ptr<ServerState> state;
@@ -61,13 +62,14 @@ asio::awaitable<void> HttpServer::Impl::Accept() {
     co_await acceptor.async_accept(socket, asio::redirect_error(asio::use_awaitable, ec));
     if (!acceptor.is_open()) co_return;
     if (ec) {
-      // Out of descriptors: those that finish give theirs back.
+      // Out of descriptors: those that finish give theirs back, as who asks nothing does now.
+      CloseLongestIdle();
       LogWarning(absl::StrCat("http: accept: ", ec.message()));
       pause.expires_after(std::chrono::milliseconds(100));
       co_await pause.async_wait(asio::redirect_error(asio::use_awaitable, ec));
       continue;
     }
-    if (!MakeRoom()) {
+    if (!HasRoom() && !CloseLongestIdle()) {
       TurnAway(std::move(socket));
     } else {
       std::make_shared<Connection>(std::move(socket), state, tls ? tls->Current() : nullptr)
@@ -76,14 +78,17 @@ asio::awaitable<void> HttpServer::Impl::Accept() {
   }
 }
 
-// Where there is none, who has asked nothing for longest goes: clients keep far more connections
-// than they use.
-bool HttpServer::Impl::MakeRoom() {
+bool HttpServer::Impl::HasRoom() {
   const std::lock_guard lock(state->mutex);
-  if (state->connections.size() < state->options.max_connections) return true;
+  return state->connections.size() < state->options.max_connections;
+}
+
+// Clients keep far more connections than they use. False: all are in use.
+bool HttpServer::Impl::CloseLongestIdle() {
+  const std::lock_guard lock(state->mutex);
   const auto longest = state->idle.begin();
   if (longest == state->idle.end()) return false;
-  longest->second->CloseSoon();
+  longest->second->CloseSoonIfIdle();
   state->idle.erase(longest);
   return true;
 }

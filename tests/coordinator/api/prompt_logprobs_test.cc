@@ -1,11 +1,13 @@
 // What an answer lists of its prompts is bounded, in one request and in all of them.
 #include <gmock/gmock.h>
+#include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <string>
-#include <thread>
 
 #include "coordinator/api/limits.h"
+#include "proto/inference.grpc.pb.h"
 #include "tests/coordinator/api/api_fixture.h"
 
 namespace lockstep {
@@ -30,8 +32,12 @@ class PromptLogprobsTest : public ApiFixture {
   }
 };
 
+// Of those that fit nobody waits for the answer: a million entries take long.
 TEST_F(PromptLogprobsTest, OneRequestListsSoManyAndNoMore) {
-  EXPECT_EQ(Complete(Body(64)).status, 200);
+  engine_.Hold();
+  RawClient most(http());
+  most.Send(PostBytes("/v1/completions", Body(64).dump()));
+  EXPECT_TRUE(engine_.WaitSubmitted(64));
   const RawResponse refused = Complete(Body(65));
   EXPECT_EQ(refused.status, 400);
   EXPECT_THAT(std::string(refused.error()["message"]), HasSubstr("allowed: 1048576"));
@@ -40,25 +46,47 @@ TEST_F(PromptLogprobsTest, OneRequestListsSoManyAndNoMore) {
   EXPECT_EQ(Complete(many).status, 400);
   json none = Body(65);
   none.erase("prompt_logprobs");
-  EXPECT_EQ(Complete(none).status, 200);
+  RawClient unlisted(http());
+  unlisted.Send(PostBytes("/v1/completions", none.dump()));
+  EXPECT_TRUE(engine_.WaitSubmitted(64 + 65));
+}
+
+TEST_F(PromptLogprobsTest, TheGrpcDoorHasTheSameLimit) {
+  model_.max_model_len = 1 << 16;
+  Open();
+  const auto stub = v1::Inference::NewStub(grpc::CreateChannel(
+      "127.0.0.1:" + std::to_string(server_->grpc_port()), grpc::InsecureChannelCredentials()));
+  v1::GenerateRequest request;
+  for (uint64_t i = 0; i <= limits::kPromptLogprobs / 21; ++i)
+    request.mutable_token_ids()->add_ids(5);
+  request.mutable_sampling()->set_prompt_logprobs(20);
+  request.mutable_sampling()->set_max_tokens(1);
+  v1::GenerateResponse response;
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
+  const grpc::Status refused = stub->Generate(&context, request, &response);
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(refused.error_message(), HasSubstr("allowed: 1048576"));
 }
 
 TEST_F(PromptLogprobsTest, AllRequestsTogetherHaveTwiceThat) {
   engine_.Hold();
-  std::thread first([this] { EXPECT_EQ(Complete(Body(64)).status, 200); });
-  std::thread second([this] { EXPECT_EQ(Complete(Body(64)).status, 200); });
-  EXPECT_TRUE(engine_.WaitSubmitted(128));
-  const RawResponse refused = Complete(Body(3));
-  EXPECT_EQ(refused.status, 429);
-  EXPECT_EQ(refused.headers.at("retry-after"), "1");
+  {
+    RawClient first(http()), second(http());
+    first.Send(PostBytes("/v1/completions", Body(64).dump()));
+    second.Send(PostBytes("/v1/completions", Body(64).dump()));
+    ASSERT_TRUE(engine_.WaitSubmitted(128));
+    const RawResponse refused = Complete(Body(3));
+    EXPECT_EQ(refused.status, 429);
+    EXPECT_EQ(refused.headers.at("retry-after"), "1");
+  }
+  ASSERT_TRUE(engine_.WaitCancelled(128));
   engine_.Release();
-  first.join();
-  second.join();
-  // The places are given back behind the answers' last bytes.
+  // The places are given back as the server lets go of who left.
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   int status = 0;
   while (status != 200 && std::chrono::steady_clock::now() < deadline) {
-    status = Complete(Body(64)).status;
+    status = Complete(Body(3)).status;
   }
   EXPECT_EQ(status, 200);
 }
