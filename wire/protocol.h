@@ -7,7 +7,7 @@
 namespace lockstep::wire {
 
 // Raised by any change that an older peer would misread.
-inline constexpr uint32_t kProtocolVersion = 2;
+inline constexpr uint32_t kProtocolVersion = 3;
 
 inline constexpr int64_t kHeartbeatIntervalMs = 250;
 // Silence after which a peer counts as gone. Above a pause of 0.5 s by a wide

@@ -399,7 +399,7 @@ absl::Status EpochRunner::CompareModels(Epoch& epoch, uint64_t digest) {
     if (*theirs != mine) {
       return absl::FailedPreconditionError(
           absl::StrCat(epoch.configure.model_path(), ": rank ", other,
-                       " has another model there (config.json or the tensor index differ)"));
+                       " has another model there (config.json or the weights differ)"));
     }
   }
   return absl::OkStatus();
