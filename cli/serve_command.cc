@@ -50,11 +50,12 @@ void AddServeFlags(CLI::App& app, CoordinatorOptions* options) {
           "/tmp");
 }
 
-// In /tmp, too, where the name of a socket in TMPDIR would have more than its 107 bytes.
+// In /tmp, too, where the name of a socket in TMPDIR would have more than its 107 bytes, or others.
 std::string SocketFolderPrefix() {
   constexpr size_t kLongest = 107 - sizeof("/lockstep-serve-XXXXXX/workers") + 1;
   const char* const base = std::getenv("TMPDIR");
-  const bool fits = base != nullptr && *base != '\0' && std::strlen(base) <= kLongest;
+  const bool fits = base != nullptr && *base != '\0' && std::strlen(base) <= kLongest &&
+                    std::strpbrk(base, "%?#") == nullptr;  // gRPC reads it as part of a URI
   return absl::StrCat(fits ? base : "/tmp", "/lockstep-serve");
 }
 
@@ -100,6 +101,13 @@ int RunServe(const std::vector<std::string>& args) {
     return 0;
   }
   if (absl::Status valid = ValidateOptions(options); !valid.ok()) return Fail(valid, 2);
+#ifndef LOCKSTEP_CUDA
+  if (options.backend == "cuda") {
+    return Fail(absl::UnimplementedError("--backend cuda: this build has the cpu backend alone "
+                                         "(configure with -DLOCKSTEP_CUDA=ON)"),
+                2);
+  }
+#endif
   std::string address = options.worker_address;
   if (PortOf(address) == 0) {
     return Fail(absl::InvalidArgumentError(absl::StrCat(
