@@ -292,7 +292,9 @@ TEST_F(SupervisorTest, ChildrenDoNotIgnoreBrokenPipes) {
   options.coordinator = Shell("grep SigIgn /proc/self/status > " + dir_ + "/ignored; exit 0");
   Launch(options);
   EXPECT_EQ(Wait(), 0);
-  EXPECT_EQ(Read("ignored"), "SigIgn:\t0000000000000000\n");
+  const std::string line = Read("ignored");  // others may be: of nohup, say
+  ASSERT_TRUE(line.starts_with("SigIgn:\t")) << line;
+  EXPECT_EQ(std::stoull(line.substr(8), nullptr, 16) & (1ull << (SIGPIPE - 1)), 0u) << line;
 }
 
 // What is reaped comes in order: a new life of w1 says that the stop of w0 has been seen.
@@ -301,7 +303,7 @@ TEST_F(SupervisorTest, AStoppedWorkerIsReplacedUnlessSomebodyContinuesIt) {
   options.coordinator = Shell("exec sleep 60");
   options.workers = {Shell(Note("w0") + "exec sleep 60"), Shell(Note("w1") + "exec sleep 60")};
   options.max_pause_ms = 0;
-  options.kill_stopped_after_ms = 1'000;
+  options.kill_stopped_after_ms = 4'000;
   Launch(options);
   ASSERT_TRUE(Eventually([&] { return Starts("w0").size() == 1 && Starts("w1").size() == 1; }));
   const pid_t continued = Starts("w0")[0];

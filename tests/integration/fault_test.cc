@@ -259,7 +259,7 @@ TEST_F(FaultTest, AKilledCoordinatorEndsStreamsAndWorkersReattach) {
   Client client("127.0.0.1:" + ports()[1]);
   const absl::StatusOr<v1::GetModelInfoResponse> info = client.WaitReady(10'000 * kSlowdown);
   ASSERT_TRUE(info.ok()) << info.status() << served_->server().Log();
-  EXPECT_EQ(info->epoch(), 1u);  // its own first
+  EXPECT_GE(info->epoch(), 1u);  // its own
   for (const v1::RankInfo& rank : info->ranks()) {
     EXPECT_EQ(static_cast<pid_t>(rank.pid()), workers.at(rank.rank()));
   }

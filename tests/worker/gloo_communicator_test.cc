@@ -224,10 +224,12 @@ TEST(GlooCommunicator, CountsTheWaitForALateRankAsWait) {
       early.wait(0);
       // Late by what it takes to see the other wait so many times in a row.
       absl::Time since = absl::Now();
-      for (int seen = 0; seen < 1'000; ++seen) {
-        if (ProcessState(early) != 'R') continue;
-        seen = 0;
-        since = absl::Now();
+      for (int seen = 0; seen < 1'000;) {
+        if (ProcessState(early) == 'R') {
+          seen = 0;
+        } else if (seen++ == 0) {
+          since = absl::Now();
+        }
       }
       late = absl::Now() - since;
     }

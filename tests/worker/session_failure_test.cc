@@ -96,7 +96,7 @@ TEST(Session, ACollectiveWaitsForARankAsLongAsConfigureSays) {
   ASSERT_TRUE(coordinator.AwaitHello(1));
   for (const uint32_t rank : {0u, 1u}) {
     CoordinatorMessage configure = Configure(1, rank, 2);
-    configure.mutable_configure()->set_max_skew_ms(1'000);
+    configure.mutable_configure()->set_max_skew_ms(3'000);
     coordinator.Send(rank, configure);
   }
   for (const uint32_t rank : {0u, 1u}) {
@@ -106,7 +106,7 @@ TEST(Session, ACollectiveWaitsForARankAsLongAsConfigureSays) {
   const auto failure = coordinator.AwaitCase(0, WorkerMessage::kFailure);
   ASSERT_TRUE(failure);
   EXPECT_THAT(failure->failure().message(),
-              AllOf(HasSubstr("rank 1"), HasSubstr("did not arrive within 1000 ms")));
+              AllOf(HasSubstr("rank 1"), HasSubstr("did not arrive within 3000 ms")));
 }
 
 // So many that a pause that only grows would be of minutes.
