@@ -167,10 +167,11 @@ Plot OverTime(const Json& report, const std::string& title, const std::string& u
 
 // "bfloat16", "bfloat16 with fp8 matrices".
 std::string Precision(const Json& target) {
-  const Json quantization = target.value("quantization", Json());
-  const std::string dtype = target.at("dtype").get<std::string>();
-  if (!quantization.is_string() || quantization == "") return dtype;
-  return absl::StrCat(dtype, " with ", quantization.get<std::string>(), " matrices");
+  std::string dtype = target.at("dtype").get<std::string>();
+  const auto known = target.find("quantization");  // null where it is not
+  const std::string how =
+      known != target.end() && known->is_string() ? known->get<std::string>() : "";
+  return how.empty() ? dtype : absl::StrCat(dtype, " with ", how, " matrices");
 }
 
 std::string Sentence(const Json& report) {

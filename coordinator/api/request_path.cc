@@ -67,8 +67,10 @@ absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldLogprobs(
     absl::Span<const Request> requests) {
   uint64_t entries = 0;
   for (const Request& request : requests) {
-    const auto of_a_token = static_cast<uint64_t>(request.sampling.prompt_logprobs + 1);
-    entries += request.prompt.size() * of_a_token * request.sampling.n;  // each choice lists them
+    const SamplingParams& sampling = request.sampling;
+    if (sampling.prompt_logprobs < 0) continue;
+    const uint64_t of_a_token = uint64_t{1} + sampling.prompt_logprobs;
+    entries += request.prompt.size() * of_a_token * sampling.n;  // each choice lists them
   }
   if (entries <= kFewLogprobs) return std::shared_ptr<void>();
   if (entries > limits::kPromptLogprobs) {
