@@ -15,6 +15,7 @@ using Command = std::function<int()>;
 
 // args: what stands after `serve` on the command line.
 void AddServeCommand(CLI::App* app, const std::vector<std::string>& args, Command* chosen);
+void AddWorkerGroupCommand(CLI::App* app, Command* chosen);
 void AddGenerateCommand(CLI::App* app, Command* chosen);
 void AddChatCommand(CLI::App* app, Command* chosen);
 void AddBatchCommand(CLI::App* app, Command* chosen);

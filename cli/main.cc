@@ -72,6 +72,7 @@ int main(int argc, char** argv) {
   app.get_formatter()->column_width(34);
   lockstep::Command chosen;
   lockstep::AddServeCommand(&app, {argv + std::min(argc, 2), argv + argc}, &chosen);
+  lockstep::AddWorkerGroupCommand(&app, &chosen);
   lockstep::AddGenerateCommand(&app, &chosen);
   lockstep::AddChatCommand(&app, &chosen);
   lockstep::AddBatchCommand(&app, &chosen);
@@ -96,7 +97,8 @@ int main(int argc, char** argv) {
     return AfterStdout(app.exit(wanted));
   } catch (const CLI::ParseError& error) {
     CLI::App* command = Chosen(&app);
-    const std::vector<std::string> extras = app.remaining(/*recurse=*/true);
+    std::vector<std::string> extras = app.remaining(/*recurse=*/true);
+    std::erase(extras, "--");  // among them without being one
     const std::string text = extras.empty() ? lockstep::FlagErrorLine(*command, error.what())
                                             : ExplainUnknown(command, extras[0]);
     return refuse(text);
@@ -108,8 +110,8 @@ int main(int argc, char** argv) {
     std::fputs(app.help().c_str(), stdout);
     return AfterStdout(0);
   }
-  // serve says them in its log's format.
-  if (!app.got_subcommand("serve")) {
+  // Who starts daemons says them in the format of their log.
+  if (!app.got_subcommand("serve") && !app.got_subcommand("worker-group")) {
     for (const std::string& line : lockstep::TakeUnknownVariables()) {
       std::fprintf(stderr, "lockstep: %s\n", line.c_str());
     }

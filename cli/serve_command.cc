@@ -16,8 +16,6 @@
 #include "cli/private_folder.h"
 #include "cli/supervisor.h"
 #include "common/flag_sources.h"
-#include "common/log.h"
-#include "common/variables.h"
 #include "coordinator/options.h"
 
 namespace lockstep {
@@ -26,19 +24,6 @@ namespace {
 int Fail(const absl::Status& status, int code) {
   std::fprintf(stderr, "lockstep serve: %s\n", std::string(status.message()).c_str());
   return code;
-}
-
-// As a line of the log where that is JSON, which something may read line by line.
-void SayUnknownVariables(const CoordinatorOptions& options) {
-  const bool json = options.log_format == "json";
-  if (json) InitLog({.json = true, .source = "serve"});
-  for (const std::string& line : TakeUnknownVariables()) {
-    if (json) {
-      LogWarning(line);
-    } else {
-      std::fprintf(stderr, "lockstep serve: %s\n", line.c_str());
-    }
-  }
 }
 
 // The coordinator's flags. The one whose default is another here says so.
@@ -94,7 +79,7 @@ int RunServe(const std::vector<std::string>& args) {
   CoordinatorOptions options;
   AddServeFlags(app, &options);
   const absl::Status parsed = ParseWithSources(app, args);
-  SayUnknownVariables(options);
+  SayUnknownVariables("serve", options.log_format == "json");
   if (!parsed.ok()) return Fail(parsed, 2);
   if (options.print_config) {
     std::fputs(PrintConfig(app).c_str(), stdout);

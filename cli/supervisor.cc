@@ -20,6 +20,7 @@
 #include "common/log.h"
 #include "common/service_manager.h"
 #include "common/supervisor_link.h"
+#include "common/variables.h"
 
 namespace lockstep {
 namespace {
@@ -31,14 +32,6 @@ int64_t NowMs() {
 }
 
 constexpr int kBadCommandLine = 2;  // the daemons' exit code for it
-
-void Say(const std::string& line) {
-  if (LogsJson()) {
-    LogWarning(line);
-  } else {
-    std::fprintf(stderr, "serve: %s\n", line.c_str());
-  }
-}
 
 struct Child {
   std::string name;
@@ -94,8 +87,9 @@ class Supervisor {
       Say(absl::StrCat("signalfd: ", strerror(errno)));
       return 1;
     }
-    Start(coordinator_);
+    if (!coordinator_.argv.empty()) Start(coordinator_);
     for (Child& worker : workers_) Start(worker);
+    if (coordinator_.argv.empty()) service_.Ready();
     while (!Finished()) {
       service_.Beat();
       const int number = NextSignal();
@@ -113,7 +107,11 @@ class Supervisor {
  private:
   void Say(const std::string& line) {
     output_.BeforeOwnLine();
-    lockstep::Say(line);
+    if (LogsJson()) {
+      LogWarning(line);
+    } else {
+      std::fprintf(stderr, "%s: %s\n", options_.command.c_str(), line.c_str());
+    }
   }
 
   // Waits until a signal, a note, a word of a child or the next thing to do; 0: no
@@ -170,7 +168,12 @@ class Supervisor {
 
   // The first signal drains through the coordinator; the second ends all.
   void OnStopSignal() {
-    if (stop_signals_++ == 0 && coordinator_.pid != 0) {
+    const bool first = stop_signals_++ == 0;
+    if (first && coordinator_.argv.empty()) {
+      service_.Stopping();
+      return End(0);
+    }
+    if (first && coordinator_.pid != 0) {
       draining_ = true;
       service_.Stopping();
       kill(coordinator_.pid, SIGTERM);
@@ -253,6 +256,7 @@ class Supervisor {
     const bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
     // A clean exit answers the coordinator's own word; it is about to end too.
     if (clean && draining_) return;
+    if (clean && coordinator_.argv.empty()) return End(0);
     // A command line that is refused once is refused always; the worker has said why.
     if (WIFEXITED(status) && WEXITSTATUS(status) == kBadCommandLine) {
       // Nobody is served yet, and a farewell would come after the reason.
@@ -265,8 +269,9 @@ class Supervisor {
   void ScheduleRestart(Child& child, int status) {
     const int64_t now = NowMs();
     // A large model takes minutes to load: a death before the group was whole
-    // is as good a sign as a quick one.
-    const bool young = !child.was_ready || now - child.started_ms < options_.young_ms;
+    // is as good a sign as a quick one, where somebody tells of it.
+    const bool told = !coordinator_.argv.empty();
+    const bool young = (told && !child.was_ready) || now - child.started_ms < options_.young_ms;
     const bool killed = WIFSIGNALED(status) &&
                         (WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGTERM) &&
                         child.was_ready;
@@ -274,8 +279,8 @@ class Supervisor {
     if (young && !killed) ++child.young_deaths;
     if (child.young_deaths >= options_.crash_loop_deaths) {
       last_word_ =
-          absl::StrCat(child.name, ": crash loop: ended ", child.young_deaths,
-                       " times in a row before the group was whole or within ", options_.young_ms,
+          absl::StrCat(child.name, ": crash loop: ended ", child.young_deaths, " times in a row ",
+                       told ? "before the group was whole or " : "", "within ", options_.young_ms,
                        " ms of its start, the last time with ", DescribeExit(status));
       End(1);
       return;
@@ -350,8 +355,19 @@ class Supervisor {
 
 int RunSupervisor(const SupervisorOptions& options) {
   ServiceManager service;
-  if (options.log_json) InitLog({.json = true, .source = "serve"});
+  if (options.log_json) InitLog({.json = true, .source = options.command});
   return Supervisor(options, service).Run();
+}
+
+void SayUnknownVariables(const std::string& command, bool log_json) {
+  if (log_json) InitLog({.json = true, .source = command});
+  for (const std::string& line : TakeUnknownVariables()) {
+    if (log_json) {
+      LogWarning(line);
+    } else {
+      std::fprintf(stderr, "lockstep %s: %s\n", command.c_str(), line.c_str());
+    }
+  }
 }
 
 }  // namespace lockstep

@@ -392,6 +392,53 @@ TEST_F(SupervisorTest, AStubbornWorkerIsKilledAtTheEnd) {
   EXPECT_FALSE(Alive(Starts("w")[0]));
 }
 
+// What `lockstep worker-group` asks for.
+TEST_F(SupervisorTest, WithoutACoordinatorSigtermIsForTheWorkers) {
+  SupervisorOptions options;
+  options.workers = {Shell("trap 'echo 1 >> " + dir_ + "/told; exit 3' TERM; " + Note("w0") +
+                           "while :; do sleep 0.01; done"),
+                     Shell(Note("w1") + "exec sleep 60")};
+  options.kill_after_ms = 3'600'000;
+  Launch(options);
+  ASSERT_TRUE(Eventually([&] { return !Starts("w0").empty() && !Starts("w1").empty(); }));
+  kill(pid_, SIGTERM);
+  EXPECT_EQ(Wait(), 0);
+  EXPECT_EQ(Starts("told").size(), 1u);
+  EXPECT_EQ(Starts("w0").size(), 1u);
+  EXPECT_FALSE(Alive(Starts("w1")[0]));
+}
+
+TEST_F(SupervisorTest, WithoutACoordinatorAWorkerThatWasToldToEndEndsAll) {
+  SupervisorOptions options;
+  options.workers = {Shell(Note("w0") + "while [ ! -s " + dir_ + "/w1 ]; do :; done; exit 0"),
+                     Shell(Note("w1") + "exec sleep 60")};
+  Launch(options);
+  EXPECT_EQ(Wait(), 0);
+  EXPECT_EQ(Starts("w0").size(), 1u);
+  ASSERT_EQ(Starts("w1").size(), 1u);
+  EXPECT_FALSE(Alive(Starts("w1")[0]));
+}
+
+TEST_F(SupervisorTest, WithoutACoordinatorLongLivesAreNoCrashLoop) {
+  SupervisorOptions options;
+  options.workers = {Shell(Note("w0") + "[ $(wc -l < " + dir_ + "/w0) -gt 4 ] && exit 0; exit 3")};
+  options.crash_loop_deaths = 2;
+  options.young_ms = 0;  // every life is a long one
+  Launch(options);
+  EXPECT_EQ(Wait(), 0);
+  EXPECT_EQ(Starts("w0").size(), 5u);
+}
+
+TEST_F(SupervisorTest, WithoutACoordinatorAKillSoonAfterTheStartCountsToo) {
+  SupervisorOptions options;
+  options.workers = {Shell(Note("w0") + "kill -KILL $$")};
+  options.crash_loop_deaths = 2;
+  options.young_ms = 3'600'000;
+  Launch(options);
+  EXPECT_EQ(Wait(), 1);
+  EXPECT_EQ(Starts("w0").size(), 2u);
+}
+
 TEST_F(SupervisorTest, NoChildOutlivesAKilledSupervisor) {
   SupervisorOptions options;
   options.coordinator = Shell(Note("c") + "exec sleep 60");

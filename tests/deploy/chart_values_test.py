@@ -54,7 +54,7 @@ class ValuesTest(unittest.TestCase):
         "--drain-grace": "preStop is the grace: the Service stops sending meanwhile",
         "--admin-address": "stays on the pod's loopback",
         "--port-file": "ports are fixed", "--exit-with-parent": "for `lockstep serve`",
-        "--device": "lockstep-worker-group's", "--preferred-rank": "lockstep-worker-group's",
+        "--device": "`lockstep worker-group`'s", "--preferred-rank": "`lockstep worker-group`'s",
         "--comm-address": "a pod has one address",
     }
 

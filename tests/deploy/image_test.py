@@ -88,25 +88,17 @@ class RootTest(unittest.TestCase):
                     for path in (self.root / folder).iterdir()]
         self.assertEqual([path.name for path in programs], ["lockstep-worker"])
 
-    def test_the_worker_group_has_the_shell_it_needs(self):
-        tools = ("sh", "date", "sleep", "sed")
-        done = collect(self.root, harness.BIN / "lockstep-worker",
-                       CONTAINER / "lockstep-worker-group", *(f"/bin/{tool}" for tool in tools))
+    def test_a_worker_group_needs_nothing_else(self):
+        done = collect(self.root, *harness.installed())
         self.assertEqual(done.returncode, 0, done.stderr)
         inside = shut_in(self.root)
         if inside is None:
             return
         ran = subprocess.run(inside(
-            "/usr/local/bin/lockstep-worker-group --count 1 -- --backend none"),
+            "/usr/local/bin/lockstep worker-group --count 1 -- --backend none"),
             capture_output=True, text=True, env=self.environment, timeout=60)
         self.assertEqual(ran.returncode, 2, ran.stderr)
         self.assertIn("--backend none", ran.stderr)
-        # What the script calls is what it was given.
-        script = (CONTAINER / "lockstep-worker-group").read_text()
-        builtin = {"kill", "wait", "trap", "shift", "exit", "return", "command", "echo", "set"}
-        called = set(re.findall(r"^\s*(\w+) ", script, re.MULTILINE)) & {
-            "awk", "grep", "cat", "ps", "sleep", "date", "sed", "kill", "wait", "cut", "tr"}
-        self.assertLessEqual(called - builtin, set(tools))
 
     def test_a_missing_file_is_named(self):
         done = collect(self.root, "/no/such/program")

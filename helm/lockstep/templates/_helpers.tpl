@@ -209,7 +209,6 @@ annotations:
 - --insecure
 {{- end }}
 - --threads={{ int .Values.engine.cpuThreads }}
-- --log-format={{ .Values.engine.logFormat }}
 - --log-level={{ .Values.engine.logLevel }}
 {{- end }}
 
@@ -346,12 +345,13 @@ volumeMounts:
 name: workers
 image: {{ include "lockstep.image" .root }}
 imagePullPolicy: {{ $v.image.pullPolicy }}
-command: [lockstep-worker-group]
+command: [lockstep, worker-group]
 args:
   - --count
   - {{ include "lockstep.ranksPerPod" .root | quote }}
   - --node
   - {{ .node | quote }}
+  - --log-format={{ $v.engine.logFormat }}
   - --
   - --coordinator={{ .address }}
   {{- include "lockstep.workerArgs" .root | nindent 2 }}
