@@ -16,6 +16,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/fakes/process_state.h"
+#include "tests/fakes/temp_dir.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -180,24 +181,19 @@ TEST_F(FaultTest, TheSecondDeathEndsARequestAndNamesTheRank) {
 class ChangedModelTest : public FaultTest {
  protected:
   void ServeCopy(std::vector<std::string> flags) {
-    std::string path = (fs::temp_directory_path() / "lockstep-model.XXXXXX").string();
-    ASSERT_NE(mkdtemp(path.data()), nullptr);
-    folder_ = path;
     fs::copy(DemoModel(), model());
     flags.insert(flags.end(), {"--dtype", "float32"});
     served_ = TestServer::Start(model().string(), 2, flags);
     ASSERT_NE(served_, nullptr);
   }
-  void TearDown() override {
-    served_.reset();
-    if (!folder_.empty()) fs::remove_all(folder_);
-  }
-  fs::path model() const { return folder_ / "demo"; }
+  void TearDown() override { served_.reset(); }
+  fs::path model() const { return folder_.File("demo"); }
+  fs::path away() const { return folder_.File("away"); }
   bool Said(const std::string& text) {
     return served_->server().Log().find(text) != std::string::npos;
   }
 
-  fs::path folder_;
+  TempDir folder_;
 };
 
 TEST_F(ChangedModelTest, AModelThatIsGoneForAMomentCostsNoStream) {
@@ -205,11 +201,11 @@ TEST_F(ChangedModelTest, AModelThatIsGoneForAMomentCostsNoStream) {
   const std::vector<uint32_t> expected = FaultFree(Prompt(0), 300);
   auto stream = Stream(0, 300);
   stream->AwaitTokens(10);
-  fs::rename(model(), folder_ / "away");
+  fs::rename(model(), away());
   kill(served_->WorkerPid(1), SIGKILL);
   EXPECT_TRUE(Eventually([&] { return Said("demo: cannot open"); })) << served_->server().Log();
   EXPECT_FALSE(stream->done());
-  fs::rename(folder_ / "away", model());
+  fs::rename(away(), model());
   ASSERT_TRUE(stream->Await().ok()) << stream->Await() << served_->server().Log();
   EXPECT_EQ(stream->token_ids(), expected);
 }

@@ -2,7 +2,6 @@
 #include <atomic>
 #include <csignal>
 #include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -16,12 +15,12 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "tests/fakes/shell.h"
+#include "tests/fakes/temp_dir.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
 namespace {
 
-namespace fs = std::filesystem;
 using nlohmann::json;
 using ::testing::HasSubstr;
 
@@ -54,13 +53,6 @@ class ProfileTest : public ::testing::Test {
   void SetUp() override {
     server_ = TestServer::Start(DemoModel(), 2, {"--dtype", "float32"});
     ASSERT_NE(server_, nullptr);
-    std::string folder = (fs::temp_directory_path() / "lockstep-profile.XXXXXX").string();
-    ASSERT_NE(mkdtemp(folder.data()), nullptr);
-    folder_ = folder;
-    path_ = folder_ / "trace.json";
-  }
-  void TearDown() override {
-    if (!folder_.empty()) fs::remove_all(folder_);
   }
   Shell Run(const std::string& flags) {
     return Profile(absl::StrCat("--address ", server_->server().admin_address(), " --output ",
@@ -72,8 +64,8 @@ class ProfileTest : public ::testing::Test {
   }
 
   std::unique_ptr<TestServer> server_;
-  fs::path folder_;
-  std::string path_;
+  const TempDir folder_;
+  const std::string path_ = folder_.File("trace.json");
 };
 
 TEST_F(ProfileTest, TracesTheSameStepsOfEveryRankOnOneTimeAxis) {

@@ -22,6 +22,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/fakes/temp_dir.h"
 #include "tests/integration/test_server.h"
 
 namespace lockstep {
@@ -50,19 +51,13 @@ struct Ended {
 
 class StartTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    UseBuiltPrograms();
-    std::string pattern = ::testing::TempDir() + "/start-XXXXXX";
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    dir_ = pattern;
-  }
+  void SetUp() override { UseBuiltPrograms(); }
   void TearDown() override {
     if (tmpdir_.has_value()) {
       setenv("TMPDIR", tmpdir_->c_str(), /*overwrite=*/1);
     } else {
       unsetenv("TMPDIR");
     }
-    fs::remove_all(dir_);
   }
 
   // A copy of the demo model to spoil.
@@ -113,7 +108,8 @@ class StartTest : public ::testing::Test {
     for (const std::string& word : named) EXPECT_THAT(ended.log, HasSubstr(word));
   }
 
-  std::string dir_;
+  const TempDir folder_;
+  const std::string dir_ = folder_.path();
 
  private:
   static std::optional<std::string> Tmpdir() {

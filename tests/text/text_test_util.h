@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -17,6 +16,7 @@
 
 #include "coordinator/text/tokenizer.h"
 #include "nlohmann/json.hpp"
+#include "tests/fakes/temp_dir.h"
 
 namespace lockstep {
 
@@ -50,25 +50,12 @@ inline std::shared_ptr<const Tokenizer> LoadFixture(const std::string& name) {
 }
 
 // A directory of its own, gone at the end.
-class ModelDir {
+class ModelDir : public TempDir {
  public:
-  ModelDir() {
-    std::string pattern =
-        (std::filesystem::temp_directory_path() / "lockstep_text_XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-  }
-  ~ModelDir() { std::filesystem::remove_all(path_); }
-  ModelDir(const ModelDir&) = delete;
-  ModelDir& operator=(const ModelDir&) = delete;
-
-  const std::string& path() const { return path_; }
   ModelDir& Write(const std::string& name, std::string_view content) {
-    std::ofstream(path_ + "/" + name, std::ios::binary) << content;
+    std::ofstream(File(name), std::ios::binary) << content;
     return *this;
   }
-
- private:
-  std::string path_;
 };
 
 // A pseudo-random sequence, the same everywhere; other sequences come with

@@ -11,26 +11,11 @@
 
 #include "common/log.h"
 #include "tests/fakes/fake_host.h"
+#include "tests/worker/session_testing.h"
 #include "worker/comm/gloo_communicator.h"
 
 namespace lockstep {
 namespace {
-
-worker::v1::Configure OneRank(uint64_t epoch) {
-  worker::v1::Configure c;
-  c.set_epoch(epoch);
-  c.set_tp_size(1);
-  c.set_model_path("/model");
-  c.set_dtype("float32");
-  c.set_load_format("auto");
-  c.set_block_size(16);
-  c.set_num_kv_blocks(8);
-  c.set_max_num_seqs(4);
-  c.set_max_batched_tokens(64);
-  c.set_max_model_len(128);
-  c.set_communicator("nonce");
-  return c;
-}
 
 // The thread answers for an epoch that it holds, which must then be let go of in time; the
 // caller, for any other. A load is not waited for: nothing is held before it.
@@ -55,7 +40,7 @@ TEST(EpochRunner, HoldsNothingOfAnEpochThatIsClosedBeforeItsLoad) {
       });
   for (uint64_t epoch = 1; epoch <= 4'000; ++epoch) {
     loads_before = control->Get().loads;
-    runner.OnConfigure(1, OneRank(epoch), "127.0.0.1");
+    runner.OnConfigure(1, Configure(epoch, 0, 1).configure(), "127.0.0.1");
     // Closed at another point of its start each time.
     for (std::atomic<uint64_t> spent{0}; spent < 37 * epoch % 20'000;) ++spent;
     runner.OnClose(1, epoch);

@@ -16,13 +16,6 @@
 
 namespace lockstep {
 
-CertificateFolder::CertificateFolder() {
-  std::string pattern = (std::filesystem::temp_directory_path() / "lockstep_tls_XXXXXX").string();
-  path_ = mkdtemp(pattern.data());
-}
-
-CertificateFolder::~CertificateFolder() { std::filesystem::remove_all(path_); }
-
 void CertificateFolder::Write(const std::string& name, const std::string& text) const {
   std::ofstream(Path(name), std::ios::trunc | std::ios::binary) << text;
 }
@@ -34,7 +27,8 @@ std::string CertificateFolder::Read(const std::string& name) const {
 }
 
 void CertificateFolder::Run(const std::string& arguments) const {
-  const std::string command = "cd " + path_ + " && openssl " + arguments + " 2>openssl.log";
+  const std::string command =
+      "cd " + folder_.path() + " && openssl " + arguments + " 2>openssl.log";
   ASSERT_EQ(std::system(command.c_str()), 0) << command << "\n" << Read("openssl.log");
 }
 

@@ -7,18 +7,14 @@
 #include <string>
 
 #include "common/tls_files.h"
+#include "tests/fakes/temp_dir.h"
 
 namespace lockstep {
 
 // A folder of its own, gone at the end.
 class CertificateFolder {
  public:
-  CertificateFolder();
-  ~CertificateFolder();
-  CertificateFolder(const CertificateFolder&) = delete;
-  CertificateFolder& operator=(const CertificateFolder&) = delete;
-
-  std::string Path(const std::string& name) const { return path_ + "/" + name; }
+  std::string Path(const std::string& name) const { return folder_.File(name); }
   void Write(const std::string& name, const std::string& text) const;
   std::string Read(const std::string& name) const;
   // NAME.pem and NAME.key: an authority.
@@ -33,7 +29,7 @@ class CertificateFolder {
  private:
   void Run(const std::string& arguments) const;
 
-  std::string path_;
+  TempDir folder_;
 };
 
 class TlsClient {
