@@ -11,13 +11,12 @@
 #include <boost/asio/redirect_error.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/beast/http.hpp>
-#include <ctime>
 #include <iterator>
 #include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
+#include "coordinator/api/http/reply_bytes.h"
 #include "coordinator/api/limits.h"
 
 // GCC 12 takes the coroutine frames' own operator delete for a wrong one where it
@@ -39,7 +38,6 @@ constexpr size_t kMaxPipelinedBytes = 16 * 1024;
 // At a time; every open connection holds as much.
 constexpr size_t kReadBytes = 4 * 1024;
 constexpr size_t kBodyReadBytes = 16 * 1024;
-constexpr size_t kLargeBodyBytes = 512 * 1024;
 // What so many connections held in small pieces goes back when the last has left.
 constexpr size_t kCrowd = 64;
 // After an early refusal the rest of the request is read away, so that the
@@ -62,15 +60,6 @@ void NoticeLoss(int socket, int64_t ms) {
   set(TCP_KEEPINTVL, std::max<int64_t>(ms / 6000, 1));
 }
 
-std::string HttpDate() {
-  const std::time_t now = std::time(nullptr);
-  std::tm utc;
-  gmtime_r(&now, &utc);
-  char text[64];
-  const size_t size = std::strftime(text, sizeof text, "%a, %d %b %Y %H:%M:%S GMT", &utc);
-  return {text, size};
-}
-
 // "http://host/path?query" and "/path?query" -> "/path".
 std::string PathOf(std::string target) {
   if (target.starts_with("http://") || target.starts_with("https://")) {
@@ -89,30 +78,6 @@ bool FramingIsClear(const http::request<http::string_body>& request) {
   if (begin == end) return true;
   return std::next(begin) == end && request.version() >= 11 &&
          boost::beast::iequals(begin->value(), "chunked");
-}
-
-std::string HeadLines(const HttpReply& reply, bool keep_alive) {
-  const auto reason = http::obsolete_reason(static_cast<http::status>(reply.status));
-  std::string head = absl::StrCat("HTTP/1.1 ", reply.status, " ", ToString(reason),
-                                  "\r\nDate: ", HttpDate(), "\r\nServer: lockstep\r\n");
-  absl::StrAppend(&head, "Content-Type: ", reply.content_type, "\r\n");
-  for (const auto& [name, value] : reply.headers) {
-    absl::StrAppend(&head, name, ": ", value, "\r\n");
-  }
-  absl::StrAppend(&head, "Connection: ", keep_alive ? "keep-alive" : "close", "\r\n");
-  return head;
-}
-
-std::string StreamHead(const HttpReply& reply, bool keep_alive, bool chunked) {
-  return absl::StrCat(HeadLines(reply, keep_alive),
-                      chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n");
-}
-
-void AppendChunk(const std::string& body, bool chunked, std::string* out) {
-  if (body.empty()) return;
-  if (chunked) absl::StrAppendFormat(out, "%x\r\n", body.size());
-  *out += body;
-  if (chunked) *out += "\r\n";
 }
 
 }  // namespace
@@ -164,50 +129,6 @@ struct Connection::Received {
     out.head_only = parser.is_header_done() && parser.get().method() == http::verb::head;
     return out;
   }
-
-  static std::string FixedReply(const HttpReply& reply, const Received& received, bool keep_alive) {
-    return absl::StrCat(HeadLines(reply, keep_alive), "Content-Length: ", reply.body.size(),
-                        "\r\n\r\n", received.head_only ? "" : reply.body);
-  }
-};
-
-// Bytes of bodies that are held, of all connections together.
-class Connection::BodyLease {
- public:
-  explicit BodyLease(std::shared_ptr<ServerState> state) : state_(std::move(state)) {}
-  ~BodyLease() {
-    state_->body_bytes -= held_;
-    // What came of a large body was many times its size.
-    if (held_ >= kLargeBodyBytes) malloc_trim(0);
-  }
-  bool Resize(size_t bytes) {
-    if (bytes <= held_) return true;
-    const size_t more = bytes - std::exchange(held_, bytes);
-    return (state_->body_bytes += more) <= limits::kBodyBytesInFlight;
-  }
-
- private:
-  const std::shared_ptr<ServerState> state_;
-  size_t held_ = 0;
-};
-
-// Counts exchanges under way, for Stop.
-class Connection::BusyGuard {
- public:
-  explicit BusyGuard(std::shared_ptr<ServerState> state) : state_(std::move(state)) {
-    const std::lock_guard lock(state_->mutex);
-    ++state_->exchanges;
-  }
-  ~BusyGuard() {
-    const std::lock_guard lock(state_->mutex);
-    --state_->exchanges;
-    state_->changed.notify_all();
-  }
-  BusyGuard(const BusyGuard&) = delete;
-  BusyGuard& operator=(const BusyGuard&) = delete;
-
- private:
-  const std::shared_ptr<ServerState> state_;
 };
 
 // In the list of those that a newcomer may take the place of.
@@ -290,7 +211,7 @@ asio::awaitable<void> Connection::Run() {
       const HttpReply reply =
           received.refusal ? *std::move(received.refusal)
                            : state_->handler->RefuseMalformed(received.status, received.message);
-      co_await Write(Received::FixedReply(reply, received, /*keep_alive=*/false));
+      co_await Write(WholeReply(reply, {.keep_alive = false, .without_body = received.head_only}));
       co_await Linger();
       break;
     }
@@ -417,7 +338,7 @@ asio::awaitable<bool> Connection::Answer(Received received) {
     const bool keep = keep_alive && !part->close && !closed_;
     std::string bytes;
     if (part->head && part->last && !part->stream) {
-      bytes = Received::FixedReply(*part->head, received, keep);
+      bytes = WholeReply(*part->head, {.keep_alive = keep, .without_body = received.head_only});
     } else if (part->head) {
       chunked = !received.http10;
       streaming = true;
@@ -426,7 +347,7 @@ asio::awaitable<bool> Connection::Answer(Received received) {
     } else {
       AppendChunk(part->body, chunked, &bytes);
     }
-    if (chunked && part->last) bytes += "0\r\n\r\n";
+    if (chunked && part->last) bytes += kLastChunk;
     if (!co_await Write(std::move(bytes))) {
       if (!part->last) exchange->Abandon();
       co_return false;

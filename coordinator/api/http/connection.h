@@ -6,46 +6,21 @@
 // clang-format off
 #include <utility>  // first: Boost 1.74's awaitable.hpp uses std::exchange without it
 // clang-format on
-#include <atomic>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/ssl/stream.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
-#include "coordinator/api/http/exchange.h"
-#include "coordinator/api/http/http_server.h"
+#include "coordinator/api/http/server_state.h"
 
 namespace lockstep {
-
-class Connection;
-
-// What connections share with the server.
-struct ServerState {
-  explicit ServerState(HttpServerOptions o, HttpHandler* h) : options(std::move(o)), handler(h) {}
-
-  const HttpServerOptions options;
-  HttpHandler* const handler;
-  std::atomic<size_t> body_bytes = 0;
-  std::atomic<bool> stopping = false;
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::set<Connection*> connections;     // guarded by mutex, as what follows
-  std::map<uint64_t, Connection*> idle;  // between requests, the longest first
-  uint64_t times_idle = 0;
-  size_t most_connections = 0;  // since memory was last given back
-  size_t exchanges = 0;
-};
 
 // Everything of a connection happens on its strand, which is the socket's
 // executor. One coroutine reads requests and writes answers; one read may be
@@ -68,8 +43,6 @@ class Connection : public std::enable_shared_from_this<Connection> {
   template <typename T>
   using Awaitable = boost::asio::awaitable<T>;
   struct Received;
-  class BodyLease;
-  class BusyGuard;
   class IdleMark;
 
   Awaitable<void> Run();
