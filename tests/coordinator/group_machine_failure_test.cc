@@ -200,6 +200,20 @@ TEST_F(GroupMachineTest, WhoWasSilentForAMomentKeepsItsRankBeforeASpare) {
   EXPECT_EQ(Epoch(spare), 0u);
 }
 
+TEST_F(GroupMachineTest, WhoWasSlowInAStepAndLetsGoKeepsItsRankBeforeASpare) {
+  const auto [a, b] = FormTwo();
+  const StreamId spare = Attach();
+  SendPlan(1);
+  Answer(a, 1, 1001);
+  for (int i = 0; i < 1'000 && Failed().empty(); ++i) Pass(50, {a, b, spare});
+  ASSERT_EQ(Failed().size(), 1u);
+  EXPECT_EQ(Failed()[0].rank, static_cast<int>(Rank(b)));
+  SayReleased(a);
+  SayReleased(b);
+  EXPECT_EQ(Epoch(b), 2u);
+  EXPECT_EQ(Epoch(spare), 0u);
+}
+
 TEST_F(GroupMachineTest, DeathWhileLoadingIsReportedAndRepaired) {
   Make(2);
   const StreamId a = Attach(), b = Attach();
