@@ -116,7 +116,7 @@ class GenerateCall : public Reactor, public std::enable_shared_from_this<Generat
     client_ = {};
     held_ = std::shared_ptr<void>();
     if (!request.ok()) return FinishOnce(request.status());
-    held_ = path_->HoldLogprobs({&*request, 1});
+    held_ = path_->HoldLogprobs({&*request, 1}, RequestPath::Listed::kOnce);
     if (!held_.ok()) return FinishOnce(held_.status());
     absl::StatusOr<std::shared_ptr<Answer>> started = path_->Submit(*std::move(request));
     if (!started.ok()) return FinishOnce(started.status());

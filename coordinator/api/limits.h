@@ -13,7 +13,7 @@ namespace lockstep::limits {
 inline constexpr size_t kHttpHeaderBytes = 16 * 1024;  // 431 beyond
 inline constexpr size_t kBodyBytes = 8 * 1024 * 1024;  // 413 beyond; gRPC messages likewise
 inline constexpr size_t kBodyBytesInFlight = 16 * 1024 * 1024;  // of all connections; 503 beyond
-inline constexpr uint32_t kHttpConnections = 4096;              // for one more an idle one goes
+inline constexpr uint32_t kHttpConnections = 2048;              // for one more an idle one goes
 inline constexpr int kHttpHeaderSeconds = 10;                   // from a request's first byte
 inline constexpr int kHttpBodySeconds = 60;                     // from the end of its header
 inline constexpr int kHttpIdleSeconds = 75;                     // between requests

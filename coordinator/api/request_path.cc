@@ -63,14 +63,15 @@ absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldMessage(size_t bytes) {
   return Refuse(Full("too many large messages at once"));
 }
 
-absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldLogprobs(
-    absl::Span<const Request> requests) {
+absl::StatusOr<std::shared_ptr<void>> RequestPath::HoldLogprobs(absl::Span<const Request> requests,
+                                                                Listed listed) {
   uint64_t entries = 0;
   for (const Request& request : requests) {
     const SamplingParams& sampling = request.sampling;
     if (sampling.prompt_logprobs < 0) continue;
     const uint64_t of_a_token = uint64_t{1} + sampling.prompt_logprobs;
-    entries += request.prompt.size() * of_a_token * sampling.n;  // each choice lists them
+    const uint64_t times = listed == Listed::kOnce ? 1 : sampling.n;
+    entries += request.prompt.size() * of_a_token * times;
   }
   if (entries <= kFewLogprobs) return std::shared_ptr<void>();
   if (entries > limits::kPromptLogprobs) {

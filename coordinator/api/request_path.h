@@ -40,9 +40,11 @@ class RequestPath {
   // A place for a message of `bytes` that waits to be read; given back with the
   // last copy. ResourceExhausted when large ones fill theirs already.
   absl::StatusOr<std::shared_ptr<void>> HoldMessage(size_t bytes);
-  // Likewise for the log-probabilities of prompts that the answer to these is to list, until it
-  // has been made. InvalidArgument: more than any answer may list.
-  absl::StatusOr<std::shared_ptr<void>> HoldLogprobs(absl::Span<const Request> requests);
+  // Likewise for the log-probabilities of prompts that the answer to these is to list, once or
+  // with each choice, until it has been made. InvalidArgument: more than any answer may list.
+  enum class Listed { kOnce, kWithEachChoice };
+  absl::StatusOr<std::shared_ptr<void>> HoldLogprobs(absl::Span<const Request> requests,
+                                                     Listed listed);
   // InvalidArgument for a batch of more prompts than an idle group could admit:
   // those that start and those that wait. A later attempt would end alike.
   absl::Status CheckBatch(size_t prompts);

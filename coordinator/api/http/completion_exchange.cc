@@ -67,7 +67,8 @@ absl::Status CompletionExchange::Start(std::vector<std::shared_ptr<Answer>>* ans
     if (request_.prompts.size() > 1) absl::StrAppend(&request->external_id, "-", i);
     requests.push_back(*std::move(request));
   }
-  absl::StatusOr<std::shared_ptr<void>> held = path_->HoldLogprobs(requests);
+  absl::StatusOr<std::shared_ptr<void>> held =
+      path_->HoldLogprobs(requests, RequestPath::Listed::kWithEachChoice);
   if (!held.ok()) return held.status();
   held_logprobs_ = *std::move(held);
   for (Request& request : requests) {

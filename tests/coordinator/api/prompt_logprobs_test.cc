@@ -67,6 +67,17 @@ TEST_F(PromptLogprobsTest, TheGrpcDoorHasTheSameLimit) {
   const grpc::Status refused = stub->Generate(&context, request, &response);
   EXPECT_EQ(refused.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_THAT(refused.error_message(), HasSubstr("allowed: 1048576"));
+
+  // This door lists a prompt once, however many choices there are.
+  request.mutable_token_ids()->clear_ids();
+  for (int i = 0; i < 3'300; ++i) request.mutable_token_ids()->add_ids(5);
+  request.mutable_sampling()->set_n(16);
+  request.mutable_sampling()->set_temperature(1);
+  grpc::ClientContext again;
+  again.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
+  const grpc::Status taken = stub->Generate(&again, request, &response);
+  EXPECT_TRUE(taken.ok()) << taken.error_message();
+  EXPECT_EQ(response.prompt().prompt_logprobs_size(), 3'300);
 }
 
 TEST_F(PromptLogprobsTest, AllRequestsTogetherHaveTwiceThat) {
