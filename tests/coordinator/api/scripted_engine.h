@@ -17,6 +17,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "coordinator/engine_client.h"
@@ -39,8 +40,23 @@ class ScriptedEngine : public EngineClient {
   ScriptedEngine();
   ~ScriptedEngine() override;
 
-  // Set before requests come.
-  std::function<Script(const Request&)> script = [](const Request&) { return Script{}; };
+  // Set by the test before requests come, called by a door's thread.
+  class Scripts {
+   public:
+    template <typename F>
+    void operator=(F next) {
+      const std::lock_guard lock(mutex_);
+      next_ = std::move(next);
+    }
+    Script operator()(const Request& request) const {
+      const std::lock_guard lock(mutex_);
+      return next_(request);
+    }
+
+   private:
+    mutable std::mutex mutex_;
+    std::function<Script(const Request&)> next_ = [](const Request&) { return Script{}; };
+  } script;
   std::function<absl::Status(const Request&)> on_submit;  // a refusal at the inbox
 
   void Hold();                // no tick but those given
