@@ -3,9 +3,12 @@
 
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <memory>
 #include <string>
+#include <system_error>
 
 #include "CLI/CLI.hpp"
 #include "absl/status/status.h"
@@ -28,7 +31,7 @@ constexpr int kMaxMessageBytes = 64 << 20;
 // Beyond the time for the steps: ranks send what they traced.
 constexpr int kAnswerSeconds = 60;
 
-absl::Status Ask(const ProfileFlags& flags, std::ofstream* file, size_t* bytes) {
+absl::Status Ask(const ProfileFlags& flags, std::ostream* out, size_t* bytes) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
   const auto stub = v1::Admin::NewStub(
@@ -44,7 +47,7 @@ absl::Status Ask(const ProfileFlags& flags, std::ofstream* file, size_t* bytes) 
   const auto reader = stub->Profile(&context, request);
   v1::ProfileReply reply;
   while (reader->Read(&reply)) {
-    file->write(reply.json().data(), static_cast<std::streamsize>(reply.json().size()));
+    out->write(reply.json().data(), static_cast<std::streamsize>(reply.json().size()));
     *bytes += reply.json().size();
   }
   const grpc::Status status = reader->Finish();
@@ -57,22 +60,36 @@ absl::Status Ask(const ProfileFlags& flags, std::ofstream* file, size_t* bytes) 
                       absl::StrCat(flags.address, ": ", status.error_message()));
 }
 
-// The file appears whole or not at all.
-int RunProfile(const ProfileFlags& flags) {
-  const std::string partial = absl::StrCat(flags.output, ".partial");
+int Fail(const std::string& what) {
+  std::fprintf(stderr, "lockstep profile: %s\n", what.c_str());
+  return 1;
+}
+
+int ProfileToStdout(const ProfileFlags& flags) {
+  size_t bytes = 0;
+  const absl::Status asked = Ask(flags, &std::cout, &bytes);
+  return asked.ok() ? 0 : Fail(std::string(asked.message()));
+}
+
+// A file appears whole or not at all; a device or a pipe is written to as it is.
+int ProfileToFile(const ProfileFlags& flags) {
+  std::error_code none;
+  const auto status = std::filesystem::status(flags.output, none);
+  const bool in_place =
+      std::filesystem::exists(status) && !std::filesystem::is_regular_file(status);
+  const std::string path = in_place ? flags.output : absl::StrCat(flags.output, ".partial");
   const auto fail = [&](const std::string& what) {
-    std::remove(partial.c_str());
-    std::fprintf(stderr, "lockstep profile: %s\n", what.c_str());
-    return 1;
+    if (!in_place) std::remove(path.c_str());
+    return Fail(what);
   };
-  std::ofstream file(partial, std::ios::trunc | std::ios::binary);
-  if (!file) return fail(absl::StrCat("--output: cannot write ", partial));
+  std::ofstream file(path, std::ios::trunc | std::ios::binary);
+  if (!file) return fail(absl::StrCat("--output: cannot write ", path));
   size_t bytes = 0;
   if (const absl::Status asked = Ask(flags, &file, &bytes); !asked.ok()) {
     return fail(std::string(asked.message()));
   }
   file.close();
-  if (!file || std::rename(partial.c_str(), flags.output.c_str()) != 0) {
+  if (!file || (!in_place && std::rename(path.c_str(), flags.output.c_str()) != 0)) {
     return fail(absl::StrCat("--output: cannot write ", flags.output));
   }
   std::printf("%s: %zu bytes; open it in https://ui.perfetto.dev or chrome://tracing\n",
@@ -92,11 +109,16 @@ void AddProfileCommand(CLI::App* app, Command* chosen) {
   command->add_option("--steps", flags->steps, "Steps to trace")
       ->capture_default_str()
       ->check(CLI::Range(1, 1'000));
-  command->add_option("--output", flags->output, "Trace file to write (JSON)")->required();
+  command->add_option("--output", flags->output, "Trace file to write (JSON); -: stdout")
+      ->required();
   command->add_option("--timeout", flags->timeout_s, "Seconds for the steps to run; then fewer do")
       ->capture_default_str()
       ->check(CLI::Range(0.001, 600.0));
-  command->callback([=] { *chosen = [=] { return RunProfile(*flags); }; });
+  command->callback([=] {
+    *chosen = [=] {
+      return flags->output == "-" ? ProfileToStdout(*flags) : ProfileToFile(*flags);
+    };
+  });
 }
 
 }  // namespace lockstep

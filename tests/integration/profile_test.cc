@@ -1,7 +1,10 @@
 // `lockstep profile` against a running server of two ranks.
+#include <sys/stat.h>
+
 #include <atomic>
 #include <csignal>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -137,6 +140,25 @@ TEST_F(ProfileTest, AnIdleServerHasNothingToTraceAndCanBeAskedAgain) {
   const Shell busy = Run("--steps 3");
   EXPECT_EQ(busy.code, 0) << busy.out;
   EXPECT_TRUE(answer.Await().ok());
+}
+
+// A pod has no other way out: no shell, no tar.
+TEST_F(ProfileTest, WritesToStdoutAndReplacesNoDevice) {
+  const std::string pipe = folder_.File("pipe");
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  for (const std::string& output : {std::string("- > " + path_), pipe}) {
+    StreamedAnswer answer(&server_->client(), LongGreedy("Once upon a time", Many()));
+    const Shell shell = RunShell(absl::StrCat(
+        output == pipe ? absl::StrCat("cat ", pipe, " > ", path_, " & ") : "", LOCKSTEP_BINARY_DIR,
+        "/bin/lockstep profile --steps 5 --address ", server_->server().admin_address(),
+        " --output ", output, "; code=$?; wait; ", "exit $code"));
+    EXPECT_EQ(shell.code, 0) << output;
+    const json trace = Trace();
+    ASSERT_FALSE(trace.is_discarded()) << output;
+    EXPECT_EQ(StepsOf(trace).size(), 2u) << output;
+    EXPECT_TRUE(answer.Await().ok());
+  }
+  EXPECT_TRUE(std::filesystem::is_fifo(pipe));
 }
 
 TEST_F(ProfileTest, GivesTheStepsThatRanInTime) {
