@@ -13,9 +13,10 @@ namespace lockstep {
 
 using Command = std::function<int()>;
 
-// args: what stands after `serve` on the command line.
-void AddServeCommand(CLI::App* app, const std::vector<std::string>& args, Command* chosen);
-void AddWorkerGroupCommand(CLI::App* app, Command* chosen);
+// words: the command line without the program's name.
+void AddServeCommand(CLI::App* app, const std::vector<std::string>& words, Command* chosen);
+// What stands behind -- is for the workers, and taken out of *words.
+void AddWorkerGroupCommand(CLI::App* app, std::vector<std::string>* words, Command* chosen);
 void AddGenerateCommand(CLI::App* app, Command* chosen);
 void AddChatCommand(CLI::App* app, Command* chosen);
 void AddBatchCommand(CLI::App* app, Command* chosen);

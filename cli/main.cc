@@ -71,8 +71,9 @@ int main(int argc, char** argv) {
   app.require_subcommand(0, 1);
   app.get_formatter()->column_width(34);
   lockstep::Command chosen;
-  lockstep::AddServeCommand(&app, {argv + std::min(argc, 2), argv + argc}, &chosen);
-  lockstep::AddWorkerGroupCommand(&app, &chosen);
+  std::vector<std::string> words(argv + std::min(argc, 1), argv + argc);
+  lockstep::AddServeCommand(&app, words, &chosen);
+  lockstep::AddWorkerGroupCommand(&app, &words, &chosen);
   lockstep::AddGenerateCommand(&app, &chosen);
   lockstep::AddChatCommand(&app, &chosen);
   lockstep::AddBatchCommand(&app, &chosen);
@@ -87,8 +88,7 @@ int main(int argc, char** argv) {
     return 2;
   };
   std::vector<std::string> args;
-  const absl::Status apart =
-      lockstep::SetEmptyValuesApart(app, {argv + std::min(argc, 1), argv + argc}, &args);
+  const absl::Status apart = lockstep::SetEmptyValuesApart(app, words, &args);
   if (!apart.ok()) return refuse(std::string(apart.message()));
   std::reverse(args.begin(), args.end());  // as CLI11 wants it
   try {

@@ -121,7 +121,8 @@ int RunServe(const std::vector<std::string>& args) {
 
 }  // namespace
 
-void AddServeCommand(CLI::App* app, const std::vector<std::string>& args, Command* chosen) {
+void AddServeCommand(CLI::App* app, const std::vector<std::string>& words, Command* chosen) {
+  const std::vector<std::string> args(words.empty() ? words.end() : words.begin() + 1, words.end());
   // The flags are declared for --help and for hints; the values are read in
   // RunServe, where the file and the environment count as well.
   auto shown = std::make_shared<CoordinatorOptions>();

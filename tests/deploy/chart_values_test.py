@@ -53,7 +53,7 @@ class ValuesTest(unittest.TestCase):
         "--no-enable-prefix-caching": "the other half of one that it has",
         "--drain-grace": "preStop is the grace: the Service stops sending meanwhile",
         "--admin-address": "stays on the pod's loopback",
-        "--port-file": "ports are fixed", "--exit-with-parent": "for `lockstep serve`",
+        "--port-file": "ports are fixed", "--exit-with-parent": "for whoever starts one by hand",
         "--device": "`lockstep worker-group`'s", "--preferred-rank": "`lockstep worker-group`'s",
         "--comm-address": "a pod has one address",
     }

@@ -117,8 +117,9 @@ class WorkerGroupTest(unittest.TestCase):
                         f'echo run >>{runs}\nexit 7\n')
         fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
         group, log = self.start("group", *GROUP, "--count", "2", "--", programs=fake.parent)
-        self.assertEqual(group.wait(30), 1)
-        self.assertEqual(len(runs.read_text().split()), 6)
+        # More where one of the lives was slow.
+        self.assertEqual(group.wait(300), 1)
+        self.assertGreaterEqual(len(runs.read_text().split()), 6)
         self.assertIn("worker 0: crash loop: ended 6 times in a row within 2000 ms", log.read_text())
 
     def test_each_node_asks_for_its_own_ranks(self):
@@ -127,10 +128,11 @@ class WorkerGroupTest(unittest.TestCase):
         fake.write_text(f'#!/bin/sh\necho "$*" >>{self.folder}/flags\nexit 2\n')
         fake.chmod(0o755)
         group, _ = self.start("group", *GROUP, "--count", "1", "--node", "3", "--",
-                              "--coordinator", "a:1", programs=fake.parent)
+                              "--coordinator", "[::1]:1", "--", "", programs=fake.parent)
         self.assertEqual(group.wait(20), 2)
+        # Nothing that would count above a file of theirs.
         self.assertEqual((self.folder / "flags").read_text(),
-                         "--log-format=text --coordinator a:1 --preferred-rank=2 --device=0\n")
+                         "--coordinator [::1]:1 --  --preferred-rank=2 --device=0\n")
 
     def test_its_own_flags_are_checked(self):
         for words, said in (
@@ -138,6 +140,7 @@ class WorkerGroupTest(unittest.TestCase):
                 (["--count", "x"], "--count: Value x"), (["--count", "1", "--node"], "--node: exp"),
                 (["--count", "1", "--gpus", "2"], "--gpus: unknown flag"),
                 (["--count", "1", "--insecure"], "--insecure: unknown flag"),
+                (["--count", "1", "two", "--", "--insecure"], "two: unknown word"),
                 (["--count", "1", "--log-format", "xml"], "--log-format: xml")):
             group, log = self.start("group", *GROUP, *words)
             self.assertEqual(group.wait(20), 2, words)
