@@ -373,6 +373,8 @@ absl::Status EpochRunner::Form(Epoch& epoch, worker::v1::Ready* ready) {
   if (absl::Status begun = host_->Begin(epoch.number, communicator.get()); !begun.ok()) {
     return begun;
   }
+  // What was aborted meanwhile may have begun all the same.
+  if (epoch.closed || epoch.failed) return absl::AbortedError("the epoch was closed as it began");
   add_phase("kv", SecondsSince(start));
   ready->set_weight_bytes(loaded->weight_bytes);
   ready->set_checkpoint_bytes(loaded->checkpoint_bytes);

@@ -25,9 +25,9 @@ class HostControl {
  public:
   struct State {
     int loads = 0, begins = 0, submits = 0, runs = 0, ends = 0;  // calls that were made
-    int weights_loaded = 0;                    // of the loads: not found in memory
-    bool hold_load = false, hold_run = false;  // block there while set
-    bool hold_done = false;                    // no step is done while set
+    int weights_loaded = 0;  // of the loads: not found in memory
+    bool hold_load = false, hold_begin = false, hold_run = false;  // block there while set
+    bool hold_done = false;                                        // no step is done while set
     bool in_load = false, in_run = false;
     uint64_t model_digest = 1;
     uint64_t held_bytes = 0;  // as the host says
@@ -95,7 +95,7 @@ class FakeHost final : public ModelHost {
   absl::Status Begin(uint64_t, Communicator* comm) override {
     control_->Set([](auto& s) { ++s.begins; });
     comm_ = comm;
-    return control_->Get().begin_error;
+    return control_->WaitWhile([](const auto& s) { return s.hold_begin; }).begin_error;
   }
 
   absl::Status Submit(const StepPlan& plan, uint64_t plan_received_ns) override {

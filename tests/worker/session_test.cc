@@ -226,6 +226,24 @@ TEST(Session, AnswersACloseWhileLoadingAtOnceAndKeepsWhatWasLoaded) {
   EXPECT_EQ(worker.control->Get().weights_loaded, 1);
 }
 
+// A host whose communicator was aborted may begin all the same: nothing failed.
+TEST(Session, SaysNotReadyOfAnEpochThatWasClosedWhileItBegan) {
+  FakeCoordinator coordinator("127.0.0.1:0");
+  TestWorker worker(coordinator.address());
+  worker.control->Set([](auto& s) { s.hold_begin = true; });
+  coordinator.Send(0, Configure(1, 0, 1));
+  ASSERT_TRUE(worker.control->Await([](auto& s) { return s.begins == 1; }));
+  coordinator.Send(0, Close(1));
+  coordinator.Send(0, Close(99));  // not held: answered at once, behind the other
+  const auto other = coordinator.AwaitCase(0, WorkerMessage::kReleased);
+  ASSERT_TRUE(other && other->released().epoch() == 99);
+  worker.control->Set([](auto& s) { s.hold_begin = false; });
+  const auto next = coordinator.Await(
+      0, [](const WorkerMessage& m) { return m.has_ready() || m.has_released(); });
+  ASSERT_TRUE(next && next->has_released()) << next->DebugString();
+  EXPECT_EQ(next->released().epoch(), 1u);
+}
+
 TEST(Session, StopsPromptlyWhateverItIsDoing) {
   FakeCoordinator coordinator("127.0.0.1:0");
   {

@@ -40,7 +40,7 @@ class TestWorker {
     end_ = std::async(std::launch::async, [this] { return session_->Run(); });
   }
   ~TestWorker() {
-    control->Set([](auto& s) { s.hold_load = s.hold_run = s.hold_done = false; });
+    control->Set([](auto& s) { s.hold_load = s.hold_begin = s.hold_run = s.hold_done = false; });
     session_->Stop();
   }
 

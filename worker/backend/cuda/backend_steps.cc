@@ -246,9 +246,9 @@ bool CudaBackend::Drain() {
   // A step that failed midway may not have joined its halves.
   const bool drained = cudaStreamSynchronize(exchange_stream_) == cudaSuccess &&
                        cudaStreamSynchronize(stream_) == cudaSuccess;
-  // They hold the epoch's peers, and NCCL does not end a communicator before the last of its
-  // graphs.
-  graphs_.Clear();
+  // NCCL does not end a communicator before the last of its graphs. Others are let go of where no
+  // deadline runs (Attach).
+  if (!collectives_.has_peers()) graphs_.Clear();
   replay_ = nullptr;
   return drained;
 }

@@ -149,7 +149,8 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
   if (status_.ok()) status_ = io_.Reset(stream_);
   if (status_.ok()) status_ = slots_.Reset(stream_);
   if (status_.ok()) status_ = sampling_.Reset(stream_);
-  if (status_.ok()) status_ = ToStatus(cudaStreamSynchronize(stream_), "an epoch's buffers");
+  // Of every stream: some were cleared on the default one.
+  if (status_.ok()) status_ = ToStatus(cudaDeviceSynchronize(), "an epoch's buffers");
   return status_;
 }
 
