@@ -174,6 +174,11 @@ absl::StatusOr<ServingPlan> PlanServing(const CoordinatorOptions& options) {
   shape.kv_dtype = *kv_dtype;
   shape.quantization =
       options.quantization.empty() ? plan.model.quantization : options.quantization;
+  if (!shape.quantization.empty() && *dtype == DType::kFloat32) {
+    return Bad(absl::StrCat("--dtype ", options.dtype,
+                            ": float32, but with FP8 weights products "
+                            "give 16 bits; use --dtype bfloat16 or float16"));
+  }
   shape.block_size = options.block_size;
   shape.max_model_len = *max_model_len;
   shape.max_batched_tokens = options.max_num_batched_tokens != 0 ? options.max_num_batched_tokens

@@ -340,7 +340,9 @@ absl::StatusOr<int64_t> KvBlocksThatFit(const ModelConfig& config, const Serving
   const bool shorter_helps = tokens > 0;
   std::string larger;
   for (const int64_t size : ValidTpSizes(config, 64)) {
-    if (size > tp_size && larger.empty()) larger = absl::StrCat("--tensor-parallel-size ", size);
+    if (size <= tp_size || !PredictRankMemory(config, shape, size, 0, backend).ok()) continue;
+    larger = absl::StrCat("--tensor-parallel-size ", size);
+    break;
   }
   std::string help;
   if (shorter_helps) help = absl::StrCat("--max-model-len ", tokens, " would fit");

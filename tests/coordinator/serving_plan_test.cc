@@ -227,6 +227,12 @@ TEST_F(ServingPlanTest, KeysAndValuesOfOneByteAreRefusedWhereNobodyKeepsThem) {
   EXPECT_TRUE(PlanServing(options_).ok());
 }
 
+TEST_F(ServingPlanTest, WeightsOfOneByteGoWithNoFloat32) {
+  options_.backend = "cuda";
+  options_.quantization = "fp8";
+  EXPECT_THAT(Error(), AllOf(HasSubstr("--dtype auto: float32"), HasSubstr("--dtype bfloat16")));
+}
+
 TEST_F(ServingPlanTest, MemoryIsPredictedForTheSizesThatTheGroupHas) {
   options_.tensor_parallel_size = 2;
   const ServingPlan plan = *PlanServing(options_);

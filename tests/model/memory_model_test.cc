@@ -299,6 +299,18 @@ TEST(KvBlocksThatFitTest, FillsTheMemoryAndNotMore) {
   }
 }
 
+TEST(KvBlocksThatFitTest, NamesNoSizeThatTheQuantizationRefuses) {
+  ModelConfig config = Published("llama-3.2-1b");
+  config.intermediate_size = 4 * 24;  // 24 columns on a rank of 4
+  ServingShape shape = PlanShape(config);
+  const auto help = [&] {
+    return Message(KvBlocksThatFit(config, shape, 2, BackendKind::kCuda, kGiB / 64).status());
+  };
+  EXPECT_THAT(help(), HasSubstr("--tensor-parallel-size 4"));
+  shape.quantization = "fp8";
+  EXPECT_THAT(help(), AllOf(HasSubstr("a rank needs"), Not(HasSubstr("tensor-parallel-size"))));
+}
+
 TEST(KvBlocksThatFitTest, SaysWhatIsNeededAndWhatWouldHelp) {
   const ModelConfig config = Published("llama-3.1-70b");
   const ServingShape shape = PlanShape(config);
