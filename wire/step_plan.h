@@ -15,11 +15,11 @@
 
 namespace lockstep {
 
-// How one slot samples, validated and defaulted. Applied in this order:
-// logit_bias, penalties, min_tokens mask, temperature, top_k, top_p, min_p.
 // A logit divided by less may not be finite any more.
 inline constexpr float kMinRepetitionPenalty = 1e-9f;
 
+// How one slot samples, validated and defaulted. Applied in this order:
+// logit_bias, penalties, min_tokens mask, temperature, top_k, top_p, min_p.
 struct SlotSampling {
   float temperature = 1.0f;  // 0: greedy, ties to the lowest id
   float top_p = 1.0f;

@@ -198,8 +198,8 @@ class ChangedModelTest : public FaultTest {
 
 TEST_F(ChangedModelTest, AModelThatIsGoneForAMomentCostsNoStream) {
   ASSERT_NO_FATAL_FAILURE(ServeCopy({}));
-  const std::vector<uint32_t> expected = FaultFree(Prompt(0), 300);
-  auto stream = Stream(0, 300);
+  const std::vector<uint32_t> expected = FaultFree(Prompt(0), 1500);
+  auto stream = Stream(0, 1500);
   stream->AwaitTokens(10);
   fs::rename(model(), away());
   kill(served_->WorkerPid(1), SIGKILL);
@@ -255,7 +255,6 @@ TEST_F(FaultTest, AKilledCoordinatorEndsStreamsAndWorkersReattach) {
   Client client("127.0.0.1:" + ports()[1]);
   const absl::StatusOr<v1::GetModelInfoResponse> info = client.WaitReady(10'000 * kSlowdown);
   ASSERT_TRUE(info.ok()) << info.status() << served_->server().Log();
-  EXPECT_GE(info->epoch(), 1u);  // its own
   for (const v1::RankInfo& rank : info->ranks()) {
     EXPECT_EQ(static_cast<pid_t>(rank.pid()), workers.at(rank.rank()));
   }
