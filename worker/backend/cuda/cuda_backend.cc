@@ -149,8 +149,10 @@ absl::Status CudaBackend::Attach(Communicator* comm) {
   if (status_.ok()) status_ = io_.Reset(stream_);
   if (status_.ok()) status_ = slots_.Reset(stream_);
   if (status_.ok()) status_ = sampling_.Reset(stream_);
-  // Of every stream: some were cleared on the default one.
-  if (status_.ok()) status_ = ToStatus(cudaDeviceSynchronize(), "an epoch's buffers");
+  // Some were cleared on the default one.
+  for (cudaStream_t stream : {stream_, cudaStream_t{}}) {
+    if (status_.ok()) status_ = ToStatus(cudaStreamSynchronize(stream), "an epoch's buffers");
+  }
   return status_;
 }
 
