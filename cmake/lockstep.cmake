@@ -160,7 +160,7 @@ function(lockstep_test_limits name seconds)
   set_tests_properties(${name} PROPERTIES TIMEOUT ${seconds})
   if(LOCKSTEP_SANITIZE STREQUAL "thread")
     set_tests_properties(${name} PROPERTIES
-      ENVIRONMENT "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp")
+      ENVIRONMENT "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp:history_size=7")
   endif()
 endfunction()
 
