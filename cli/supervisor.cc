@@ -87,9 +87,9 @@ class Supervisor {
       Say(absl::StrCat("signalfd: ", strerror(errno)));
       return 1;
     }
-    if (!coordinator_.argv.empty()) Start(coordinator_);
+    if (!alone()) Start(coordinator_);
     for (Child& worker : workers_) Start(worker);
-    if (coordinator_.argv.empty()) service_.Ready();
+    if (alone()) service_.Ready();
     while (!Finished()) {
       service_.Beat();
       const int number = NextSignal();
@@ -125,6 +125,8 @@ class Supervisor {
     if (read(signals_, &info, sizeof(info)) != sizeof(info)) return 0;
     return static_cast<int>(info.ssi_signo);
   }
+
+  bool alone() const { return coordinator_.argv.empty(); }  // the coordinator is elsewhere
 
   bool Finished() const {
     return ending_ && coordinator_.pid == 0 &&
@@ -169,7 +171,7 @@ class Supervisor {
   // The first signal drains through the coordinator; the second ends all.
   void OnStopSignal() {
     const bool first = stop_signals_++ == 0;
-    if (first && coordinator_.argv.empty()) {
+    if (first && alone()) {
       service_.Stopping();
       return End(0);
     }
@@ -256,7 +258,7 @@ class Supervisor {
     const bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
     // A clean exit answers the coordinator's own word; it is about to end too.
     if (clean && draining_) return;
-    if (clean && coordinator_.argv.empty()) return End(0);
+    if (clean && alone()) return End(0);
     // A command line that is refused once is refused always; the worker has said why.
     if (WIFEXITED(status) && WEXITSTATUS(status) == kBadCommandLine) {
       // Nobody is served yet, and a farewell would come after the reason.
@@ -270,18 +272,17 @@ class Supervisor {
     const int64_t now = NowMs();
     // A large model takes minutes to load: a death before the group was whole
     // is as good a sign as a quick one, where somebody tells of it.
-    const bool told = !coordinator_.argv.empty();
-    const bool young = (told && !child.was_ready) || now - child.started_ms < options_.young_ms;
+    const bool young = (!alone() && !child.was_ready) || now - child.started_ms < options_.young_ms;
     const bool killed = WIFSIGNALED(status) &&
                         (WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGTERM) &&
                         child.was_ready;
     if (!young) child.young_deaths = 0;
     if (young && !killed) ++child.young_deaths;
     if (child.young_deaths >= options_.crash_loop_deaths) {
-      last_word_ =
-          absl::StrCat(child.name, ": crash loop: ended ", child.young_deaths, " times in a row ",
-                       told ? "before the group was whole or " : "", "within ", options_.young_ms,
-                       " ms of its start, the last time with ", DescribeExit(status));
+      last_word_ = absl::StrCat(child.name, ": crash loop: ended ", child.young_deaths,
+                                " times in a row ", alone() ? "" : "before the group was whole or ",
+                                "within ", options_.young_ms,
+                                " ms of its start, the last time with ", DescribeExit(status));
       End(1);
       return;
     }
