@@ -95,6 +95,13 @@ class SupervisorTest : public ::testing::Test {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   }
 
+  // w0 dies as often as is allowed, and the whole ends.
+  void ExpectCrashLoop(const SupervisorOptions& options) {
+    Launch(options);
+    EXPECT_EQ(Wait(), 1);
+    EXPECT_EQ(Starts("w0").size(), static_cast<size_t>(options.crash_loop_deaths));
+  }
+
   const TempDir temp_;
   const std::string dir_ = temp_.path();
   pid_t pid_ = 0;
@@ -126,9 +133,7 @@ TEST_F(SupervisorTest, NamesACrashLoopAndEnds) {
   options.coordinator = Shell("exec sleep 60");
   options.workers = {Shell(Note("w0") + "exit 3")};
   options.crash_loop_deaths = 3;
-  Launch(options);
-  EXPECT_EQ(Wait(), 1);
-  EXPECT_EQ(Starts("w0").size(), 3u);
+  ExpectCrashLoop(options);
 }
 
 TEST_F(SupervisorTest, DeathsWhileLoadingAreACrashLoopHoweverLongThatTook) {
@@ -137,9 +142,7 @@ TEST_F(SupervisorTest, DeathsWhileLoadingAreACrashLoopHoweverLongThatTook) {
   options.workers = {Shell(Note("w0") + "exit 3")};
   options.crash_loop_deaths = 3;
   options.young_ms = 0;  // every life is a long one
-  Launch(options);
-  EXPECT_EQ(Wait(), 1);
-  EXPECT_EQ(Starts("w0").size(), 3u);
+  ExpectCrashLoop(options);
 }
 
 TEST_F(SupervisorTest, KillsOfReadyWorkersAreNoCrashLoop) {
@@ -434,9 +437,7 @@ TEST_F(SupervisorTest, WithoutACoordinatorAKillSoonAfterTheStartCountsToo) {
   options.workers = {Shell(Note("w0") + "kill -KILL $$")};
   options.crash_loop_deaths = 2;
   options.young_ms = 3'600'000;
-  Launch(options);
-  EXPECT_EQ(Wait(), 1);
-  EXPECT_EQ(Starts("w0").size(), 2u);
+  ExpectCrashLoop(options);
 }
 
 TEST_F(SupervisorTest, NoChildOutlivesAKilledSupervisor) {
